@@ -1,0 +1,92 @@
+"""Progress for people: a bar with rate and time left on a terminal, a line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import click
+
+from ckptstore.cli.render import age, size
+
+LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """A context manager whose `notify` can be handed to the library. Written to stderr; silent after a hang-up.
+
+    A dropped ssh connection (SIGHUP) must not stop a copy: while this is active it only silences the display.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._terminal = sys.stderr.isatty() and not quiet
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._doing = ""
+        self._started_s = self._line_s = time.monotonic()
+        self._before: Any = None
+
+    def __enter__(self) -> Progress:
+        with contextlib.suppress(ValueError):  # not the main thread
+            self._before = signal.signal(signal.SIGHUP, self._hang_up)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.stop()
+        if self._before is not None:
+            signal.signal(signal.SIGHUP, self._before)
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        self._quiet, self._terminal = True, False
+        null = open("/dev/null", "w")  # noqa: SIM115 - stays the process's output from now on
+        sys.stdout = sys.stderr = null
+
+    def notify(self, doing: str, done_bytes: int, total_bytes: int) -> None:
+        """Show that `doing` has come to `done_bytes` of `total_bytes`."""
+        if self._quiet:
+            return
+        if doing != self._doing:
+            self._doing = doing
+            self._line_s = time.monotonic()
+        if self._terminal:
+            self._draw(doing, done_bytes, total_bytes)
+        elif time.monotonic() - self._line_s >= LINE_EVERY_S:
+            self._line_s = time.monotonic()
+            rate = done_bytes / max(self._line_s - self._started_s, 1e-9)
+            left = (total_bytes - done_bytes) / rate if rate else 0
+            click.echo(
+                f"{doing}: {size(done_bytes)} of {size(total_bytes)}, {rate / 1e9:.2f} GB/s, {age(left)} left",
+                err=True,
+            )
+
+    def _draw(self, doing: str, done_bytes: int, total_bytes: int) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=32),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(compact=True),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(doing, total=total_bytes)
+        self._bar.update(self._task, description=doing, completed=done_bytes, total=total_bytes)

@@ -1,0 +1,473 @@
+"""Commit: make staged folders the recover slots, so that a crash at any instant leaves the old ones or the new ones, whole.
+
+Everything of ours lies in the run's side folder, `{experiment}/.ckptstore/{trial}/`: on the slot's file system, and never
+inside the trial, where AReaL takes every folder for a model. The steps (docs/design.md has the crash table):
+
+    1  stage       side/stage-<random>/{part}/, 0700                            crash: a leftover that `clean` removes
+    2  copy        every file, digested on the way, fsynced                     crash: the next setup continues from it
+    3  manifest    written and fsynced in each staged part, then its folders
+    4  journal     side/journal.json, fsynced: from here on it will be finished crash: the next command finishes it
+    5  publish     RENAME_EXCHANGE of staged part and slot; where the file system cannot, the old slot is renamed aside
+                   and the new one in: between the two the slot is missing, and the journal says where both are
+    6  sync        the slot's parent and the stage
+    7  set aside   the old slot to side/old-<time>-<random>/{part}/ (`setup --undo` swaps it back)
+    8  journal away, side fsynced
+
+Which side of an exchange is which is decided by content (the manifest's commit id, else names, sizes and times), never by
+inode: FUSE file systems make those up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from ckptstore import native
+from ckptstore.backends.local import LocalBackend
+from ckptstore.errors import (
+    CkptStoreError,
+    CommitUncertain,
+    ManifestError,
+    NotCommitted,
+    NotFoundError,
+    UsageError,
+    from_os_error,
+)
+from ckptstore.frameworks.areal.layout import SIDE
+from ckptstore.lock import RunLock, busy
+from ckptstore.manifest import Manifest, check_name
+from ckptstore.manifest import parse as parse_manifest
+from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
+
+JOURNAL = "journal.json"
+STAGE_INFO = "stage.json"
+
+
+# --- the side folder ----------------------------------------------------------------------------------------------
+
+
+def side_folder(run: str, slot: str) -> str:
+    """Where our own things of this run go: beside the trial, or beside a slot that lies outside of it."""
+    parent = os.path.dirname(slot)
+    inside = os.path.commonpath([run, slot]) == run
+    if inside and _same_device(os.path.dirname(run), existing(parent)):
+        return os.path.join(os.path.dirname(run), SIDE, os.path.basename(run))
+    if inside:  # the trial is a mount of its own: a part's folder is the only place on its file system that AReaL ignores
+        return os.path.join(parent if parent != run else os.path.join(run, "default"), SIDE)
+    return os.path.join(parent, SIDE, os.path.basename(slot))
+
+
+def existing(path: str) -> str:
+    """The nearest folder at or above `path` that is there."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _same_device(a: str, b: str) -> bool:
+    return os.stat(a).st_dev == os.stat(b).st_dev
+
+
+def make_side(side: str) -> None:
+    """Create the side folder, with the owner of the folder that it is in; never through a link."""
+    missing = []
+    path = side
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    try:
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o755)
+                like(folder, os.stat(path))
+        if os.path.islink(side) or os.path.islink(os.path.dirname(side)):
+            raise UsageError(f"{side} is a link, and ckptstore writes through none", hint="Remove the link.")
+    except OSError as error:
+        raise from_os_error(error, doing="creating", path=side) from error
+
+
+def like(path: str, model: os.stat_result, *, mode: int | None = None) -> None:
+    """Give `path` the owner and mode of `model` (no set-id bits); the owner only where we may."""
+    with contextlib.suppress(PermissionError):
+        os.chown(path, model.st_uid, model.st_gid, follow_symlinks=False)
+    os.chmod(path, (model.st_mode if mode is None else mode) & 0o777)
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A folder being filled. `key` says with what: the same key may be continued after a crash."""
+
+    path: str
+    key: str
+    resumed: bool
+
+    def part(self, name: str) -> str:
+        """The folder that becomes the slot of part `name`."""
+        return os.path.join(self.path, check_name(name))
+
+
+def open_stage(side: str, key: str) -> Stage:
+    """The stage for `key`: one that a crash left, or a new one. The caller holds the run's lock, so no other is alive."""
+    for name, found in stages(side):
+        if found == key:
+            return Stage(os.path.join(side, name), key, True)
+    path = os.path.join(side, f"stage-{secrets.token_hex(8)}")
+    try:
+        os.mkdir(path, 0o700)
+        with open(os.path.join(path, STAGE_INFO), "x", encoding="ascii") as file:
+            json.dump({"key": key}, file)
+    except OSError as error:
+        raise from_os_error(error, doing="creating the stage", path=path) from error
+    return Stage(path, key, False)
+
+
+def stages(side: str) -> list[tuple[str, str]]:
+    """Stages in the side folder: name and key (empty when a crash came before it was written)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(side)):
+            if name.startswith("stage-"):
+                key = ""
+                with (
+                    contextlib.suppress(OSError, ValueError, TypeError),
+                    open(os.path.join(side, name, STAGE_INFO)) as file,
+                ):
+                    key = str(json.loads(file.read(65536))["key"])
+                found.append((name, key))
+    return found
+
+
+def discard(side: str, name: str) -> None:
+    """Remove one of our folders in the side folder: renamed out of the way first, so that no half of it is ever used."""
+    path, doomed = os.path.join(side, name), os.path.join(side, f"trash-{secrets.token_hex(8)}")
+    try:
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise from_os_error(error, doing="removing", path=path) from error
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder of ours and all below it, if it is there; what cannot be removed stays, and harms nobody."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def write_manifest(folder: str, manifest: Manifest, *, model: os.stat_result) -> None:
+    """Write the manifest into `folder`, durable and all-or-nothing, with owner and mode of the file `model`."""
+    final = os.path.join(folder, MANIFEST_NAME)
+    draft = os.path.join(folder, f"{DRAFT_PREFIX}{secrets.token_hex(4)}")
+    try:
+        _write_durably(draft, manifest.to_bytes())
+        like(draft, model, mode=model.st_mode & 0o666)
+        os.rename(draft, final)
+        sync_folder(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise from_os_error(error, doing="writing the manifest", path=final) from error
+
+
+def _write_durably(path: str, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()  # before fsync, or it syncs an empty file
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: str) -> None:
+    """Fsync a folder. File systems that have no such thing say EINVAL: probe.py has told the user so."""
+    try:
+        native.fsync_path(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+# --- the journal --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One slot to be replaced. Paths are relative to the side folder, so that a remounted volume still matches."""
+
+    part: str
+    slot: str
+    staged: str
+    aside: str
+    new: str  #: identity of what shall be in the slot
+    old: str  #: identity of what was in it; empty when there was nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """A commit that will be finished, whoever has to."""
+
+    action: str  #: setup or undo
+    step: int
+    method: str  #: exchange or rename
+    moves: tuple[Move, ...]
+    created_at: str = ""
+
+
+def identity(folder: str) -> str:
+    """What lies in `folder`, told by content: our commit id, else names, sizes and times. Empty without a folder or files."""
+    backend = LocalBackend(folder)
+    with contextlib.suppress(NotFoundError, ManifestError):
+        return "commit:" + parse_manifest(backend.get(MANIFEST_NAME)).commit
+    try:
+        tree = backend.tree(max_depth=8)
+    except NotFoundError:
+        return ""
+    lines = sorted(
+        f"{path}/{entry.name} {entry.size_bytes} {entry.mtime_ns // 1_000_000_000}"
+        for path, inside in tree.items()
+        for entry in inside.entries
+        if entry.mode & 0o170000 != 0o040000
+    )
+    return "files:" + hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest() if lines else ""
+
+
+def plan_moves(side: str, stage: str, slots: dict[str, str]) -> tuple[tuple[Move, ...], str]:
+    """The moves that put `stage`'s parts into `slots` (part → absolute path), and the folder for the old ones."""
+    aside = f"old-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    moves = tuple(
+        Move(
+            part=part,
+            slot=os.path.relpath(slot, side),
+            staged=f"{os.path.basename(stage)}/{part}",
+            aside=f"{aside}/{part}",
+            new=identity(os.path.join(stage, part)),
+            old=identity(slot),
+        )
+        for part, slot in slots.items()
+    )
+    return moves, aside
+
+
+def publish(side: str, journal: Journal) -> None:
+    """Steps 4 to 8. NotCommitted: no slot was touched. CommitUncertain: the new ones are in, the disk did not confirm it."""
+    document = asdict(journal) | {"format": "ckptstore.journal", "version": 1}
+    draft = os.path.join(side, f"{JOURNAL}.{secrets.token_hex(4)}")
+    try:
+        _write_durably(draft, json.dumps(document).encode())
+        os.rename(draft, os.path.join(side, JOURNAL))
+        sync_folder(side)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise NotCommitted(
+            f"the journal {side}/{JOURNAL} could not be written: {error.strerror}; the slot is as it was"
+        ) from error
+    _finish(side, journal)
+
+
+def pending(side: str) -> Journal | None:
+    """The commit that a crash interrupted, None when there is none. ManifestError for a journal that can't be trusted."""
+    try:
+        document = json.loads(LocalBackend(side).get(JOURNAL, length_bytes=1 << 20))
+        moves = tuple(Move(**move) for move in document["moves"])
+        journal = Journal(document["action"], document["step"], document["method"], moves, document["created_at"])
+    except NotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ManifestError(
+            f"{side}/{JOURNAL} is not a journal of ours: {error}",
+            hint="Move it away; the slots are where they are.",
+        ) from error
+    for move in moves:
+        check_name(move.part), check_name(move.staged), check_name(move.aside)
+    return journal
+
+
+def roll_forward(side: str) -> str:
+    """Finish a commit that a crash interrupted. Says in one line what was done; empty when there was nothing to do.
+
+    A slot that the trainer has written since is never replaced: then the commit is given up, and the stage is kept.
+    """
+    if not os.path.lexists(os.path.join(side, JOURNAL)):
+        return ""
+    holder = busy(side)
+    if holder is not None:
+        return f"a setup is in progress: {holder}"
+    try:
+        with RunLock(side, "finishing an interrupted setup"):
+            return finish_pending(side)
+    except CkptStoreError as error:
+        return f"an interrupted setup is pending in {side}, and cannot be finished by this user: {error}"
+
+
+def finish_pending(side: str) -> str:
+    """roll_forward for a caller that holds the run's lock."""
+    journal = pending(side)
+    if journal is None:
+        return ""
+    foreign = [move for move in journal.moves if _slot_is_foreign(side, move)]
+    if foreign:
+        kept = os.path.join(side, f"given-up-{journal.moves[0].aside.partition('/')[0]}.json")
+        os.rename(os.path.join(side, JOURNAL), kept)
+        return (
+            f"an interrupted {journal.action} of step {journal.step} was given up: {foreign[0].part}/ has been written since; "
+            f"its stage is kept in {side}"
+        )
+    _finish(side, journal)
+    return f"an interrupted {journal.action} of step {journal.step} was finished: the slot holds it now"
+
+
+def _slot_is_foreign(side: str, move: Move) -> bool:
+    found = identity(_at(side, move.slot))
+    return found not in ("", move.old, move.new)
+
+
+def _finish(side: str, journal: Journal) -> None:
+    touched = False
+    try:
+        for move in journal.moves:
+            try:
+                _publish_one(side, move, journal.method)
+            except OSError as error:
+                if touched or identity(_at(side, move.slot)) == move.new:
+                    raise
+                os.unlink(os.path.join(side, JOURNAL))
+                raise NotCommitted(
+                    f"replacing {_at(side, move.slot)}: {error.strerror}; it is as it was, and so is every other part"
+                ) from error
+            touched = True
+        for move in journal.moves:
+            _set_aside(side, move)
+        os.unlink(os.path.join(side, JOURNAL))
+        sync_folder(side)
+    except OSError as error:
+        where = error.filename or side
+        raise CommitUncertain(
+            f"replacing the slot: {where}: {error.strerror}; the new one is in, the old one is kept, both are whole, "
+            "and the disk has not confirmed it",
+            hint=f"Any ckptstore command on this run finishes it (journal in {side}).",
+        ) from error
+    for name in {move.staged.partition("/")[0] for move in journal.moves}:
+        if name.startswith("stage-"):
+            with contextlib.suppress(CkptStoreError):
+                discard(side, name)
+        else:
+            with contextlib.suppress(OSError):  # an old slot, swapped in by undo: its folder is empty now
+                os.rmdir(os.path.join(side, name))
+
+
+def _at(side: str, relative: str) -> str:
+    return os.path.normpath(os.path.join(side, relative))
+
+
+def _publish_one(side: str, move: Move, method: str) -> None:
+    """Steps 5 and 6 for one slot, from wherever a crash left them."""
+    slot, staged, aside = _at(side, move.slot), _at(side, move.staged), _at(side, move.aside)
+    if identity(slot) != move.new:
+        if identity(staged) != move.new:
+            raise CkptStoreError(
+                f"the new content for {slot} is neither there nor in {staged}",
+                hint=f"Nothing was deleted; look into {side}.",
+            )
+        if not os.path.lexists(slot):
+            os.makedirs(os.path.dirname(slot), exist_ok=True)
+            _rename_in(staged, slot)
+        elif method == "exchange":
+            native.rename_exchange(staged, slot)
+        elif not identity(slot):
+            shutil.rmtree(slot)  # empty folders: AReaL's helpers leave them
+            _rename_in(staged, slot)
+        else:
+            os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
+            os.rename(slot, aside)
+            sync_folder(os.path.dirname(slot))
+            try:
+                _rename_in(staged, slot)
+            except OSError:
+                os.rename(aside, slot)
+                raise
+    sync_folder(os.path.dirname(slot))
+    if os.path.isdir(os.path.dirname(staged)):
+        sync_folder(os.path.dirname(staged))
+
+
+def _rename_in(staged: str, slot: str) -> None:
+    try:
+        native.rename_noreplace(staged, slot)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        os.rename(staged, slot)  # refused flags: the run's lock has to do
+
+
+def _set_aside(side: str, move: Move) -> None:
+    """Step 7: after an exchange the stage's name holds the old slot. An empty one is nobody's: removed."""
+    staged, aside = _at(side, move.staged), _at(side, move.aside)
+    if not os.path.isdir(staged):
+        return
+    if not identity(staged):
+        shutil.rmtree(staged)
+        return
+    os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
+    os.rename(staged, aside)
+    sync_folder(os.path.dirname(aside))
+    sync_folder(os.path.dirname(staged))
+
+
+# --- old slots ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OldSlot:
+    """A slot that was set aside: one folder a part."""
+
+    name: str
+    path: str
+    parts: tuple[str, ...]
+    size_bytes: int
+    set_aside_at_s: float
+
+
+def old_slots(side: str) -> list[OldSlot]:
+    """Set-aside slots, newest first."""
+    return sorted(_old_slots(side), key=lambda old: old.name, reverse=True)
+
+
+def _old_slots(side: str) -> Iterator[OldSlot]:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(side):
+            path = os.path.join(side, name)
+            if name.startswith("old-") and os.path.isdir(path):
+                yield OldSlot(name, path, tuple(sorted(os.listdir(path))), size_of(path), os.stat(path).st_ctime)
+
+
+def size_of(path: str) -> int:
+    """Bytes of all files below `path`; links not followed."""
+    total = 0
+    with contextlib.suppress(CkptStoreError):
+        for folder in LocalBackend(path).tree(max_depth=8).values():
+            total += sum(entry.size_bytes for entry in folder.entries if entry.mode & 0o170000 == 0o100000)
+    return total
+
+
+def leftovers(side: str) -> Sequence[str]:
+    """Names of what dead writers left in the side folder: stages, trash, probes. Never an old slot."""
+    with contextlib.suppress(OSError):
+        return sorted(name for name in os.listdir(side) if name.startswith(("stage-", "trash-", "probe-", f"{JOURNAL}.")))
+    return []
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,153 @@
+"""What can go wrong, as one tree. Each error answers: what kind, on what, is a retry worth it, what to try.
+
+CkptStoreError
+├── UsageError (ValueError)                  the call or the command line is wrong; exit 2
+├── NotFoundError (FileNotFoundError)        something named does not exist
+├── AlreadyExistsError (FileExistsError)
+├── AccessError (PermissionError)
+├── StorageError (OSError)                   the medium failed: errno, operation and path are kept
+│   └── NoSpaceError                         ENOSPC, EDQUOT, EFBIG
+├── BusyError                                another setup, or the trainer itself, is at work; retryable
+├── RefusedError                             possible, but would lose something or not resume: says which flag allows it
+├── NothingToResumeError                     no checkpoint qualifies; exit 4
+├── IntegrityError                           exit 3
+│   ├── ManifestError (ValueError)           a manifest that cannot be trusted
+│   ├── DigestMismatchError                  bytes are not those that the manifest records
+│   └── SourceChangedError                   the source was written while it was read; retryable
+└── CommitError
+├── NotCommitted                         nothing became visible; what was there is there
+└── CommitUncertain                      the new one is visible, but the disk did not confirm it
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from typing import ClassVar
+
+
+class CkptStoreError(Exception):
+    """Base of all errors raised on purpose. `hint` is what to try next, as a full sentence, or empty."""
+
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UsageError(CkptStoreError, ValueError):
+    """The call or the command line is wrong."""
+
+    exit_code = 2
+
+
+class NotFoundError(CkptStoreError, FileNotFoundError):
+    """Something that was named does not exist."""
+
+
+class AlreadyExistsError(CkptStoreError, FileExistsError):
+    """The destination exists and is not replaced."""
+
+
+class AccessError(CkptStoreError, PermissionError):
+    """The operating system or the store denies it."""
+
+
+class StorageError(CkptStoreError, OSError):
+    """The medium failed. `operation` is the syscall or request, `path` what it was applied to, `errno` the cause."""
+
+    def __init__(self, message: str, *, operation: str = "", path: str = "", errno: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.operation = operation
+        self.path = path
+        self.errno = errno
+
+
+class NoSpaceError(StorageError):
+    """Out of space, quota, inodes, or over the largest file size."""
+
+
+class BusyError(CkptStoreError):
+    """Somebody else is at work on the same run."""
+
+    retryable = True
+
+
+class RefusedError(CkptStoreError):
+    """Possible, but it would lose something or would not resume; the message names the flag that allows it."""
+
+
+class NothingToResumeError(CkptStoreError):
+    """No checkpoint qualifies."""
+
+    exit_code = 4
+
+
+class IntegrityError(CkptStoreError):
+    """Bytes are not what they should be."""
+
+    exit_code = 3
+
+
+class ManifestError(IntegrityError, ValueError):
+    """A manifest that cannot be parsed, or that says something that must not be trusted."""
+
+
+class DigestMismatchError(IntegrityError):
+    """Bytes differ from those that the manifest records. `path` is relative, `offset_bytes` the chunk's start."""
+
+    def __init__(self, message: str, *, path: str, offset_bytes: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+        self.offset_bytes = offset_bytes
+
+
+class SourceChangedError(IntegrityError):
+    """The source was written while it was read."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, path: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+
+
+class CommitError(CkptStoreError):
+    """A commit did not end as one."""
+
+
+class NotCommitted(CommitError):
+    """Nothing became visible: what was there before is there still."""
+
+
+class CommitUncertain(CommitError):
+    """The new checkpoint is visible and whole, but the disk did not confirm that a power cut would keep it."""
+
+
+NO_SPACE = frozenset({_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG})
+
+
+def from_os_error(error: OSError, *, doing: str, path: str, hint: str = "") -> CkptStoreError:
+    """The error of this tree for an OSError: says what was being done, to what, and what the system answered."""
+    code = error.errno or 0
+    message = f"{doing} {path}: {error.strerror or error}"
+    if code in NO_SPACE:
+        return NoSpaceError(
+            message,
+            operation=doing,
+            path=path,
+            errno=code,
+            hint=hint or "Free some space, or raise the quota.",
+        )
+    if code in (_errno.EACCES, _errno.EPERM):
+        return AccessError(message, hint=hint or "Run as the user that trains, or fix the permissions.")
+    if code in (_errno.ENOENT, _errno.ENOTDIR):
+        return NotFoundError(message, hint=hint)
+    if code in (_errno.EEXIST, _errno.ENOTEMPTY):
+        return AlreadyExistsError(message, hint=hint)
+    return StorageError(message, operation=doing, path=path, errno=code, hint=hint)

@@ -1,0 +1,1 @@
+"""AReaL: layout of a run, its recover_info, and the command that resumes it."""

@@ -1,0 +1,238 @@
+"""What a run holds: every checkpoint with its status and the evidence for it, the slot, and what is in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ckptstore import manifest as manifests
+from ckptstore.backends.base import Backend
+from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
+from ckptstore.formats import FormatError, dcp
+from ckptstore.frameworks.areal import layout, recover_info
+from ckptstore.frameworks.areal.layout import RunRef
+from ckptstore.frameworks.areal.recover_info import RecoverInfo
+from ckptstore.manifest import Manifest
+from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Part, ReadAt, Status, worst
+from ckptstore.native import Folder
+
+#: Clocks of several nodes write into one run: files this close count as one save.
+CLOCK_SKEW_NS = 5_000_000_000
+
+
+#: Formats from which a trainer restores more than weights; replacing one by anything else loses that.
+RESUMABLE = frozenset({"dcp", "hf+optim", "mixed"})
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One look at a run. Checkpoints by step, the slot apart."""
+
+    run: RunRef
+    checkpoints: tuple[Checkpoint, ...]
+    slot: Checkpoint | None
+    recover_info: RecoverInfo | None
+    notes: tuple[str, ...]
+    newest_file: str  #: the file of the run that was written last, by the trainer
+    newest_mtime_ns: int
+
+    def at_step(self, step: int) -> list[Checkpoint]:
+        """The exports of that global step (several only where a run changed its steps per epoch)."""
+        return [checkpoint for checkpoint in self.checkpoints if checkpoint.step == step]
+
+
+def scan(backend: Backend) -> Listing:
+    """List the run that `backend` is rooted at, at level quick: names, sizes, manifests; no weights are read.
+
+    NotFoundError when the run's folder is missing. Unreadable folders make their checkpoint PARTIAL, with the reason.
+    """
+    run = layout.sort_out(backend.tree(max_depth=5))
+    notes = list(run.notes)
+    checkpoints = [
+        Checkpoint(name.step, name.epoch, name.epoch_step, "export", tuple(_parts(backend, run, folders)))
+        for name, folders in sorted(run.exports.items())
+    ]
+    checkpoints = _compare_siblings(checkpoints)
+    info = recover_info.read(backend, run.folders.get(layout.RECOVER_INFO) if run.recover_info else None)
+    slot = _slot(backend, run, info)
+    if run.stray_slot and run.folders[run.stray_slot].entries:
+        notes.append(
+            f"{layout.SLOT}/ lies directly in the trial, where old guides put it: AReaL never reads it "
+            f"(it reads {layout.MAIN_PART}/{layout.SLOT}/), and takes it for a model's name; move it away"
+        )
+    newest_file, newest_mtime_ns = _newest(run)
+    return Listing(
+        layout.run_ref(backend.location),
+        tuple(checkpoints),
+        slot,
+        info,
+        tuple(notes),
+        newest_file,
+        newest_mtime_ns,
+    )
+
+
+def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folder]) -> Part:
+    """Judge one part at level quick. `folders` is Backend.tree(), `folder` a key of it."""
+    files, findings = layout.files_of(folders, folder)
+    ours = next((file for file in files if file.name == MANIFEST_NAME), None)
+    if ours is not None:
+        files.remove(ours)
+    signs = layout.read_signs(files)
+    findings.extend(signs.findings)
+    notes: list[str] = []
+    status = worst([Status.COMPLETE, *(finding.status for finding in findings)])
+    if ours is not None:
+        try:
+            seen = read_manifest(backend, folder).inspect(files)
+        except ManifestError as error:
+            notes.append(f"its manifest does not count: {error}")
+        except CkptStoreError as error:
+            notes.append(f"its manifest cannot be read: {error}")
+        else:
+            findings.extend(seen.findings)
+            if seen.note:
+                notes.append(seen.note)
+            elif not findings:
+                status = Status.COMMITTED
+            status = worst([status, *(finding.status for finding in seen.findings)])
+    return Part(
+        name=name,
+        path=f"{backend.location}/{folder}" if folder else backend.location,
+        files=tuple(files),
+        format=signs.format,
+        holds=signs.holds,
+        status=status,
+        findings=tuple(findings),
+        notes=tuple(notes),
+        mtime_ns=max((file.mtime_ns for file in files), default=0),
+    )
+
+
+def read_manifest(backend: Backend, folder: str) -> Manifest:
+    """The manifest in `folder`. NotFoundError without one, ManifestError for one that cannot be trusted."""
+    key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
+    return manifests.parse(backend.get(key, length_bytes=manifests.MAX_BYTES + 1))
+
+
+def folder_of(backend: Backend, part: Part) -> str:
+    """The part's folder relative to `backend`."""
+    return "" if part.path == backend.location else part.path.removeprefix(f"{backend.location}/")
+
+
+def reader(backend: Backend, part: Part) -> ReadAt:
+    """Reads the part's files by their names."""
+    folder = folder_of(backend, part)
+
+    def read_at(name: str, offset: int, length: int) -> bytes:
+        return backend.get(f"{folder}/{name}" if folder else name, offset_bytes=offset, length_bytes=length)
+
+    return read_at
+
+
+def find_manifest(backend: Backend, folder: str) -> Manifest | None:
+    """The manifest in `folder`, None when there is none or it cannot be trusted."""
+    try:
+        return read_manifest(backend, folder)
+    except (NotFoundError, ManifestError):
+        return None
+
+
+def _parts(backend: Backend, run: layout.RunTree, folders: dict[str, str]) -> Iterable[Part]:
+    # The main model first: it is what people mean by "the checkpoint".
+    for name in sorted(folders, key=lambda part: (part != layout.MAIN_PART, part)):
+        yield read_part(backend, name, folders[name], run.folders)
+
+
+def _compare_siblings(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """What other checkpoints of the run show to be missing: a part, or the tokenizer, which is written last."""
+    whole = [checkpoint for checkpoint in checkpoints if checkpoint.status.usable]
+    names = {part.name for checkpoint in whole for part in checkpoint.parts}
+    with_tokenizer = {part.name for checkpoint in whole for part in checkpoint.parts if "tokenizer" in part.holds}
+    result = []
+    for checkpoint in checkpoints:
+        missing = {*names, layout.MAIN_PART} - {part.name for part in checkpoint.parts}
+        late = [part.name for part in checkpoint.parts if part.name in with_tokenizer - set(_tokenized(checkpoint))]
+        late = [name for name in late if next(p for p in checkpoint.parts if p.name == name).status is Status.COMPLETE]
+        if not missing and not late:
+            result.append(checkpoint)
+            continue
+        parts = [
+            _worsen(part, "tokenizer files missing: other steps have them, and they are written last")
+            if part.name in late
+            else part
+            for part in checkpoint.parts
+        ]
+        if missing:
+            parts[0] = _worsen(parts[0], f"its part {', '.join(sorted(missing))} is missing at this step")
+        result.append(dataclasses.replace(checkpoint, parts=tuple(parts)))
+    return result
+
+
+def _tokenized(checkpoint: Checkpoint) -> list[str]:
+    return [part.name for part in checkpoint.parts if "tokenizer" in part.holds]
+
+
+def _worsen(part: Part, problem: str) -> Part:
+    finding = Finding("", problem, Status.PARTIAL)
+    return dataclasses.replace(part, findings=(*part.findings, finding), status=worst([part.status, Status.PARTIAL]))
+
+
+def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Checkpoint | None:
+    """The recover slot, with the step that it can be shown to hold; None when no part of it has a file."""
+    parts = [
+        _with_dcp_holdings(backend, part)
+        for part in _parts(backend, run, run.slots)
+        if part.files or (part.findings and part.format != "empty")
+    ]
+    if not parts:
+        return None
+    notes: list[str] = []
+    found = [find_manifest(backend, run.slots[part.name]) for part in parts if part.status is Status.COMMITTED]
+    ours = [manifest for manifest in found if manifest is not None]
+    if len(ours) == len(parts) and len({manifest.step for manifest in ours}) == 1:
+        first = ours[0]
+        step, epoch, epoch_step = first.step, first.epoch, first.epoch_step
+        if info is not None and info.step != step:
+            notes.append(f"recover_info names step {info.step}, the slot holds {step}: AReaL would count from the wrong one")
+    elif any(part.format not in RESUMABLE for part in parts):
+        step, epoch, epoch_step = -1, -1, -1
+        notes.append("not what the trainer saves there (no DCP, no optimizer shards): its step is unknown")
+    elif info is None or info.step < 0:
+        step, epoch, epoch_step = -1, -1, -1
+        notes.append("no recover_info names its step")
+    elif max(part.mtime_ns for part in parts) > info.mtime_ns + CLOCK_SKEW_NS:
+        step, epoch, epoch_step = -1, -1, -1
+        notes.append(f"its files are newer than recover_info (step {info.step}): a save was cut short, its step is unknown")
+        parts = [_worsen(part, "newer than recover_info: the save was cut short") for part in parts]
+    else:
+        step, epoch, epoch_step = info.step, info.epoch, info.epoch_step
+    return Checkpoint(step, epoch, epoch_step, "slot", tuple(parts), tuple(notes))
+
+
+def _with_dcp_holdings(backend: Backend, part: Part) -> Part:
+    """What a DCP part holds stands in its `.metadata`; a shard newer than it shows a save cut short."""
+    metadata = next((file for file in part.files if file.name == ".metadata"), None)
+    if part.format != "dcp" or metadata is None or not metadata.size_bytes:
+        return part
+    newer = [f for f in part.files if f.name.endswith(".distcp") and f.mtime_ns > metadata.mtime_ns + CLOCK_SKEW_NS]
+    if newer:
+        part = _worsen(part, f"{newer[0].name} is newer than .metadata: an overwrite was cut short")
+    try:
+        holds = dcp.load_metadata(reader(backend, part), metadata).holds
+    except FormatError as error:
+        finding = error.finding(metadata.name)
+        return dataclasses.replace(part, findings=(*part.findings, finding), status=worst([part.status, finding.status]))
+    return dataclasses.replace(part, holds=holds)
+
+
+def _newest(run: layout.RunTree) -> tuple[str, int]:
+    """The file that the trainer wrote last, for "is it still running?"; our manifests don't count."""
+    newest: tuple[int, str] = (0, "")
+    for path, folder in run.folders.items():
+        for entry in folder.entries:
+            if entry.mtime_ns > newest[0] and entry.name != MANIFEST_NAME and stat.S_ISREG(entry.mode):
+                newest = (entry.mtime_ns, f"{path}/{entry.name}" if path else entry.name)
+    return newest[1], newest[0]

@@ -1,0 +1,151 @@
+"""One writer a run. The lock says who holds it and how far it is, so that a second `setup` can show that.
+
+flock decides on one machine: a dead holder's lock frees itself. Where file systems don't carry flock to other machines, the
+heartbeat does: a holder on another host counts as alive until its heartbeat is STALE_S old (docs/design.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from ckptstore.errors import BusyError, from_os_error
+
+STALE_S = 120.0
+HEARTBEAT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lock, as it last said."""
+
+    host: str
+    pid: int
+    doing: str
+    done_bytes: int
+    total_bytes: int
+    started_at_s: float
+    heartbeat_at_s: float
+
+    def __str__(self) -> str:
+        text = f"pid {self.pid} on {self.host}, since {time.time() - self.started_at_s:.0f} s: {self.doing}"
+        if self.total_bytes:
+            text += (
+                f", {self.done_bytes / 1e9:.2f} of {self.total_bytes / 1e9:.2f} GB ({self.done_bytes / self.total_bytes:.0%})"
+            )
+        return text
+
+
+class RunLock:
+    """A lock on a run's side folder; a context manager. Not reentrant; `update` may be called from any thread."""
+
+    def __init__(self, side: str, doing: str) -> None:
+        self._path = os.path.join(side, "lock")
+        self._state: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "doing": doing,
+            "done_bytes": 0,
+            "total_bytes": 0,
+            "started_at_s": time.time(),
+        }
+        self._descriptor = -1
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="ckptstore-heartbeat", daemon=True)
+
+    def __enter__(self) -> RunLock:
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise from_os_error(error, doing="locking", path=self._path) from error
+        holder = read_holder(self._path)
+        if not self._take() or (holder and _alive_elsewhere(holder)):
+            os.close(self._descriptor)
+            raise BusyError(
+                f"another ckptstore is at work on this run: {holder or 'it has not said who it is'}",
+                hint="Wait for it, or stop that process; a dead one's lock frees itself.",
+            )
+        self._write()
+        self._heart.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._heart.join()
+        # Emptied, not deleted: a waiter that has it open would lock a file that nobody else sees.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+    def update(self, doing: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
+        """What to tell others from the next heartbeat on."""
+        self._state |= {"doing": doing, "done_bytes": done_bytes, "total_bytes": total_bytes}
+
+    def _take(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                raise from_os_error(error, doing="locking", path=self._path) from error
+        return True
+
+    def _write(self) -> None:
+        data = json.dumps(self._state | {"heartbeat_at_s": time.time()}).encode()
+        # One write over the old text, padded: readers never see half of it cut off.
+        os.pwrite(self._descriptor, data.ljust(512), 0)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(min(HEARTBEAT_S, 1.0)):
+            with contextlib.suppress(OSError):  # a full disk must not end the copy for want of a heartbeat
+                self._write()
+
+
+def read_holder(path: str) -> Holder | None:
+    """Who holds (or last held, and died) the lock at `path`; None when it is free or unreadable."""
+    try:
+        with open(path, "rb") as file:
+            state = json.loads(file.read(4096) or b"null")
+        return Holder(**state) if isinstance(state, dict) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def busy(side: str) -> Holder | None:
+    """The live holder of the run's lock, None when it is free."""
+    path = os.path.join(side, "lock")
+    holder = read_holder(path)
+    if holder is None:
+        return None
+    if _alive_elsewhere(holder):
+        return holder
+    with contextlib.suppress(OSError), _opened(path) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return holder
+    return None
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _alive_elsewhere(holder: Holder) -> bool:
+    return holder.host != socket.gethostname() and time.time() - holder.heartbeat_at_s < STALE_S

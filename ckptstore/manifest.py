@@ -1,0 +1,307 @@
+"""The manifest: our inventory of one part of a checkpoint, and the marker that makes it COMMITTED.
+
+Format: docs/manifest-format.md. Strict canonical JSON (sorted keys, no spaces, ASCII, one trailing newline), no pickle.
+Parsing trusts nothing: bytes, entries and integers are capped, duplicate keys, NaN and unsafe names are refused.
+The CRCs catch accidents, not malice: `Manifest.sha256` can be pinned out of band (`verify --expect-digest`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import secrets
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from ckptstore.errors import ManifestError
+from ckptstore.model import MANIFEST_NAME, FileInfo, Finding, Status
+
+FORMAT = "ckptstore.manifest"
+VERSION = 1
+ALGORITHM = "crc64nvme"
+MAX_BYTES = 64 << 20  # a 1 TiB checkpoint in 8 MiB chunks needs 2.5 MB
+MAX_FILES = 1_000_000
+MAX_CHUNKS = 16_000_000
+MAX_BRACKETS = 4_000_000  # bounds what json.loads can allocate before we see any of it
+MAX_NAME_CHARS = 1024
+
+_COMPONENT = r"(?!\.{1,2}(?:/|\Z))[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,255}"
+_SAFE_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+_CRC = re.compile(r"[0-9A-F]{16}")
+_COMMIT = re.compile(r"[0-9a-f]{32}")
+
+
+class FileEntry(NamedTuple):
+    """One file: what it was when the manifest was made. `crc` covers the file, `chunks` each `chunk_bytes` of it."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    crc: int
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything recorded about one part. Immutable; equal content gives equal bytes."""
+
+    step: int
+    epoch: int
+    epoch_step: int
+    part: str
+    origin: str  #: seal (the trainer wrote the files), setup (we copied them into the slot)
+    files: tuple[FileEntry, ...]
+    chunk_bytes: int
+    commit: str = field(default_factory=lambda: secrets.token_hex(16))  #: names this act of writing
+    created_at: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    source: str = ""  #: for setup: the checkpoint's folder, relative to its run
+    tool: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON."""
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "digest": ALGORITHM,
+            "chunk_bytes": self.chunk_bytes,
+            "commit": self.commit,
+            "created_at": self.created_at,
+            "epoch": self.epoch,
+            "epoch_step": self.epoch_step,
+            "metrics": dict(self.metrics),
+            "origin": self.origin,
+            "part": self.part,
+            "source": self.source,
+            "step": self.step,
+            "tool": self.tool,
+            "files": [
+                {
+                    "path": file.path,
+                    "bytes": file.size_bytes,
+                    "mtime_ns": file.mtime_ns,
+                    "inode": file.inode,
+                    "crc": f"{file.crc:016X}",
+                    # One chunk's CRC is the file's: kept only where it says more.
+                    "chunks": [f"{crc:016X}" for crc in file.chunks] if len(file.chunks) > 1 else [],
+                }
+                for file in self.files
+            ],
+        }
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the canonical JSON: what `--expect-digest` pins."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+    def inspect(self, files: Iterable[FileInfo]) -> Inspection:
+        """Compare with what lies there now, by size, mtime and inode (level quick; reads nothing).
+
+        A missing file is damage. A file with another size or mtime, or one that is not listed, was written since by the
+        trainer: it voids the manifest, and proves no damage. Another inode alone is a copy that kept its times.
+        """
+        present = {file.name: file for file in files}
+        missing = [entry.path for entry in self.files if entry.path not in present]
+        changed = [
+            entry.path
+            for entry in self.files
+            if (file := present.get(entry.path)) is not None
+            and (file.mtime_ns != entry.mtime_ns or file.size_bytes != entry.size_bytes)
+        ]
+        moved = any(present[entry.path].inode != entry.inode for entry in self.files if entry.path in present)
+        listed = {entry.path for entry in self.files}
+        extra = [name for name in present if name not in listed and name != MANIFEST_NAME]
+        return Inspection(tuple(missing), tuple(changed), tuple(extra), moved)
+
+
+class Inspection(NamedTuple):
+    """How the files of a part differ from its manifest."""
+
+    missing: tuple[str, ...]
+    changed: tuple[str, ...]
+    extra: tuple[str, ...]
+    moved: bool
+
+    @property
+    def void(self) -> bool:
+        """Whether the trainer has written since, so that the manifest says nothing of these files."""
+        return bool(self.changed or self.extra)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Damage: files that the manifest lists and that are gone, unless the trainer has saved since."""
+        if self.void:
+            return ()
+        return tuple(Finding(path, "listed in the manifest, and missing", Status.PARTIAL) for path in self.missing)
+
+    @property
+    def note(self) -> str:
+        """Why the manifest does not count, or empty."""
+        if self.void:
+            touched = (*self.changed, *self.extra)
+            more = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
+            return f"saved since by the trainer ({touched[0]}{more}): the manifest no longer counts"
+        return ""
+
+
+def check_name(name: str) -> str:
+    """`name` if it is safe to join to a folder on any machine, else ManifestError."""
+    if len(name) > MAX_NAME_CHARS or not _SAFE_NAME.fullmatch(name):
+        raise ManifestError(f"unsafe file name in a manifest: {name[:80]!r}", hint="Do not use this checkpoint.")
+    return name
+
+
+def parse(data: bytes) -> Manifest:
+    """The manifest in `data`. ManifestError for anything that is not one; unknown fields are ignored."""
+    document = _load(data)
+    if document.get("format") != FORMAT:
+        raise ManifestError(f"not a manifest: format is {document.get('format')!r:.60}, not {FORMAT!r}")
+    if document.get("version") != VERSION:
+        raise ManifestError(
+            f"manifest version {document.get('version')!r:.20}, and this ckptstore reads version {VERSION}",
+            hint="Upgrade ckptstore.",
+        )
+    if document.get("digest") != ALGORITHM:
+        raise ManifestError(f"digest algorithm {document.get('digest')!r:.40} is not known: {ALGORITHM} is")
+    chunk_bytes = _int(document, "chunk_bytes", low=4096, high=1 << 40)
+    entries = document.get("files")
+    if not isinstance(entries, list) or len(entries) > MAX_FILES:
+        raise ManifestError("manifest: `files` is not a list of at most a million entries")
+    files = tuple(_entry(entry, chunk_bytes) for entry in entries)
+    _refuse_aliases([file.path for file in files])
+    commit = _str(document, "commit")
+    if not _COMMIT.fullmatch(commit):
+        raise ManifestError("manifest: `commit` is not 32 hex digits")
+    return Manifest(
+        step=_int(document, "step", low=-1),
+        epoch=_int(document, "epoch", low=-1),
+        epoch_step=_int(document, "epoch_step", low=-1),
+        part=check_name(_str(document, "part")),
+        origin=_str(document, "origin"),
+        files=files,
+        chunk_bytes=chunk_bytes,
+        commit=commit,
+        created_at=_str(document, "created_at"),
+        source=_str(document, "source"),
+        tool=_str(document, "tool"),
+        metrics=_metrics(document.get("metrics", {})),
+    )
+
+
+def _load(data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_BYTES:
+        raise ManifestError(f"manifest of {len(data):,} bytes: more than {MAX_BYTES:,} are not read")
+    if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        raise ManifestError("manifest with too many entries")
+    try:
+        text = data.decode("ascii")
+        document = _FAST.decode(text)
+        # A repeated key leaves more `":` in the text than keys in the result; so does a quote inside a string, or a
+        # field that we don't know: then the slow parser, which sees every key, decides. It costs twice the time.
+        if text.count('":') != _count_keys(document):
+            document = _CAREFUL.decode(text)
+    except ManifestError:
+        raise
+    except RecursionError:
+        raise ManifestError("manifest nested too deeply") from None
+    except ValueError as error:
+        raise ManifestError(f"manifest is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ManifestError("manifest is not a JSON object")
+    return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ManifestError("manifest repeats a key")
+    return result
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ManifestError(f"manifest holds {text}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ManifestError(f"manifest holds a number out of range: {text[:40]}")
+    return value
+
+
+_FAST = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_CAREFUL = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+
+
+def _count_keys(document: Any) -> int:
+    """Keys of the objects that a manifest is made of; -1 where it is made of something else."""
+    try:
+        return len(document) + len(document["metrics"]) + sum(map(len, document["files"]))
+    except (TypeError, KeyError):
+        return -1
+
+
+def _entry(entry: Any, chunk_bytes: int) -> FileEntry:
+    # One flat pass: `list` parses ten thousand manifests, and a call per field doubled its time.
+    try:
+        path, size_bytes, mtime_ns, inode = entry["path"], entry["bytes"], entry["mtime_ns"], entry["inode"]
+        crc, raw = entry["crc"], entry["chunks"]
+    except (TypeError, KeyError) as error:
+        raise ManifestError(f"manifest: a file entry is incomplete: {error}") from None
+    if type(path) is not str or path == MANIFEST_NAME:
+        raise ManifestError(f"manifest: {path!r:.80} cannot be listed")
+    check_name(path)
+    if not (type(size_bytes) is type(mtime_ns) is type(inode) is int and min(size_bytes, mtime_ns, inode) >= 0):
+        raise ManifestError(f"manifest: size, mtime_ns or inode of {path!r} is not a whole number from 0")
+    if max(size_bytes, mtime_ns, inode) >= 1 << 63 and (size_bytes >= 1 << 63 or mtime_ns >= 1 << 63 or inode >= 1 << 64):
+        raise ManifestError(f"manifest: size, mtime_ns or inode of {path!r} is out of range")
+    expected = -(-size_bytes // chunk_bytes)
+    if expected > MAX_CHUNKS or type(raw) is not list or len(raw) != (expected if expected > 1 else 0):
+        raise ManifestError(f"manifest: {path!r} does not have the {expected} chunk digests of {size_bytes:,} bytes")
+    whole = _crc(crc)
+    chunks = tuple(map(_crc, raw)) if raw else ((whole,) if expected else ())
+    return FileEntry(path, size_bytes, mtime_ns, inode, whole, chunks)
+
+
+def _crc(value: Any) -> int:
+    if not isinstance(value, str) or not _CRC.fullmatch(value):
+        raise ManifestError(f"manifest: {value!r:.40} is not a CRC of 16 upper-case hex digits")
+    return int(value, 16)
+
+
+def _int(document: Mapping[str, Any], key: str, *, low: int = 0, high: int = (1 << 63) - 1) -> int:
+    value = document.get(key)
+    if type(value) is not int or not low <= value <= high:
+        raise ManifestError(f"manifest: `{key}` is {value!r:.40}, not an integer from {low} to {high}")
+    return value
+
+
+def _str(document: Mapping[str, Any], key: str) -> str:
+    value = document.get(key)
+    if not isinstance(value, str) or len(value) > 4096:
+        raise ManifestError(f"manifest: `{key}` is missing or not a short string")
+    return value
+
+
+def _metrics(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict) or not all(type(item) in (int, float) for item in value.values()):
+        raise ManifestError("manifest: `metrics` is not an object of numbers")
+    return {str(key): float(item) for key, item in value.items()}
+
+
+def _refuse_aliases(paths: list[str]) -> None:
+    """Two names that are one file on some file system (case, Unicode form) would overwrite each other there."""
+    if len({path.lower() if path.isascii() else unicodedata.normalize("NFC", path).casefold() for path in paths}) != len(paths):
+        raise ManifestError("manifest lists one file twice (names that differ only in case or Unicode form count as one)")

@@ -1,0 +1,150 @@
+"""The words of the house as frozen values: what a checkpoint is made of, and what is known about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+MANIFEST_NAME = "ckptstore.manifest.json"
+DRAFT_PREFIX = ".ckptstore.manifest."  #: of a manifest being written; a crash may leave one, it counts as nothing
+
+#: Reads `length` bytes of file `name` (relative to the part) from `offset`; a shorter answer means the file ends there.
+ReadAt = Callable[[str, int, int], bytes]
+
+
+class Status(StrEnum):
+    """What the evidence says of a checkpoint, worst last."""
+
+    COMMITTED = "COMMITTED"  #: a valid manifest describes exactly these files
+    COMPLETE = "COMPLETE"  #: the framework's own signs hold; no manifest vouches for the bytes
+    PARTIAL = "PARTIAL"  #: something is missing, unfinished or unreadable
+    CORRUPT = "CORRUPT"  #: bytes are provably wrong
+
+    @property
+    def usable(self) -> bool:
+        """Whether one may try to resume from it."""
+        return self in (Status.COMMITTED, Status.COMPLETE)
+
+
+_WORST_LAST = tuple(Status)
+
+
+def worst(statuses: Iterable[Status]) -> Status:
+    """The worst of `statuses`; PARTIAL for none, since a checkpoint without parts is unfinished."""
+    return max(statuses, key=_WORST_LAST.index, default=Status.PARTIAL)
+
+
+class Level(StrEnum):
+    """How hard `verify` looks; each level includes those before it."""
+
+    QUICK = "quick"  #: sizes and names
+    STRUCTURE = "structure"  #: what the file formats themselves prove
+    FULL = "full"  #: every digest
+
+
+class FileInfo(NamedTuple):
+    """One file of a part as the file system shows it. `name` is relative to the part, with `/` between folders."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    kind: str = "file"  #: file, symlink or other (fifo, device, socket); folders are not listed
+
+
+class Finding(NamedTuple):
+    """One thing wrong with one file (`path` relative to the part; empty when the part as a whole is meant)."""
+
+    path: str
+    problem: str
+    status: Status  #: what it makes of the checkpoint: PARTIAL or CORRUPT
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}" if self.path else self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tree of a checkpoint: AReaL keeps one per model (default, critic)."""
+
+    name: str
+    path: str  #: the folder, absolute
+    files: tuple[FileInfo, ...]
+    format: str  #: hf, hf-sharded, hf-bin, lora, hf+optim, dcp, mixed, empty or unknown
+    holds: tuple[str, ...]  #: of weights, optimizer, scheduler, rng, dataloader, tokenizer, config
+    status: Status
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()  #: worth knowing, harmless: "saved since by the trainer"
+    mtime_ns: int = 0  #: of the newest file, or of the folder when it is empty
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files but our manifest."""
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One step of one run."""
+
+    step: int  #: AReaL's globalstep, 0-based; its log says "Train step {step + 1}"; -1 when it cannot be known
+    epoch: int
+    epoch_step: int
+    kind: str  #: export (a folder of its own) or slot (the one that the trainer overwrites and resumes from)
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def log_step(self) -> int:
+        """The number in the trainer's log: "Train step N"."""
+        return self.step + 1
+
+    @property
+    def status(self) -> Status:
+        """The worst of the parts'."""
+        return worst(part.status for part in self.parts)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size_bytes for part in self.parts)
+
+    @property
+    def file_count(self) -> int:
+        """Files of all parts, our manifests not counted."""
+        return sum(len(part.files) for part in self.parts)
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """What every part holds, in the order of the first part."""
+        if not self.parts:
+            return ()
+        common = set.intersection(*(set(part.holds) for part in self.parts))
+        return tuple(item for item in self.parts[0].holds if item in common)
+
+    @property
+    def format(self) -> str:
+        """The parts' format, or `mixed`."""
+        formats = {part.format for part in self.parts}
+        return formats.pop() if len(formats) == 1 else "mixed" if formats else "empty"
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All parts' findings, each path led by its part's name."""
+        return tuple(
+            Finding(f"{part.name}/{finding.path}" if finding.path else part.name, finding.problem, finding.status)
+            for part in self.parts
+            for finding in part.findings
+        )
+
+    @property
+    def saved_at_s(self) -> float:
+        """Unix time of the newest file."""
+        return max((part.mtime_ns for part in self.parts), default=0) / 1e9
+
+    def age_s(self, now_s: float | None = None) -> float:
+        """Seconds since the newest file was written."""
+        return (time.time() if now_s is None else now_s) - self.saved_at_s

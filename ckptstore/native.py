@@ -1,0 +1,328 @@
+"""The C++ engine: copies and digests files at the speed of the disk, and the few system calls that Python lacks.
+
+The only importer of `_native`. Everything here is thread-safe and releases the GIL while it works. Files are named by
+relative POSIX paths below a root; links below the root are never followed. Sizes are bytes, times nanoseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+
+from ckptstore import _native
+from ckptstore.errors import (
+    CkptStoreError,
+    DigestMismatchError,
+    RefusedError,
+    SourceChangedError,
+    UsageError,
+    from_os_error,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+CHUNK_BYTES = 8 << 20
+ALGORITHM = "crc64nvme"
+
+Path = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+"""Called with (done_bytes, total_bytes) about ten times a second, in the calling thread. What it raises cancels."""
+
+_CHECK_INPUT = b"123456789"
+_CHECK_VALUE = 0xAE8B14860A799888
+_ALIGNMENT_BYTES = 4096
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+
+
+class Digest(NamedTuple):
+    """CRC-64/NVME of a file and of each of its chunks (the last may be short). An empty file has crc 0 and no chunks."""
+
+    crc: int
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpec:
+    """A file to read, and what is known of it. `mtime_ns` and `inode` 0: not checked.
+
+    `expected`: the CRCs of its chunks, checked while it is read.
+    """
+
+    name: str
+    size_bytes: int
+    mtime_ns: int = 0
+    inode: int = 0
+    expected: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOptions:
+    """How to copy; 0 means chosen by the engine.
+
+    `strategy` is what to try first: what the file system refuses falls back, and the result tells. `durable`: everything
+    is on the disk before the return. `verify_after_write`: read everything again from the disk, and compare. `nice`
+    lowers the priority of the worker threads alone. `resume`: destination files may be there already; what is right in
+    them (by `expected`, else by comparing with the source) is kept, so it also serves to update an older copy.
+    """
+
+    threads: int = 0
+    block_bytes: int = 0
+    chunk_bytes: int = CHUNK_BYTES
+    strategy: Literal["auto", "clone", "direct", "warm", "buffered"] = "auto"
+    durable: bool = True
+    verify_after_write: bool = False
+    nice: int = 0
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class CopyResult:
+    """What a copy did. `strategies`: how many bytes travelled each way, only those that were used."""
+
+    digests: dict[str, Digest]
+    bytes_copied: int
+    bytes_reused: int
+    seconds: float
+    strategies: dict[str, int] = field(default_factory=dict)
+
+
+class Entry(NamedTuple):
+    """One name in a folder, as lstat sees it. `mode` includes the file type (see the module `stat`)."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    mode: int
+    uid: int
+
+
+class Folder(NamedTuple):
+    """What a folder holds, in no order. `error`: the errno if it could not be read (entirely), else 0."""
+
+    error: int
+    entries: list[Entry]
+
+
+def copy_files(
+    source: Path,
+    destination: Path,
+    files: Sequence[FileSpec],
+    *,
+    options: CopyOptions | None = None,
+    progress: Progress | None = None,
+) -> CopyResult:
+    """Copy files from below one folder to below another: one read, digested on the way, one write.
+
+    Both folders must exist. Files are made 0600 and must not be there unless `resume`; sub-folders are made 0700; times of
+    change are kept. Ctrl-C and an exception of `progress` stop it within moments. On any failure what was written stays:
+    the destination is the caller's stage.
+
+    Raises DigestMismatchError, SourceChangedError, RefusedError (links, pipes, devices), NoSpaceError, AccessError,
+    NotFoundError, AlreadyExistsError, StorageError, MemoryError.
+    """
+    options = options or CopyOptions()
+    _check_chunks(options.chunk_bytes)
+    if options.strategy not in _native.STRATEGIES:
+        raise UsageError(f"no copy strategy {options.strategy!r}; there are {', '.join(_native.STRATEGIES)}")
+    if min(options.threads, options.block_bytes, options.nice) < 0:
+        raise UsageError("threads, block_bytes and nice must not be negative")
+    specs = [_plain(spec, options.chunk_bytes) for spec in _unique(files)]
+    start = time.monotonic()
+    try:
+        digests, copied, reused, by_strategy = _native.copy_files(
+            os.fsencode(source),
+            os.fsencode(destination),
+            specs,
+            threads=options.threads,
+            block_bytes=_whole_pages(options.block_bytes),
+            chunk_bytes=options.chunk_bytes,
+            strategy=_native.STRATEGIES.index(options.strategy),
+            durable=options.durable,
+            verify_after_write=options.verify_after_write,
+            nice=options.nice,
+            resume=options.resume,
+            progress=progress,
+        )
+    except _native.NativeError as error:
+        raise _error_of(*error.args) from None
+    return CopyResult(
+        digests={spec.name: Digest(*digest) for spec, digest in zip(files, digests, strict=True)},
+        bytes_copied=copied,
+        bytes_reused=reused,
+        seconds=time.monotonic() - start,
+        strategies={name: size for name, size in zip(_native.STRATEGIES, by_strategy, strict=False) if size},
+    )
+
+
+def digest_files(
+    root: Path,
+    files: Sequence[FileSpec],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    threads: int = 0,
+    direct: bool = False,
+    nice: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Digest | CkptStoreError]:
+    """Digest files below a folder; where one fails, its error stands in the result and the others go on.
+
+    With `expected`, a file that differs yields a DigestMismatchError at its first different chunk. `direct` reads the
+    disk rather than the page cache. Raises only what is not about one file: a missing root, MemoryError, Ctrl-C.
+    """
+    _check_chunks(chunk_bytes)
+    specs = [_plain(spec, chunk_bytes) for spec in _unique(files)]
+    try:
+        outcomes = _native.digest_files(
+            os.fsencode(root),
+            specs,
+            threads=threads,
+            chunk_bytes=chunk_bytes,
+            direct=direct,
+            nice=nice,
+            progress=progress,
+        )
+    except _native.NativeError as error:
+        raise _error_of(*error.args) from None
+    return {
+        spec.name: Digest(*outcome) if len(outcome) == 2 else _error_of(*outcome)
+        for spec, outcome in zip(files, outcomes, strict=True)
+    }
+
+
+def scan_tree(root: Path, *, max_depth: int = 4, threads: int = 0) -> dict[str, Folder]:
+    """List `root` and the folders below it, `max_depth` levels down (0: the root alone), with what lstat says.
+
+    Keys are paths relative to the root, "" for the root itself. Links are listed and never followed; a folder that cannot
+    be read has its errno. Names that vanish meanwhile are left out. Raises NotFoundError or AccessError for the root.
+    """
+    try:
+        return _native.scan_tree(os.fsencode(root), max_depth=max_depth, threads=threads, folder_type=Folder, entry_type=Entry)
+    except _native.NativeError as error:
+        raise _error_of(*error.args) from None
+
+
+def crc64(data: Buffer, value: int = 0, *, implementation: str = "auto") -> int:
+    """CRC-64/NVME of `data` (any contiguous buffer) after bytes whose CRC is `value`.
+
+    `implementation`: one of `implementations()`, for tests; ValueError for one that this processor lacks.
+    """
+    return _native.crc64(data, value, implementation)
+
+
+def crc64_combine(a: int, b: int, b_bytes: int) -> int:
+    """CRC-64/NVME of A followed by B, from both CRCs and the length of B."""
+    return _native.crc64_combine(a, b, b_bytes)
+
+
+def implementations() -> list[str]:
+    """Return the CRC implementations usable on this processor, fastest first."""
+    return _native.implementations()
+
+
+def self_check() -> None:
+    """Compute the published check value with every usable implementation; RuntimeError where one differs."""
+    text = _CHECK_INPUT * 512  # long enough for the widest folding loop
+    wanted = _native.crc64(text, 0, "portable")
+    for name in implementations():
+        if _native.crc64(_CHECK_INPUT, 0, name) != _CHECK_VALUE or _native.crc64(text, 0, name) != wanted:
+            raise RuntimeError(f"the CRC-64/NVME implementation {name} is wrong on this processor")
+
+
+def rename_exchange(a: Path, b: Path) -> None:
+    """Swap two names atomically. Plain OSError: EINVAL or ENOSYS where the file system cannot."""
+    _rename(a, b, _RENAME_EXCHANGE)
+
+
+def rename_noreplace(a: Path, b: Path) -> None:
+    """Rename `a` to `b`, which must not exist. Plain OSError: EEXIST; EINVAL or ENOSYS where it cannot."""
+    _rename(a, b, _RENAME_NOREPLACE)
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or a folder's names, durable. Plain OSError, which is final: never retry an fsync."""
+    try:
+        _native.sync_path(os.fsencode(path))
+    except _native.NativeError as error:
+        _raise_os_error(error)
+
+
+def supports_direct(folder: Path) -> bool:
+    """Whether files in this folder take O_DIRECT, by trying it on a scratch file. Plain OSError if it can't be made."""
+    try:
+        return _native.supports_direct(os.fsencode(folder))
+    except _native.NativeError as error:
+        _raise_os_error(error)
+
+
+def _rename(a: Path, b: Path, flags: int) -> None:
+    try:
+        _native.rename_with(os.fsencode(a), os.fsencode(b), flags)
+    except _native.NativeError as error:
+        _raise_os_error(error, os.fspath(b))
+
+
+def _raise_os_error(error: _native.NativeError, other: str | None = None) -> NoReturn:
+    _, _, path, number = error.args
+    raise OSError(number, os.strerror(number), os.fsdecode(path), None, other) from None
+
+
+def _error_of(kind: str, what: str, path: bytes, number: int) -> CkptStoreError:
+    name = os.fsdecode(path)
+    match kind:
+        case "mismatch":
+            return DigestMismatchError(
+                f"{name}: the bytes from {number} on are not those that the digest was made of",
+                path=name,
+                offset_bytes=number,
+                hint="Use another checkpoint, or repair this one from a replica.",
+            )
+        case "read back":
+            return DigestMismatchError(
+                f"{name}: the disk gives back other bytes than were written, from {number} on",
+                path=name,
+                offset_bytes=number,
+                hint="The destination's disk or memory is failing: use another one.",
+            )
+        case "changed":
+            return SourceChangedError(f"{name} {what}", path=name, hint="Let the trainer finish its save, then try again.")
+        case "refused":
+            return RefusedError(f"{name} {what}")
+        case _:
+            return from_os_error(OSError(number, os.strerror(number)), doing=what, path=name)
+
+
+def _check_chunks(chunk_bytes: int) -> None:
+    if chunk_bytes <= 0 or chunk_bytes % _ALIGNMENT_BYTES:
+        raise UsageError(f"chunk_bytes must be a positive multiple of {_ALIGNMENT_BYTES}, not {chunk_bytes}")
+
+
+def _whole_pages(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _unique(files: Sequence[FileSpec]) -> Iterable[FileSpec]:
+    seen = set()
+    for spec in files:
+        if spec.name in seen:
+            raise UsageError(f"{spec.name!r} is named twice")
+        seen.add(spec.name)
+        yield spec
+
+
+def _plain(spec: FileSpec, chunk_bytes: int) -> tuple[bytes, int, int, int, Sequence[int] | None]:
+    name = spec.name
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise UsageError(f"not a relative path of a file below the root: {name!r}")
+    if spec.size_bytes < 0:
+        raise UsageError(f"{name!r} has a negative size")
+    if spec.expected is not None and len(spec.expected) != -(-spec.size_bytes // chunk_bytes):
+        raise UsageError(
+            f"{name!r}: {len(spec.expected)} chunk digests do not cover {spec.size_bytes} bytes in chunks of {chunk_bytes}"
+        )
+    return os.fsencode(name), spec.size_bytes, spec.mtime_ns, spec.inode, spec.expected

@@ -1,0 +1,53 @@
+"""Is the trainer of a run still at work? Two signs: its files change, or a process names it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+from ckptstore.frameworks.areal.layout import RunRef
+from ckptstore.listing import Listing
+
+RECENT_S = 120.0
+_TRAINERS = ("python", "torchrun", "accelerate", "deepspeed", "ray")
+
+
+def signs_of_life(listing: Listing, *, now_s: float | None = None) -> list[str]:
+    """Why the trainer seems to be running; empty when nothing says so."""
+    now_s = time.time() if now_s is None else now_s
+    signs = []
+    for path, mtime_s in ((listing.newest_file, listing.newest_mtime_ns / 1e9), _newest_log(listing.run)):
+        if path and 0 <= now_s - mtime_s < RECENT_S:
+            signs.append(f"{path} was written {now_s - mtime_s:.0f} s ago")
+    signs.extend(f"process {pid} names this run: {command}" for pid, command in _processes(listing.run))
+    return signs
+
+
+def _newest_log(run: RunRef) -> tuple[str, float]:
+    newest: tuple[str, float] = ("", 0.0)
+    try:
+        with os.scandir(run.logs or "/nonexistent") as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False) and (mtime_s := entry.stat().st_mtime) > newest[1]:
+                    newest = (entry.path, mtime_s)
+    except OSError:
+        return "", 0.0
+    return newest
+
+
+def _processes(run: RunRef) -> Iterator[tuple[int, str]]:
+    """Python processes whose command line names the run, but not ours."""
+    names = {f"trial_name={run.trial}", f"experiment_name={run.experiment}"}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) in (os.getpid(), os.getppid()):
+            continue
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                words = file.read(1 << 16).decode(errors="replace").split("\0")
+        except OSError:
+            continue  # it has ended, or it is another user's
+        if not os.path.basename(words[0]).startswith(_TRAINERS) or any("ckptstore" in word for word in words[:4]):
+            continue
+        if names <= set(words) or any(run.path in word for word in words):
+            yield int(pid), " ".join(filter(None, words))[:120]

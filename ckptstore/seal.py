@@ -1,0 +1,65 @@
+"""Seal: write a manifest for a checkpoint that a trainer wrote without us. The files themselves are not touched."""
+
+from __future__ import annotations
+
+import os
+
+import ckptstore
+from ckptstore import native
+from ckptstore.backends.base import Backend
+from ckptstore.commit import write_manifest
+from ckptstore.errors import CkptStoreError, IntegrityError, SourceChangedError
+from ckptstore.listing import find_manifest, folder_of
+from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.model import Checkpoint, Part, Status
+from ckptstore.verify import check_part_structure
+
+
+def seal(backend: Backend, checkpoint: Checkpoint, *, progress: native.Progress | None = None) -> list[Manifest]:
+    """Digest every file and write one manifest a part. Parts that a valid manifest describes keep theirs.
+
+    IntegrityError for a checkpoint that is not whole: a manifest would vouch for damage.
+    SourceChangedError when a file is written meanwhile: nothing is sealed then.
+    """
+    if not checkpoint.status.usable:
+        reasons = "; ".join(map(str, checkpoint.findings[:3]))
+        raise IntegrityError(
+            f"step {checkpoint.step} is {checkpoint.status}: {reasons}",
+            hint="Only whole checkpoints are sealed.",
+        )
+    return [_seal_part(backend, checkpoint, part, progress) for part in checkpoint.parts]
+
+
+def _seal_part(backend: Backend, checkpoint: Checkpoint, part: Part, progress: native.Progress | None) -> Manifest:
+    if part.status is Status.COMMITTED and (existing := find_manifest(backend, folder_of(backend, part))):
+        return existing
+    if findings := check_part_structure(backend, part):
+        raise IntegrityError(f"step {checkpoint.step}, {part.name}/{findings[0]}", hint="Only whole checkpoints are sealed.")
+    specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in part.files]
+    digests = {}
+    for name, result in native.digest_files(part.path, specs, progress=progress).items():
+        if isinstance(result, CkptStoreError):
+            raise result
+        digests[name] = result
+    manifest = Manifest(
+        step=checkpoint.step,
+        epoch=checkpoint.epoch,
+        epoch_step=checkpoint.epoch_step,
+        part=part.name,
+        origin="seal",
+        files=tuple(
+            FileEntry(file.name, file.size_bytes, file.mtime_ns, file.inode, *digests[file.name]) for file in part.files
+        ),
+        chunk_bytes=native.CHUNK_BYTES,
+        tool=f"ckptstore {ckptstore.__version__}",
+    )
+    for file in part.files:  # between the digest and here the trainer may have begun to write again
+        info = os.stat(os.path.join(part.path, file.name), follow_symlinks=False)
+        if (info.st_size, info.st_mtime_ns, info.st_ino) != (file.size_bytes, file.mtime_ns, file.inode):
+            raise SourceChangedError(
+                f"{part.path}/{file.name} was written while it was sealed",
+                path=file.name,
+                hint="Wait until the trainer has saved, then seal again.",
+            )
+    write_manifest(part.path, manifest, model=os.stat(os.path.join(part.path, part.files[0].name)))
+    return manifest

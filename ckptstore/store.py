@@ -1,0 +1,118 @@
+"""CheckpointStore: one run's checkpoints from Python, the same as the command line. No algorithm of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ckptstore import commit, native, recovery
+from ckptstore.backends import open_backend
+from ckptstore.errors import AlreadyExistsError, IntegrityError, NotFoundError, from_os_error
+from ckptstore.listing import Listing, find_manifest, folder_of, scan
+from ckptstore.manifest import Manifest
+from ckptstore.model import Checkpoint, Level
+from ckptstore.recovery import Options, Outcome, ResumePoint, Selection
+from ckptstore.seal import seal
+from ckptstore.verify import Report, verify
+
+
+class CheckpointStore:
+    """The checkpoints of one run, given by its folder (AReaL: `{fileroot}/checkpoints/{user}/{experiment}/{trial}`).
+
+    Every call looks at the disk anew; nothing is cached. Thread-safe. All errors are subclasses of CkptStoreError.
+
+    >>> store = CheckpointStore("/workspace/outputs/grpo/checkpoints/root/gsm8k-grpo/trial0")   # doctest: +SKIP
+    >>> store.resume_point(max_step=187).checkpoint.step                                        # doctest: +SKIP
+    187
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.backend = open_backend(location)
+
+    def __repr__(self) -> str:
+        return f"CheckpointStore({self.backend.location!r})"
+
+    def scan(self) -> Listing:
+        """Everything known about the run: checkpoints, slot, recover_info, notes. NotFoundError when it is missing."""
+        return scan(self.backend)
+
+    def list(self) -> Sequence[Checkpoint]:
+        """All checkpoints by step, the recover slot not among them (it is `scan().slot`). Level quick."""
+        return self.scan().checkpoints
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return iter(self.list())
+
+    def get(self, step: int) -> Checkpoint:
+        """The checkpoint of a global step. NotFoundError names the steps that exist."""
+        listing = self.scan()
+        found = listing.at_step(step)
+        if not found:
+            steps = [checkpoint.step for checkpoint in listing.checkpoints]
+            raise NotFoundError(f"no checkpoint of step {step} in {self.backend.location}", hint=f"There are {steps[-20:]}.")
+        return found[-1]
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that is COMMITTED or COMPLETE, None without one. `resume_point` looks harder."""
+        return next((checkpoint for checkpoint in reversed(self.list()) if checkpoint.status.usable), None)
+
+    def verify(self, step: int, level: Level | str = Level.FULL, *, progress: native.Progress | None = None) -> Report:
+        """Verify one checkpoint. Damage is in the report; only a failing medium raises."""
+        return verify(self.backend, self.get(step), Level(level), progress=progress)
+
+    def seal(self, step: int, *, progress: native.Progress | None = None) -> Sequence[Manifest]:
+        """Write a manifest for what the trainer wrote. IntegrityError for a checkpoint that is not whole."""
+        return seal(self.backend, self.get(step), progress=progress)
+
+    def resume_point(self, *, before_step: int | None = None, max_step: int | None = None) -> ResumePoint:
+        """The newest checkpoint that passes level structure, those skipped and why. NothingToResumeError without one."""
+        return recovery.resume_point(self.backend, self.scan(), Selection(before_step=before_step, max_step=max_step))
+
+    def setup(
+        self,
+        selection: Selection | None = None,
+        options: Options | None = None,
+        *,
+        notify: recovery.Notify | None = None,
+    ) -> Outcome:
+        """Make a checkpoint the one that the trainer resumes from: see recovery.setup."""
+        return recovery.setup(self.backend, selection or Selection(), options or Options(), notify=notify)
+
+    def restore(
+        self, step: int, destination: str | Path, *, progress: native.Progress | None = None
+    ) -> dict[str, native.CopyResult]:
+        """Copy a checkpoint to a new folder, one sub-folder a part, digests checked in the same read; durable.
+
+        AlreadyExistsError for a destination that exists: nothing is overwritten. DigestMismatchError for damage; the
+        destination appears under its name only when all of it is right.
+        """
+        target = os.path.abspath(destination)
+        if os.path.lexists(target):
+            raise AlreadyExistsError(f"{target} exists already", hint="Name a new folder.")
+        checkpoint = self.get(step)
+        if not checkpoint.status.usable:
+            raise IntegrityError(f"step {step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}")
+        draft = f"{target}.ckptstore-{os.getpid()}"
+        results = {}
+        try:
+            os.makedirs(draft, mode=0o700)
+            for part in checkpoint.parts:
+                folder = os.path.join(draft, part.name)
+                os.mkdir(folder, 0o700)
+                recorded = find_manifest(self.backend, folder_of(self.backend, part))
+                valid = recorded is not None and not recorded.inspect(part.files).void
+                expected = {entry.path: entry.chunks for entry in recorded.files} if recorded and valid else {}
+                specs = [
+                    native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode, expected.get(file.name))
+                    for file in part.files
+                ]
+                results[part.name] = native.copy_files(part.path, folder, specs, progress=progress)
+            commit.sync_folder(draft)
+            native.rename_noreplace(draft, target)
+            commit.sync_folder(os.path.dirname(target))
+        except OSError as error:
+            raise from_os_error(error, doing="restoring to", path=target) from error
+        finally:
+            commit.remove_tree(draft)
+        return results

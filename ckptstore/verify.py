@@ -1,0 +1,142 @@
+"""Verify a checkpoint at three levels. Damage is reported, never raised; only the medium's own failures raise.
+
+quick      names and sizes: what `list` shows
+structure  what the file formats prove: headers, offsets, shards against their index, DCP metadata against its shards
+full       every byte read; its digests compared where a manifest records them. Without a manifest `full` proves the
+           structure and that all bytes can be read, not that they are the bytes that were written; the report says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+from ckptstore import native
+from ckptstore.backends.base import Backend
+from ckptstore.errors import CkptStoreError, DigestMismatchError, NotFoundError, SourceChangedError
+from ckptstore.formats import check_structure
+from ckptstore.listing import find_manifest, folder_of, reader
+from ckptstore.manifest import Manifest
+from ckptstore.model import Checkpoint, Finding, Level, Part, Status, worst
+
+UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What verification found. `checkpoint` carries the findings and the status that they lead to."""
+
+    checkpoint: Checkpoint
+    level: Level
+    bytes_read: int
+    seconds: float
+    manifest_sha256: tuple[str, ...] = ()  #: one per part that a manifest vouches for: pin these out of band
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong, as far as this level sees."""
+        return self.checkpoint.status.usable
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything that is wrong."""
+        return self.checkpoint.findings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Worth knowing, harmless."""
+        return (*self.checkpoint.notes, *(note for part in self.checkpoint.parts for note in part.notes))
+
+
+def verify(
+    backend: Backend,
+    checkpoint: Checkpoint,
+    level: Level = Level.STRUCTURE,
+    *,
+    progress: native.Progress | None = None,
+) -> Report:
+    """Verify one checkpoint of the run that `backend` is rooted at. Thread-safe; reads only."""
+    started = time.monotonic()
+    bytes_read = 0
+    parts = []
+    pins = []
+    for part in checkpoint.parts:
+        manifest = find_manifest(backend, folder_of(backend, part))
+        if level is not Level.QUICK:
+            part = _worsen(part, check_part_structure(backend, part))
+        if level is Level.FULL:
+            part = check_digests(part, manifest, progress=progress)
+            bytes_read += part.size_bytes
+        if manifest is not None and part.status is Status.COMMITTED:
+            pins.append(manifest.sha256)
+        parts.append(part)
+    checked = dataclasses.replace(checkpoint, parts=tuple(parts))
+    return Report(checked, level, bytes_read, time.monotonic() - started, tuple(pins))
+
+
+def check_part_structure(backend: Backend, part: Part) -> list[Finding]:
+    """What the formats of the part's files prove to be wrong. A file that went away meanwhile is a finding."""
+    files = {file.name: file for file in part.files}
+    try:
+        return check_structure(reader(backend, part), files)
+    except NotFoundError as error:
+        return [Finding("", f"changed while it was read: {error}", Status.PARTIAL)]
+    except CkptStoreError as error:
+        return [Finding("", f"cannot be read: {error}", Status.PARTIAL)]
+
+
+def check_digests(part: Part, manifest: Manifest | None, *, progress: native.Progress | None = None) -> Part:
+    """Read all of a local part and compare with its manifest, as far as that still counts."""
+    expected = {entry.path: entry for entry in manifest.files} if manifest else {}
+    void = manifest is not None and manifest.inspect(part.files).void
+    specs = [
+        native.FileSpec(
+            file.name,
+            file.size_bytes,
+            file.mtime_ns,
+            file.inode,
+            entry.chunks if (entry := expected.get(file.name)) and entry.size_bytes == file.size_bytes else None,
+        )
+        for file in part.files
+        if file.kind == "file"
+    ]
+    chunk_bytes = manifest.chunk_bytes if manifest else native.CHUNK_BYTES
+    results = native.digest_files(part.path, specs, chunk_bytes=chunk_bytes, progress=progress)
+    findings = [
+        _finding(name, result)
+        for name, result in results.items()
+        if isinstance(result, CkptStoreError) and not (void and isinstance(result, DigestMismatchError))
+    ]
+    notes = part.notes
+    if manifest is None:
+        notes = (*notes, UNSEALED)
+    elif void and not any(isinstance(result, CkptStoreError) for result in results.values()):
+        if {spec.name for spec in specs} == expected.keys():
+            notes = (
+                *notes,
+                "its times changed, its bytes did not: all digests of the manifest match (seal it again)",
+            )
+        else:
+            notes = (*notes, UNSEALED)
+    return _worsen(dataclasses.replace(part, notes=notes), findings)
+
+
+def _finding(name: str, error: CkptStoreError) -> Finding:
+    if isinstance(error, DigestMismatchError):
+        return Finding(
+            name,
+            f"digest differs from the manifest in the chunk at byte {error.offset_bytes:,}",
+            Status.CORRUPT,
+        )
+    if isinstance(error, SourceChangedError):
+        return Finding(name, "was written while it was read", Status.PARTIAL)
+    return Finding(name, f"cannot be read: {error}", Status.PARTIAL)
+
+
+def _worsen(part: Part, findings: list[Finding]) -> Part:
+    known = set(part.findings)
+    new = tuple(finding for finding in findings if finding not in known)
+    return dataclasses.replace(
+        part, findings=part.findings + new, status=worst([part.status, *(finding.status for finding in new)])
+    )

@@ -1,0 +1,277 @@
+#include "crc64.h"
+
+#include <array>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace ckptstore {
+namespace {
+
+// --- Arithmetic modulo the polynomial. Bit i of a word is the coefficient of x^(63 - i). --------------------------
+
+constexpr std::uint64_t kPolynomial = 0xAD93D23594C93659;  // without its x^64
+constexpr std::uint64_t kOne = std::uint64_t{1} << 63;     // the polynomial 1
+
+constexpr std::uint64_t reflect(std::uint64_t word) {
+  std::uint64_t result = 0;
+  for (int bit = 0; bit < 64; ++bit) result |= (word >> bit & 1) << (63 - bit);
+  return result;
+}
+constexpr std::uint64_t kReflected = reflect(kPolynomial);
+
+constexpr std::uint64_t times_x(std::uint64_t a) { return a >> 1 ^ (a & 1 ? kReflected : 0); }
+
+constexpr std::uint64_t multiply(std::uint64_t a, std::uint64_t b) {
+  std::uint64_t product = 0;
+  for (; a != 0; a <<= 1) {  // from the constant term up
+    if (a & kOne) product ^= b;
+    b = times_x(b);
+  }
+  return product;
+}
+
+struct Powers {
+  std::array<std::uint64_t, 67> value{};  // value[k] = x^(2^k): enough for 2^64 bytes
+  constexpr Powers() {
+    value[0] = times_x(kOne);
+    for (std::size_t k = 1; k < value.size(); ++k) value[k] = multiply(value[k - 1], value[k - 1]);
+  }
+};
+constexpr Powers kPowers;
+
+constexpr std::uint64_t power_of_x(std::uint64_t exponent) {
+  std::uint64_t result = kOne;
+  for (std::size_t k = 0; exponent != 0; ++k, exponent >>= 1) {
+    if (exponent & 1) result = multiply(kPowers.value[k], result);
+  }
+  return result;
+}
+
+// --- Portable: sixteen tables, sixteen bytes a step ---------------------------------------------------------------
+
+constexpr std::size_t kTables = 16;
+
+struct Tables {
+  std::uint64_t entry[kTables][256]{};  // entry[t][b]: the byte b followed by t zero bytes
+  constexpr Tables() {
+    for (std::size_t byte = 0; byte < 256; ++byte) {
+      std::uint64_t state = byte;
+      for (int bit = 0; bit < 8; ++bit) state = times_x(state);
+      entry[0][byte] = state;
+    }
+    for (std::size_t t = 1; t < kTables; ++t) {
+      for (std::size_t byte = 0; byte < 256; ++byte) {
+        const std::uint64_t before = entry[t - 1][byte];
+        entry[t][byte] = before >> 8 ^ entry[0][before & 0xFF];
+      }
+    }
+  }
+};
+constexpr Tables kTable;
+
+inline std::uint64_t little_endian(const unsigned char* from) {
+  std::uint64_t word;
+  std::memcpy(&word, from, sizeof word);
+  if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) word = __builtin_bswap64(word);
+  return word;
+}
+
+/// The register after `bytes` more bytes; neither inverted before nor after.
+std::uint64_t update_by_table(std::uint64_t state, const unsigned char* cursor, std::size_t bytes) {
+  for (; bytes >= kTables; bytes -= kTables, cursor += kTables) {
+    const std::uint64_t first = state ^ little_endian(cursor);
+    const std::uint64_t second = little_endian(cursor + 8);
+    state = 0;
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < 8; ++i) {
+      state ^= kTable.entry[15 - i][first >> (8 * i) & 0xFF] ^
+               kTable.entry[7 - i][second >> (8 * i) & 0xFF];
+    }
+  }
+  for (; bytes != 0; --bytes, ++cursor) {
+    state = state >> 8 ^ kTable.entry[0][(state ^ *cursor) & 0xFF];
+  }
+  return state;
+}
+
+std::uint64_t portable(std::uint64_t value, const void* data, std::size_t bytes) {
+  return ~update_by_table(~value, static_cast<const unsigned char*>(data), bytes);
+}
+
+// --- Folding by carry-less multiplication -------------------------------------------------------------------------
+
+// Moving a block of 128 bits d bits on takes x^(d + 64) for its low (earlier) half and x^d for its high half. One x less
+// in each: a carry-less product of two reflected words comes out one bit low, that is, times x.
+struct Multipliers {
+  std::uint64_t low, high;
+};
+template <std::size_t kDistanceBytes>
+constexpr Multipliers kMultipliers{power_of_x(8 * kDistanceBytes + 63),
+                                   power_of_x(8 * kDistanceBytes - 1)};
+
+constexpr Multipliers multipliers_for(std::size_t distance_bytes) {
+  switch (distance_bytes) {  // a vector, and eight vectors, of each width
+    case 16: return kMultipliers<16>;
+    case 32: return kMultipliers<32>;
+    case 64: return kMultipliers<64>;
+    case 128: return kMultipliers<128>;
+    case 256: return kMultipliers<256>;
+    default: return kMultipliers<512>;
+  }
+}
+
+#if defined(__x86_64__)
+
+#pragma GCC push_options
+#pragma GCC target("sse4.1,pclmul")
+namespace pclmul {
+using Vector = __m128i;
+inline constexpr std::size_t kVectorBytes = 16;
+inline Vector load(const unsigned char* from) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
+inline void store(unsigned char* to, Vector v) { _mm_store_si128(reinterpret_cast<__m128i*>(to), v); }
+inline Vector zero_extend(std::uint64_t word) { return _mm_cvtsi64_si128(static_cast<long long>(word)); }
+inline Vector exclusive_or(Vector a, Vector b) { return _mm_xor_si128(a, b); }
+inline Vector multipliers(std::size_t distance_bytes) {
+  const Multipliers m = multipliers_for(distance_bytes);
+  return _mm_set_epi64x(static_cast<long long>(m.high), static_cast<long long>(m.low));
+}
+inline Vector fold(Vector a, Vector m, Vector b) {
+  return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(a, m, 0x00), b),
+                       _mm_clmulepi64_si128(a, m, 0x11));
+}
+#include "crc64_fold.inc"
+}  // namespace pclmul
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,vpclmulqdq")
+namespace vpclmul_avx2 {
+using Vector = __m256i;
+inline constexpr std::size_t kVectorBytes = 32;
+inline Vector load(const unsigned char* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+inline void store(unsigned char* to, Vector v) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
+}
+inline Vector zero_extend(std::uint64_t word) {
+  return _mm256_set_epi64x(0, 0, 0, static_cast<long long>(word));
+}
+inline Vector exclusive_or(Vector a, Vector b) { return _mm256_xor_si256(a, b); }
+inline Vector multipliers(std::size_t distance_bytes) {
+  const Multipliers m = multipliers_for(distance_bytes);
+  return _mm256_broadcastsi128_si256(
+      _mm_set_epi64x(static_cast<long long>(m.high), static_cast<long long>(m.low)));
+}
+inline Vector fold(Vector a, Vector m, Vector b) {
+  return _mm256_xor_si256(_mm256_xor_si256(_mm256_clmulepi64_epi128(a, m, 0x00), b),
+                          _mm256_clmulepi64_epi128(a, m, 0x11));
+}
+#include "crc64_fold.inc"
+}  // namespace vpclmul_avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,vpclmulqdq")
+namespace vpclmul_avx512 {
+using Vector = __m512i;
+inline constexpr std::size_t kVectorBytes = 64;
+inline Vector load(const unsigned char* from) { return _mm512_loadu_si512(from); }
+inline void store(unsigned char* to, Vector v) { _mm512_store_si512(to, v); }
+inline Vector zero_extend(std::uint64_t word) {
+  return _mm512_set_epi64(0, 0, 0, 0, 0, 0, 0, static_cast<long long>(word));
+}
+inline Vector exclusive_or(Vector a, Vector b) { return _mm512_xor_si512(a, b); }
+inline Vector multipliers(std::size_t distance_bytes) {
+  const Multipliers m = multipliers_for(distance_bytes);
+  const auto low = static_cast<long long>(m.low);
+  const auto high = static_cast<long long>(m.high);
+  return _mm512_set_epi64(high, low, high, low, high, low, high, low);
+}
+inline Vector fold(Vector a, Vector m, Vector b) {
+  constexpr int kXorOfThree = 0x96;
+  return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(a, m, 0x00), b,
+                                   _mm512_clmulepi64_epi128(a, m, 0x11), kXorOfThree);
+}
+#include "crc64_fold.inc"
+}  // namespace vpclmul_avx512
+#pragma GCC pop_options
+
+#elif defined(__aarch64__)
+
+#pragma GCC push_options
+#pragma GCC target("+crypto")
+namespace pmull {
+using Vector = poly64x2_t;
+inline constexpr std::size_t kVectorBytes = 16;
+inline Vector load(const unsigned char* from) { return vreinterpretq_p64_u8(vld1q_u8(from)); }
+inline void store(unsigned char* to, Vector v) { vst1q_u8(to, vreinterpretq_u8_p64(v)); }
+inline Vector zero_extend(std::uint64_t word) {
+  return vreinterpretq_p64_u64(vcombine_u64(vcreate_u64(word), vcreate_u64(0)));
+}
+inline Vector exclusive_or(Vector a, Vector b) {
+  return vreinterpretq_p64_u64(veorq_u64(vreinterpretq_u64_p64(a), vreinterpretq_u64_p64(b)));
+}
+inline Vector multipliers(std::size_t distance_bytes) {
+  const Multipliers m = multipliers_for(distance_bytes);
+  return vreinterpretq_p64_u64(vcombine_u64(vcreate_u64(m.low), vcreate_u64(m.high)));
+}
+inline Vector fold(Vector a, Vector m, Vector b) {
+  const auto low = vmull_p64(vgetq_lane_p64(a, 0), vgetq_lane_p64(m, 0));
+  const auto high = vmull_high_p64(a, m);
+  return exclusive_or(exclusive_or(vreinterpretq_p64_p128(low), b), vreinterpretq_p64_p128(high));
+}
+#include "crc64_fold.inc"
+}  // namespace pmull
+#pragma GCC pop_options
+
+#endif
+
+}  // namespace
+
+std::vector<Crc64Implementation> usable_implementations() {
+  std::vector<Crc64Implementation> usable;
+#if defined(__x86_64__)
+  // These builtins ask cpuid and, for the wide registers, XGETBV: the operating system must save them too.
+  __builtin_cpu_init();
+  const bool wide = __builtin_cpu_supports("vpclmulqdq") != 0;
+  if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {
+    usable.push_back({"vpclmulqdq-avx512", vpclmul_avx512::compute});
+  }
+  if (wide && __builtin_cpu_supports("avx2")) {
+    usable.push_back({"vpclmulqdq-avx2", vpclmul_avx2::compute});
+  }
+  if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
+    usable.push_back({"pclmulqdq", pclmul::compute});
+  }
+#elif defined(__aarch64__)
+  if (getauxval(AT_HWCAP) & HWCAP_PMULL) usable.push_back({"pmull", pmull::compute});
+#endif
+  usable.push_back({"portable", portable});
+  return usable;
+}
+
+std::uint64_t crc64(std::uint64_t value, const void* data, std::size_t bytes) {
+  static const Crc64Function best = usable_implementations().front().function;
+  return best(value, data, bytes);
+}
+
+std::uint64_t crc64_combine(std::uint64_t a, std::uint64_t b, std::uint64_t b_bytes) {
+  // a * x^(8 * b_bytes) + b. The bits of b_bytes are taken one by one so that no length overflows the exponent.
+  std::uint64_t shifted = a;
+  for (std::size_t k = 3; b_bytes != 0; ++k, b_bytes >>= 1) {
+    if (b_bytes & 1) shifted = multiply(kPowers.value[k], shifted);
+  }
+  return shifted ^ b;
+}
+
+}  // namespace ckptstore

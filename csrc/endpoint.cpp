@@ -1,0 +1,179 @@
+#include "endpoint.h"
+
+#include <fcntl.h>
+
+#include <cstring>
+
+#include "error.h"
+
+namespace ckptstore {
+namespace {
+
+/// A second descriptor with O_DIRECT for the file that `plain` is; none where that is refused.
+UniqueFd reopen_direct(const Root& root, const std::string& name, int access,
+                       const struct stat& plain) {
+  try {
+    UniqueFd fd = open_beneath(root.fd.get(), name, access | O_DIRECT | O_NONBLOCK, 0, name);
+    const struct stat status = status_of(fd.get(), name);
+    if (status.st_dev == plain.st_dev && status.st_ino == plain.st_ino) return fd;
+  } catch (const IoError&) {
+    // Refused here; the plain descriptor does the work, and the result says so.
+  } catch (const Refused&) {
+    // Swapped for a link meanwhile: the plain descriptor still has the file.
+  }
+  return UniqueFd();
+}
+
+std::int64_t nanoseconds(const struct timespec& time) {
+  return std::int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+}
+
+bool same_time(const struct timespec& a, const struct timespec& b) {
+  return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+}
+
+std::string size_difference(std::uint64_t now, std::uint64_t planned) {
+  return "has " + std::to_string(now) + " bytes now, " + std::to_string(planned) +
+         " when it was looked at";
+}
+
+}  // namespace
+
+// --- Source --------------------------------------------------------------------------------------------------------
+
+void Source::open(const Root& root, const FileSpec& spec, ReadMode mode) {
+  root_ = &root;
+  spec_ = &spec;
+  mode_ = mode;
+  // O_NONBLOCK: a pipe without a writer must not hang the job.
+  cached_ = open_beneath(root.fd.get(), spec.name, O_RDONLY | O_NONBLOCK, 0, shown());
+  before_ = status_of(cached_.get(), shown());
+  if (!S_ISREG(before_.st_mode)) throw Refused(shown(), "is not a regular file");
+  const auto bytes = static_cast<std::uint64_t>(before_.st_size);
+  if (bytes != spec.bytes) throw SourceChanged(spec.name, size_difference(bytes, spec.bytes));
+  if (spec.mtime_ns != 0 && nanoseconds(before_.st_mtim) != spec.mtime_ns) {
+    throw SourceChanged(spec.name, "was written since it was looked at");
+  }
+  if (spec.inode != 0 && before_.st_ino != spec.inode) {
+    throw SourceChanged(spec.name, "was replaced since it was looked at");
+  }
+  constexpr std::uint64_t kWorthASecondDescriptor = 256 << 10;
+  if (mode == ReadMode::kDirect || (mode == ReadMode::kAuto && bytes >= kWorthASecondDescriptor)) {
+    if (mode == ReadMode::kDirect) drop_cache(cached_.get(), 0, 0);
+    direct_ = reopen_direct(root, spec.name, O_RDONLY, before_);
+    direct_works_ = static_cast<bool>(direct_);
+  }
+}
+
+bool Source::prefers_direct(std::uint64_t offset, std::uint64_t bytes) const {
+  if (!direct_works_.load(std::memory_order_relaxed)) return false;
+  return mode_ == ReadMode::kDirect || !is_cached(cached_.get(), offset, bytes);
+}
+
+bool Source::read(std::byte* to, std::size_t bytes, std::uint64_t offset, bool direct) {
+  std::size_t done = 0;
+  if (direct && direct_works_.load(std::memory_order_relaxed)) {
+    bool refused = false;
+    done = read_direct(direct_.get(), to, round_up(bytes), offset, refused, shown());
+    if (refused) direct_works_ = false;
+    if (done >= bytes) return true;
+  }
+  done += read_at(cached_.get(), to + done, bytes - done, offset + done, shown());
+  if (done < bytes) {
+    throw SourceChanged(spec_->name, size_difference(offset + done, spec_->bytes));
+  }
+  return false;
+}
+
+void Source::check_unchanged() const {
+  const struct stat now = status_of(cached_.get(), shown());
+  if (now.st_size != before_.st_size) {
+    throw SourceChanged(spec_->name,
+                        size_difference(static_cast<std::uint64_t>(now.st_size), spec_->bytes));
+  }
+  if (!same_time(now.st_mtim, before_.st_mtim) || !same_time(now.st_ctim, before_.st_ctim)) {
+    throw SourceChanged(spec_->name, "was written or replaced while it was read");
+  }
+}
+
+void Source::close() noexcept {
+  cached_.reset();
+  direct_.reset();
+}
+
+// --- Destination ---------------------------------------------------------------------------------------------------
+
+void Destination::open(const Root& root, const std::string& name, WriteMode mode, bool reuse) {
+  root_ = &root;
+  name_ = &name;
+  const int flags = O_RDWR | O_CREAT | O_NONBLOCK | (reuse ? 0 : O_EXCL);
+  buffered_ = open_beneath(root.fd.get(), name, flags, 0600, shown());
+  if (mode == WriteMode::kBuffered && !reuse) return;
+  const struct stat status = status_of(buffered_.get(), shown());
+  if (!S_ISREG(status.st_mode)) throw Refused(shown(), "is not a regular file");
+  bytes_before_ = static_cast<std::uint64_t>(status.st_size);
+  if (reuse && bytes_before_ > 0) {
+    // What counts is what reached the disk.
+    ckptstore::sync(buffered_.get(), shown());
+    drop_cache(buffered_.get(), 0, 0);
+  }
+  if (mode == WriteMode::kDirect) {
+    direct_ = reopen_direct(root, name, O_RDWR, status);
+    direct_works_ = static_cast<bool>(direct_);
+  }
+}
+
+bool Destination::clone_from(const Source& source) {
+  return ckptstore::clone(buffered_.get(), source.fd(), shown());
+}
+
+void Destination::allocate(std::uint64_t bytes) {
+  ckptstore::allocate(buffered_.get(), direct_ ? round_up(bytes) : bytes, shown());
+}
+
+std::size_t Destination::read(std::byte* to, std::size_t bytes, std::uint64_t offset) {
+  std::size_t done = 0;
+  if (direct_works_.load(std::memory_order_relaxed)) {
+    bool refused = false;
+    done = read_direct(direct_.get(), to, round_up(bytes), offset, refused, shown());
+    if (refused) direct_works_ = false;
+    if (done >= bytes) return bytes;
+  }
+  return done + read_at(buffered_.get(), to + done, bytes - done, offset + done, shown());
+}
+
+bool Destination::write(std::byte* from, std::size_t bytes, std::uint64_t offset) {
+  std::size_t done = 0;
+  if (direct_works_.load(std::memory_order_relaxed)) {
+    const std::size_t padded = round_up(bytes);
+    std::memset(from + bytes, 0, padded - bytes);
+    bool refused = false;
+    done = write_direct(direct_.get(), from, padded, offset, refused, shown());
+    if (refused) direct_works_ = false;
+    if (done >= bytes) return true;
+  }
+  write_at(buffered_.get(), from + done, bytes - done, offset + done, shown());
+  return false;
+}
+
+void Destination::write_back(std::uint64_t offset, std::uint64_t bytes, bool wait) {
+  ckptstore::write_back(buffered_.get(), offset, bytes, wait, shown());
+  if (wait) drop_cache(buffered_.get(), offset, bytes);
+}
+
+void Destination::finish(std::uint64_t bytes, const struct timespec& mtime) {
+  const bool padded = direct_ && bytes != round_up(bytes);
+  if (padded || bytes_before_ > bytes) truncate(buffered_.get(), bytes, shown());
+  set_mtime(buffered_.get(), mtime, shown());
+}
+
+void Destination::sync() { ckptstore::sync(buffered_.get(), shown()); }
+
+void Destination::let_go(std::uint64_t bytes) noexcept { drop_cache(buffered_.get(), 0, bytes); }
+
+void Destination::close() {
+  direct_.close(shown());
+  buffered_.close(shown());
+}
+
+}  // namespace ckptstore
