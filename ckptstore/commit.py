@@ -27,178 +27,18 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from ckptstore import native
+from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import (
-    CkptStoreError,
-    CommitUncertain,
-    ManifestError,
-    NotCommitted,
-    NotFoundError,
-    UsageError,
-    from_os_error,
-)
-from ckptstore.frameworks.areal.layout import SIDE
+from ckptstore.errors import CkptStoreError, CommitUncertain, ManifestError, NotCommitted, NotFoundError
 from ckptstore.lock import RunLock, busy
-from ckptstore.manifest import Manifest, check_name
+from ckptstore.manifest import check_name
 from ckptstore.manifest import parse as parse_manifest
-from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
-
-JOURNAL = "journal.json"
-STAGE_INFO = "stage.json"
-
-
-# --- the side folder ----------------------------------------------------------------------------------------------
-
-
-def side_folder(run: str, slot: str) -> str:
-    """Where our own things of this run go: beside the trial, or beside a slot that lies outside of it."""
-    parent = os.path.dirname(slot)
-    inside = os.path.commonpath([run, slot]) == run
-    if inside and _same_device(os.path.dirname(run), existing(parent)):
-        return os.path.join(os.path.dirname(run), SIDE, os.path.basename(run))
-    if inside:  # the trial is a mount of its own: a part's folder is the only place on its file system that AReaL ignores
-        return os.path.join(parent if parent != run else os.path.join(run, "default"), SIDE)
-    return os.path.join(parent, SIDE, os.path.basename(slot))
-
-
-def existing(path: str) -> str:
-    """The nearest folder at or above `path` that is there."""
-    while not os.path.isdir(path):
-        path = os.path.dirname(path)
-    return path
-
-
-def _same_device(a: str, b: str) -> bool:
-    return os.stat(a).st_dev == os.stat(b).st_dev
-
-
-def make_side(side: str) -> None:
-    """Create the side folder, with the owner of the folder that it is in; never through a link."""
-    missing = []
-    path = side
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    try:
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, 0o755)
-                like(folder, os.stat(path))
-        if os.path.islink(side) or os.path.islink(os.path.dirname(side)):
-            raise UsageError(f"{side} is a link, and ckptstore writes through none", hint="Remove the link.")
-    except OSError as error:
-        raise from_os_error(error, doing="creating", path=side) from error
-
-
-def like(path: str, model: os.stat_result, *, mode: int | None = None) -> None:
-    """Give `path` the owner and mode of `model` (no set-id bits); the owner only where we may."""
-    with contextlib.suppress(PermissionError):
-        os.chown(path, model.st_uid, model.st_gid, follow_symlinks=False)
-    os.chmod(path, (model.st_mode if mode is None else mode) & 0o777)
-
-
-# --- stages -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A folder being filled. `key` says with what: the same key may be continued after a crash."""
-
-    path: str
-    key: str
-    resumed: bool
-
-    def part(self, name: str) -> str:
-        """The folder that becomes the slot of part `name`."""
-        return os.path.join(self.path, check_name(name))
-
-
-def open_stage(side: str, key: str) -> Stage:
-    """The stage for `key`: one that a crash left, or a new one. The caller holds the run's lock, so no other is alive."""
-    for name, found in stages(side):
-        if found == key:
-            return Stage(os.path.join(side, name), key, True)
-    path = os.path.join(side, f"stage-{secrets.token_hex(8)}")
-    try:
-        os.mkdir(path, 0o700)
-        with open(os.path.join(path, STAGE_INFO), "x", encoding="ascii") as file:
-            json.dump({"key": key}, file)
-    except OSError as error:
-        raise from_os_error(error, doing="creating the stage", path=path) from error
-    return Stage(path, key, False)
-
-
-def stages(side: str) -> list[tuple[str, str]]:
-    """Stages in the side folder: name and key (empty when a crash came before it was written)."""
-    found = []
-    with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(side)):
-            if name.startswith("stage-"):
-                key = ""
-                with (
-                    contextlib.suppress(OSError, ValueError, TypeError),
-                    open(os.path.join(side, name, STAGE_INFO)) as file,
-                ):
-                    key = str(json.loads(file.read(65536))["key"])
-                found.append((name, key))
-    return found
-
-
-def discard(side: str, name: str) -> None:
-    """Remove one of our folders in the side folder: renamed out of the way first, so that no half of it is ever used."""
-    path, doomed = os.path.join(side, name), os.path.join(side, f"trash-{secrets.token_hex(8)}")
-    try:
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise from_os_error(error, doing="removing", path=path) from error
-
-
-def remove_tree(path: str) -> None:
-    """Remove a folder of ours and all below it, if it is there; what cannot be removed stays, and harms nobody."""
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def write_manifest(folder: str, manifest: Manifest, *, model: os.stat_result) -> None:
-    """Write the manifest into `folder`, durable and all-or-nothing, with owner and mode of the file `model`."""
-    final = os.path.join(folder, MANIFEST_NAME)
-    draft = os.path.join(folder, f"{DRAFT_PREFIX}{secrets.token_hex(4)}")
-    try:
-        _write_durably(draft, manifest.to_bytes())
-        like(draft, model, mode=model.st_mode & 0o666)
-        os.rename(draft, final)
-        sync_folder(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
-        raise from_os_error(error, doing="writing the manifest", path=final) from error
-
-
-def _write_durably(path: str, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()  # before fsync, or it syncs an empty file
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: str) -> None:
-    """Fsync a folder. File systems that have no such thing say EINVAL: probe.py has told the user so."""
-    try:
-        native.fsync_path(path)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-
-
-# --- the journal --------------------------------------------------------------------------------------------------
+from ckptstore.model import MANIFEST_NAME
+from ckptstore.side import JOURNAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +104,9 @@ def publish(side: str, journal: Journal) -> None:
     document = asdict(journal) | {"format": "ckptstore.journal", "version": 1}
     draft = os.path.join(side, f"{JOURNAL}.{secrets.token_hex(4)}")
     try:
-        _write_durably(draft, json.dumps(document).encode())
+        side_folders.write_durably(draft, json.dumps(document).encode())
         os.rename(draft, os.path.join(side, JOURNAL))
-        sync_folder(side)
+        side_folders.sync_folder(side)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(draft)
@@ -350,7 +190,7 @@ def _finish(side: str, journal: Journal) -> None:
         for move in journal.moves:
             _set_aside(side, move)
         os.unlink(os.path.join(side, JOURNAL))
-        sync_folder(side)
+        side_folders.sync_folder(side)
     except OSError as error:
         where = error.filename or side
         raise CommitUncertain(
@@ -361,7 +201,7 @@ def _finish(side: str, journal: Journal) -> None:
     for name in {move.staged.partition("/")[0] for move in journal.moves}:
         if name.startswith("stage-"):
             with contextlib.suppress(CkptStoreError):
-                discard(side, name)
+                side_folders.discard(side, name)
         else:
             with contextlib.suppress(OSError):  # an old slot, swapped in by undo: its folder is empty now
                 os.rmdir(os.path.join(side, name))
@@ -391,15 +231,15 @@ def _publish_one(side: str, move: Move, method: str) -> None:
         else:
             os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
             os.rename(slot, aside)
-            sync_folder(os.path.dirname(slot))
+            side_folders.sync_folder(os.path.dirname(slot))
             try:
                 _rename_in(staged, slot)
             except OSError:
                 os.rename(aside, slot)
                 raise
-    sync_folder(os.path.dirname(slot))
+    side_folders.sync_folder(os.path.dirname(slot))
     if os.path.isdir(os.path.dirname(staged)):
-        sync_folder(os.path.dirname(staged))
+        side_folders.sync_folder(os.path.dirname(staged))
 
 
 def _rename_in(staged: str, slot: str) -> None:
@@ -421,51 +261,8 @@ def _set_aside(side: str, move: Move) -> None:
         return
     os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
     os.rename(staged, aside)
-    sync_folder(os.path.dirname(aside))
-    sync_folder(os.path.dirname(staged))
-
-
-# --- old slots ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class OldSlot:
-    """A slot that was set aside: one folder a part."""
-
-    name: str
-    path: str
-    parts: tuple[str, ...]
-    size_bytes: int
-    set_aside_at_s: float
-
-
-def old_slots(side: str) -> list[OldSlot]:
-    """Set-aside slots, newest first."""
-    return sorted(_old_slots(side), key=lambda old: old.name, reverse=True)
-
-
-def _old_slots(side: str) -> Iterator[OldSlot]:
-    with contextlib.suppress(OSError):
-        for name in os.listdir(side):
-            path = os.path.join(side, name)
-            if name.startswith("old-") and os.path.isdir(path):
-                yield OldSlot(name, path, tuple(sorted(os.listdir(path))), size_of(path), os.stat(path).st_ctime)
-
-
-def size_of(path: str) -> int:
-    """Bytes of all files below `path`; links not followed."""
-    total = 0
-    with contextlib.suppress(CkptStoreError):
-        for folder in LocalBackend(path).tree(max_depth=8).values():
-            total += sum(entry.size_bytes for entry in folder.entries if entry.mode & 0o170000 == 0o100000)
-    return total
-
-
-def leftovers(side: str) -> Sequence[str]:
-    """Names of what dead writers left in the side folder: stages, trash, probes. Never an old slot."""
-    with contextlib.suppress(OSError):
-        return sorted(name for name in os.listdir(side) if name.startswith(("stage-", "trash-", "probe-", f"{JOURNAL}.")))
-    return []
+    side_folders.sync_folder(os.path.dirname(aside))
+    side_folders.sync_folder(os.path.dirname(staged))
 
 
 def now() -> str:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from ckptstore import manifest as manifests
 from ckptstore.backends.base import Backend
+from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
 from ckptstore.formats import FormatError, dcp
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.manifest import Manifest
-from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Part, ReadAt, Status, worst
+from ckptstore.model import MANIFEST_NAME, Checkpoint, FileInfo, Finding, Part, ReadAt, Status, worst
 from ckptstore.native import Folder
 
 #: Clocks of several nodes write into one run: files this close count as one save.
@@ -85,19 +86,7 @@ def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folde
     notes: list[str] = []
     status = worst([Status.COMPLETE, *(finding.status for finding in findings)])
     if ours is not None:
-        try:
-            seen = read_manifest(backend, folder).inspect(files)
-        except ManifestError as error:
-            notes.append(f"its manifest does not count: {error}")
-        except CkptStoreError as error:
-            notes.append(f"its manifest cannot be read: {error}")
-        else:
-            findings.extend(seen.findings)
-            if seen.note:
-                notes.append(seen.note)
-            elif not findings:
-                status = Status.COMMITTED
-            status = worst([status, *(finding.status for finding in seen.findings)])
+        status = _judge_manifest(backend, folder, files, findings, notes)
     return Part(
         name=name,
         path=f"{backend.location}/{folder}" if folder else backend.location,
@@ -109,6 +98,24 @@ def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folde
         notes=tuple(notes),
         mtime_ns=max((file.mtime_ns for file in files), default=0),
     )
+
+
+def _judge_manifest(backend: Backend, folder: str, files: list[FileInfo], findings: list[Finding], notes: list[str]) -> Status:
+    """The status of a part that has a manifest; adds to `findings` and `notes`."""
+    try:
+        data = backend.get(f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME, length_bytes=manifests.MAX_BYTES + 1)
+        if not findings and manifests.vouches_for(data, files):
+            return Status.COMMITTED
+        seen = manifests.parse(data).inspect(files)
+    except ManifestError as error:
+        notes.append(f"its manifest does not count: {error}")
+    except CkptStoreError as error:
+        notes.append(f"its manifest cannot be read: {error}")
+    else:
+        findings.extend(seen.findings)
+        if seen.note:
+            notes.append(seen.note)
+    return worst([Status.COMPLETE, *(finding.status for finding in findings)])
 
 
 def read_manifest(backend: Backend, folder: str) -> Manifest:
@@ -130,6 +137,12 @@ def reader(backend: Backend, part: Part) -> ReadAt:
         return backend.get(f"{folder}/{name}" if folder else name, offset_bytes=offset, length_bytes=length)
 
     return read_at
+
+
+def backend_for(backend: Backend, checkpoint: Checkpoint) -> Backend:
+    """The backend that `checkpoint`'s parts lie under: `backend`, or one of its own for a folder outside of the run."""
+    path = checkpoint.parts[0].path
+    return backend if path.startswith(f"{backend.location}/") else LocalBackend(path)
 
 
 def find_manifest(backend: Backend, folder: str) -> Manifest | None:

@@ -132,7 +132,8 @@ def _fileroot(where: Where, config: RunConfig | None) -> tuple[str, str]:
     raise NotFoundError(
         "no fileroot was given, and none is at the usual places: "
         + ", ".join(os.path.join(path, "checkpoints") for path in USUAL_FILEROOTS),
-        hint=f"Say --fileroot DIR (cluster.fileroot of the trainer's YAML), --config run.yaml, --run DIR, or set ${FILEROOT_VARIABLE}.",
+        hint="Say --fileroot DIR (cluster.fileroot of the trainer's YAML), --config run.yaml, --run DIR, "
+        f"or set ${FILEROOT_VARIABLE}.",
     )
 
 

@@ -200,6 +200,21 @@ def parse(data: bytes) -> Manifest:
     )
 
 
+def vouches_for(data: bytes, files: Iterable[FileInfo]) -> bool:
+    """Whether `data` is a manifest whose inventory is exactly `files`, by name, size and mtime.
+
+    A third of the cost of parse(), for listings of ten thousand checkpoints. False for anything unusual: then parse() and
+    inspect() tell what it is. Digests are not looked at: only reading the files could tell whether they are right.
+    """
+    try:
+        document = _load(data)
+        recorded = {entry["path"]: (entry["bytes"], entry["mtime_ns"]) for entry in document["files"]}
+        known = (document["format"], document["version"], document["digest"]) == (FORMAT, VERSION, ALGORITHM)
+    except (ManifestError, KeyError, TypeError):
+        return False
+    return known and recorded == {file.name: (file.size_bytes, file.mtime_ns) for file in files}
+
+
 def _load(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise ManifestError(f"manifest of {len(data):,} bytes: more than {MAX_BYTES:,} are not read")

@@ -62,7 +62,10 @@ class Medium:
 
 
 def probe(folder: str) -> Medium:
-    """Try everything in a scratch folder below `folder`, and leave nothing behind. StorageError where nothing can be written."""
+    """Try everything in a scratch folder below `folder`, and leave nothing behind.
+
+    StorageError where nothing can be written.
+    """
     scratch = os.path.join(folder, f"probe-{secrets.token_hex(8)}")
     try:
         os.mkdir(scratch, 0o700)

@@ -7,11 +7,11 @@ import os
 import ckptstore
 from ckptstore import native
 from ckptstore.backends.base import Backend
-from ckptstore.commit import write_manifest
 from ckptstore.errors import CkptStoreError, IntegrityError, SourceChangedError
 from ckptstore.listing import find_manifest, folder_of
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part, Status
+from ckptstore.side import write_manifest
 from ckptstore.verify import check_part_structure
 
 

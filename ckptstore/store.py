@@ -6,15 +6,18 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ckptstore import commit, native, recovery
+from ckptstore import native, recovery
+from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
+from ckptstore.choose import ResumePoint, Selection, resume_point
 from ckptstore.errors import AlreadyExistsError, IntegrityError, NotFoundError, from_os_error
 from ckptstore.listing import Listing, find_manifest, folder_of, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level
-from ckptstore.recovery import Options, Outcome, ResumePoint, Selection
+from ckptstore.plan import Options
+from ckptstore.recovery import Outcome
 from ckptstore.seal import seal
-from ckptstore.verify import Report, verify
+from ckptstore.verify import Notify, Report, verify
 
 
 class CheckpointStore:
@@ -67,14 +70,14 @@ class CheckpointStore:
 
     def resume_point(self, *, before_step: int | None = None, max_step: int | None = None) -> ResumePoint:
         """The newest checkpoint that passes level structure, those skipped and why. NothingToResumeError without one."""
-        return recovery.resume_point(self.backend, self.scan(), Selection(before_step=before_step, max_step=max_step))
+        return resume_point(self.backend, self.scan(), Selection(before_step=before_step, max_step=max_step))
 
     def setup(
         self,
         selection: Selection | None = None,
         options: Options | None = None,
         *,
-        notify: recovery.Notify | None = None,
+        notify: Notify | None = None,
     ) -> Outcome:
         """Make a checkpoint the one that the trainer resumes from: see recovery.setup."""
         return recovery.setup(self.backend, selection or Selection(), options or Options(), notify=notify)
@@ -108,11 +111,11 @@ class CheckpointStore:
                     for file in part.files
                 ]
                 results[part.name] = native.copy_files(part.path, folder, specs, progress=progress)
-            commit.sync_folder(draft)
+            side_folders.sync_folder(draft)
             native.rename_noreplace(draft, target)
-            commit.sync_folder(os.path.dirname(target))
+            side_folders.sync_folder(os.path.dirname(target))
         except OSError as error:
             raise from_os_error(error, doing="restoring to", path=target) from error
         finally:
-            commit.remove_tree(draft)
+            side_folders.remove_tree(draft)
         return results

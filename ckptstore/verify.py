@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError, NotFoundError, SourceChangedError
 from ckptstore.formats import check_structure
-from ckptstore.listing import find_manifest, folder_of, reader
+from ckptstore.listing import backend_for, find_manifest, folder_of, reader
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Finding, Level, Part, Status, worst
 
 UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
+
+
+#: Called with what is being done, bytes done and bytes in all.
+Notify = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,23 @@ def verify(
         parts.append(part)
     checked = dataclasses.replace(checkpoint, parts=tuple(parts))
     return Report(checked, level, bytes_read, time.monotonic() - started, tuple(pins))
+
+
+def verify_all(backend: Backend, checkpoints: list[Checkpoint], level: Level, notify: Notify | None = None) -> list[Report]:
+    """verify() for several, with one progress over all of them."""
+    total = sum(checkpoint.size_bytes for checkpoint in checkpoints)
+    done = 0
+    results = []
+    for checkpoint in checkpoints:
+        base = done
+
+        def progress(done_bytes: int, _: int, base: int = base, step: int = checkpoint.step) -> None:
+            if notify is not None:
+                notify(f"verifying step {step}", base + done_bytes, total)
+
+        results.append(verify(backend_for(backend, checkpoint), checkpoint, level, progress=progress))
+        done += checkpoint.size_bytes
+    return results
 
 
 def check_part_structure(backend: Backend, part: Part) -> list[Finding]:

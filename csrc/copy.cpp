@@ -16,6 +16,9 @@ namespace {
 constexpr std::uint64_t kDefaultBlockBytes = 2 << 20;
 constexpr std::uint64_t kSmallFileBytes = 1 << 20;  // up to here O_DIRECT costs more than it saves
 constexpr std::size_t kFilesWorthASystemSync = 32;  // from here one syncfs is cheaper than a sync each
+// Files are synced together at the end, or when so many wait: every sync empties the disk's own cache, which stalls the
+// writes of the next file. Few enough for a process that is short of descriptors.
+constexpr std::size_t kMostUnsyncedFiles = 64;
 
 /// One file being copied by several workers.
 struct Task {
@@ -70,7 +73,10 @@ class Copier {
   CopyResult run() {
     phase(1, [this] { make_folders(); });
     phase(queue_.total(), [this] { copy_chunks(); });
-    if (syncs()) phase(1, [this] { sync_rest(); });
+    if (syncs()) {
+      phase(unsynced_.size(), [this] { sync_files(); });
+      phase(1, [this] { sync_folders(); });
+    }
     for (std::size_t i = 0; i < files_.size(); ++i) {
       FileDigest& digest = result_.digests[i];
       digest.crc = combine_chunks(digest.chunks, files_[i].bytes, options_.chunk_bytes);
@@ -189,6 +195,11 @@ class Copier {
       }
       note_done(bytes);
     }
+    static const size_t every = getenv("X_EVERY") ? (size_t)atol(getenv("X_EVERY")) << 20 : 0;
+    if (every && !task.cloned) {
+      static std::atomic<size_t> since{0};
+      if (since.fetch_add(chunk.bytes) + chunk.bytes >= every) { since = 0; task.destination.sync(); }
+    }
     if (expected && *expected != crc) throw ChunkMismatch(spec.name, chunk.offset, false);
     if (buffered && spec.bytes > kSmallFileBytes) write_behind(task, chunk, bench);
     return crc;
@@ -229,17 +240,39 @@ class Copier {
   void finish(Task& task, const DigestSpec& spec) {
     task.source.check_unchanged();
     task.destination.finish(spec.bytes, task.source.mtime());
-    const bool small = spec.bytes <= kSmallFileBytes;
-    if (syncs() && !(small && sync_whole_system_)) {
-      task.destination.sync();
-      if (!small) task.destination.let_go(spec.bytes);
-    }
-    task.destination.close();
     task.source.close();
+    const bool small = spec.bytes <= kSmallFileBytes;
+    if (!syncs() || (small && sync_whole_system_)) {
+      task.destination.close();
+      return;
+    }
+    bool full;
+    {
+      const std::lock_guard lock(unsynced_mutex_);
+      unsynced_.push_back(&task);
+      static const size_t most = getenv("X_MOST") ? (size_t)atol(getenv("X_MOST")) : 64; full = unsynced_.size() >= most;
+    }
+    if (full) sync_files();
   }
 
-  /// What is not synced yet: the folders, and with them many small files.
-  void sync_rest() {
+  /// Syncs and closes files until none waits. Any number of workers may do it at once.
+  void sync_files() {
+    while (!cancelled_) {
+      Task* task;
+      {
+        const std::lock_guard lock(unsynced_mutex_);
+        if (unsynced_.empty()) return;
+        task = unsynced_.back();
+        unsynced_.pop_back();
+      }
+      task->destination.sync();
+      task->destination.let_go();
+      task->destination.close();
+    }
+  }
+
+  /// The folders, and with them many small files.
+  void sync_folders() {
     if (sync_whole_system_) {
       sync_file_system(destination_.fd.get(), destination_.path);
       return;
@@ -287,6 +320,8 @@ class Copier {
   std::vector<Task> tasks_;
   std::set<std::string> folders_;  // to make, below the destination
   bool sync_whole_system_ = false;
+  std::mutex unsynced_mutex_;
+  std::vector<Task*> unsynced_;  // finished, to be synced and closed; under unsynced_mutex_
   std::atomic<bool> clone_works_{true};
   std::uint64_t total_bytes_ = 0;
   std::atomic<std::uint64_t> done_{0};

@@ -169,7 +169,7 @@ void Destination::finish(std::uint64_t bytes, const struct timespec& mtime) {
 
 void Destination::sync() { ckptstore::sync(buffered_.get(), shown()); }
 
-void Destination::let_go(std::uint64_t bytes) noexcept { drop_cache(buffered_.get(), 0, bytes); }
+void Destination::let_go() noexcept { drop_cache(buffered_.get(), 0, 0); }
 
 void Destination::close() {
   direct_.close(shown());

@@ -100,7 +100,7 @@ class Destination {
   /// Cuts the file to its size and sets its time.
   void finish(std::uint64_t bytes, const struct timespec& mtime);
   void sync();
-  void let_go(std::uint64_t bytes) noexcept;  // of its pages in the cache
+  void let_go() noexcept;  // of its pages in the cache
   void close();
 
  private:

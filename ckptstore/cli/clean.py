@@ -6,7 +6,7 @@ import os
 
 import click
 
-from ckptstore import commit
+from ckptstore import side as side_folders
 from ckptstore.cli.common import JSON, OVERRIDES, location_options, open_run
 from ckptstore.cli.render import echo, print_json, safe, size
 from ckptstore.frameworks.areal import layout
@@ -27,16 +27,16 @@ from ckptstore.lock import RunLock
 def command(where: Where, old_slots: bool, dry_run: bool, as_json: bool) -> None:
     """Remove leftovers in the run's side folder. Checkpoints and the slot are never touched."""
     located, _ = open_run(where, quiet=as_json)
-    side = commit.side_folder(located.run.path, f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}")
+    side = side_folders.side_folder(located.run.path, f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}")
     removed: list[tuple[str, int]] = []
     if os.path.isdir(side):
         with RunLock(side, "clean"):
-            names = [*commit.leftovers(side)]
-            names += [old.name for old in commit.old_slots(side)] if old_slots else []
+            names = [*side_folders.leftovers(side)]
+            names += [old.name for old in side_folders.old_slots(side)] if old_slots else []
             for name in names:
-                removed.append((name, commit.size_of(os.path.join(side, name))))
+                removed.append((name, side_folders.size_of(os.path.join(side, name))))
                 if not dry_run:
-                    commit.discard(side, name)
+                    side_folders.discard(side, name)
     if as_json:
         print_json(
             {

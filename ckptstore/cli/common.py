@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
 from ckptstore import commit
+from ckptstore import side as side_folders
 from ckptstore.backends import Backend, open_backend
+from ckptstore.choose import Selection
 from ckptstore.cli.render import safe
-from ckptstore.errors import UsageError
+from ckptstore.errors import NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
+from ckptstore.frameworks.areal.launch import logged_config
+from ckptstore.frameworks.areal.saving import first_saved
+from ckptstore.listing import scan
 from ckptstore.locate import Located, Where, locate
-from ckptstore.recovery import Selection
 
 Function = Callable[..., Any]
 
@@ -125,9 +130,23 @@ def open_run(where: Where, *, quiet: bool = False) -> tuple[Located, Backend]:
     for warning in located.warnings:
         note(warning)
     slot = f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}"
-    if rolled := commit.roll_forward(commit.side_folder(located.run.path, slot)):
+    if rolled := commit.roll_forward(side_folders.side_folder(located.run.path, slot)):
         note(rolled)
     return located, open_backend(located.run.path)
+
+
+@contextlib.contextmanager
+def explaining_gaps(located: Located, selection: Selection) -> Iterator[None]:
+    """Adds to NothingToResumeError which setting of the run would have saved a checkpoint in time."""
+    try:
+        yield
+    except NothingToResumeError as error:
+        config = located.config or logged_config(located.run)
+        if config is not None and selection.bound is not None:
+            steps = [c for c in scan(open_backend(located.run.path)).checkpoints if c.epoch > 0]
+            per_epoch = (steps[0].step - steps[0].epoch_step) // steps[0].epoch if steps else 0
+            error.hint = f"{error.hint} {first_saved(config, per_epoch, selection.bound + 1)}"
+        raise
 
 
 def note(text: str) -> None:

@@ -22,7 +22,9 @@ from ckptstore.cli.render import (
     steps,
 )
 from ckptstore.errors import NothingToResumeError, UsageError
+from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
+from ckptstore.frameworks.areal.saving import describe
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
 from ckptstore.model import Checkpoint
@@ -139,6 +141,9 @@ def _print_text(
     _print_info(listing.recover_info, full=recover_info)
     for text in listing.notes:
         echo(f"{click.style('note', fg='yellow')}  {safe(text)}")
+    config = located.config or logged_config(located.run)
+    for text in describe(config) if config else ():
+        echo(f"{safe(text)}  ({safe(config.path)})" if config else "")
     newest = next((checkpoint for checkpoint in reversed(shown) if checkpoint.status.usable), None)
     if newest is not None:
         echo(f"\nnewest whole: {steps(newest)}")

@@ -9,15 +9,17 @@ from typing import Any
 
 import click
 
-from ckptstore import recovery
-from ckptstore.cli.common import JSON, location_options, open_run, selection_options
+from ckptstore.choose import Selection
+from ckptstore.cli.common import JSON, explaining_gaps, location_options, open_run, selection_options
 from ckptstore.cli.render import echo, heading, print_json, run_json, safe
 from ckptstore.cli.setup import do_setup, outcome_json, plan_json, print_outcome, print_plan
-from ckptstore.config import RunConfig, load
+from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import Command, find_installation, logged_config, resume_command
+from ckptstore.frameworks.areal.saving import describe
 from ckptstore.locate import Located, Where, current_user, relative_fileroot
-from ckptstore.recovery import Options, Selection
+from ckptstore.plan import Options, Plan
+from ckptstore.plan import plan as make_plan
 
 
 @click.command(
@@ -65,16 +67,20 @@ def command(
         Where(where.run, where.fileroot, where.user, where.experiment, where.trial, where.config, overrides),
         quiet=as_json,
     )
-    config = located.config or _logged(located)
+    config = located.config or logged_config(located.run)
     _refuse_strangers(located, config)
     options = Options(force=force, as_is=as_is)
-    plan = recovery.plan(backend, selection, options)
+    with explaining_gaps(located, selection):
+        plan = make_plan(backend, selection, options)
     cmd = resume_command(located.run, find_installation(areal_dir, areal_version), config=config, script=script, command=own)
     if execute and cmd.placeholders:
         raise UsageError("--exec cannot run a command with gaps: " + "; ".join(cmd.placeholders))
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     if not as_json:
-        echo(f"{click.style('run', bold=True)}   {safe(located.how)}\n")
+        echo(f"{click.style('run', bold=True)}   {safe(located.how)}")
+        for text in describe(config) if config else ():
+            echo(safe(text))
+        echo()
         print_plan(plan)
     go = not plan_only and (yes or (interactive and not plan.refusals and _confirm(plan)))
     outcome = None
@@ -105,7 +111,7 @@ def command(
         os.execvp(cmd.words[0], cmd.words)
 
 
-def _confirm(plan: recovery.Plan) -> bool:
+def _confirm(plan: Plan) -> bool:
     return not plan.nothing_to_do and click.confirm("\nReplace the slot?", default=False)
 
 
@@ -115,11 +121,6 @@ def _split(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if "=" not in word or word.startswith("-"):
             return words[:number], words[number:]
     return words, ()
-
-
-def _logged(located: Located) -> RunConfig | None:
-    path = logged_config(located.run)
-    return load(path) if path else None
 
 
 def _refuse_strangers(located: Located, config: RunConfig | None) -> None:
@@ -138,7 +139,8 @@ def _refuse_strangers(located: Located, config: RunConfig | None) -> None:
     if fileroot and os.path.realpath(fileroot) != os.path.realpath(run.fileroot):
         relative = f", relative to {os.getcwd()}" if relative_fileroot(config) else ""
         raise RefusedError(
-            f"{config.path if config else ''} says fileroot {fileroot}{relative}, and the run is elsewhere; AReaL would start fresh:\n"
+            f"{config.path if config else ''} says fileroot {fileroot}{relative}, "
+            "and the run is elsewhere; AReaL would start fresh:\n"
             f"  the run:     {run.path}\n"
             f"  AReaL reads: {os.path.join(os.path.abspath(fileroot), 'checkpoints', run.user, run.experiment, run.trial)}",
             hint=f"Give cluster.fileroot={run.fileroot}, or start from the folder that the run was started in.",

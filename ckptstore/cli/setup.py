@@ -10,7 +10,8 @@ import click
 
 from ckptstore import recovery
 from ckptstore.backends import Backend
-from ckptstore.cli.common import JSON, OVERRIDES, location_options, note, open_run, selection_options
+from ckptstore.choose import Selection
+from ckptstore.cli.common import JSON, OVERRIDES, explaining_gaps, location_options, note, open_run, selection_options
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import (
     checkpoint_json,
@@ -26,7 +27,9 @@ from ckptstore.cli.render import (
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.locate import Where
-from ckptstore.recovery import Options, Outcome, Plan, Selection
+from ckptstore.plan import Options, Plan
+from ckptstore.plan import plan as make_plan
+from ckptstore.recovery import Outcome
 
 
 @click.command("setup", short_help="Put the newest good checkpoint where the trainer resumes.")
@@ -60,7 +63,7 @@ def command(
     Damaged and unfinished ones are skipped, each with its reason. The old slot is kept aside: --undo swaps it back.
     """
     options = Options(recover_dir, force, as_is, replace, verify_after_write)
-    _, backend = open_run(where, quiet=as_json)
+    located, backend = open_run(where, quiet=as_json)
     if undo:
         if selection != Selection():
             raise UsageError("--undo takes no step: it swaps back what the last setup set aside")
@@ -71,7 +74,8 @@ def command(
             raise UsageError("--replace may remove the old slot before the new one is in", hint="Say --yes to mean it.")
         click.confirm("The old slot may be removed before the new one is in. Go on?", abort=True)
     if dry_run:
-        plan = recovery.plan(backend, selection, options)
+        with explaining_gaps(located, selection):
+            plan = make_plan(backend, selection, options)
         if as_json:
             print_json(plan_json(plan) | {"done": False})
         else:
@@ -79,7 +83,8 @@ def command(
         if plan.refusals:
             raise RefusedError("setup would not do this: " + "; ".join(plan.refusals))
         return
-    outcome = do_setup(backend, selection, options, quiet=as_json)
+    with explaining_gaps(located, selection):
+        outcome = do_setup(backend, selection, options, quiet=as_json)
     if as_json:
         print_json(outcome_json(outcome))
     else:
@@ -93,7 +98,8 @@ def do_setup(backend: Backend, selection: Selection, options: Options, *, quiet:
             outcome = recovery.setup(backend, selection, options, notify=progress.notify)
     except KeyboardInterrupt:
         note(
-            "stopped; the slot is as it was. The same command continues where it stopped; `ckptstore clean` removes what is staged."
+            "stopped; the slot is as it was. "
+            "The same command continues where it stopped; `ckptstore clean` removes what is staged."
         )
         raise
     if outcome.rolled:
@@ -144,7 +150,8 @@ def print_plan(plan: Plan) -> None:
         old = plan.old_slot
         named = f"step {old.step}" if old.step >= 0 else "unknown step"
         echo(
-            f"  the old slot ({named}, {old.format}, {size(old.size_bytes)}) is kept in {safe(plan.side)}; setup --undo swaps it back"
+            f"  the old slot ({named}, {old.format}, {size(old.size_bytes)}) "
+            f"is kept in {safe(plan.side)}; setup --undo swaps it back"
         )
     for refusal in plan.refusals:
         echo(f"  {click.style('refused', fg='red')}: {safe(refusal)}")
@@ -198,12 +205,14 @@ def print_outcome(outcome: Outcome) -> None:
     echo(f"  why: {plan.point.why}")
     for part, slot in plan.slots.items():
         echo(
-            f"  {safe(part)}: {safe(os.path.relpath(slot, plan.listing.run.path))}  manifest sha256 {outcome.manifest_sha256[part]}"
+            f"  {safe(part)}: {safe(os.path.relpath(slot, plan.listing.run.path))}"
+            f"  manifest sha256 {outcome.manifest_sha256[part]}"
         )
     if outcome.medium is not None:
         ways = ", ".join(f"{name} {size(count)}" for name, count in sorted(outcome.strategies.items()))
         echo(
-            f"  copied: {ways or 'nothing'}; replaced by {outcome.medium.method} on {outcome.medium.file_system}; {outcome.medium.durability}"
+            f"  copied: {ways or 'nothing'}; replaced by {outcome.medium.method} on {outcome.medium.file_system}; "
+            f"{outcome.medium.durability}"
         )
     if outcome.old_slot:
         echo(f"  the old slot is kept in {safe(outcome.old_slot)}; `ckptstore setup --undo` swaps it back")

@@ -6,7 +6,6 @@ import dataclasses
 
 import click
 
-from ckptstore import recovery
 from ckptstore.cli.common import JSON, location_options, open_run, split_words
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import echo, finding_json, findings, print_json, safe, size, status
@@ -14,7 +13,7 @@ from ckptstore.errors import NotFoundError, NothingToResumeError, UsageError
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Where
 from ckptstore.model import Checkpoint, Level
-from ckptstore.verify import Report
+from ckptstore.verify import Report, verify_all
 
 
 @click.command("verify", short_help="Is it whole, and are its bytes those that were written?")
@@ -51,7 +50,7 @@ def command(
     listing = scan(backend)
     chosen = _choose(listing, steps, slot=slot)
     with Progress(quiet=as_json) as progress:
-        reports = recovery.reports(backend, chosen, Level(level), progress.notify)
+        reports = verify_all(backend, chosen, Level(level), progress.notify)
     pinned = not expect_digest or any(expect_digest.lower() in report.manifest_sha256 for report in reports)
     if as_json:
         print_json(
@@ -66,7 +65,8 @@ def command(
         _print(reports)
         if not pinned:
             echo(
-                f"{click.style('✗', fg='red')} no manifest has the SHA-256 {safe(expect_digest)}: it was changed, or is another one"
+                f"{click.style('✗', fg='red')} no manifest has the SHA-256 "
+                f"{safe(expect_digest)}: it was changed, or is another one"
             )
     return 0 if pinned and all(report.ok for report in reports) else 3
 

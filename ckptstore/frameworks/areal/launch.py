@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckptstore.config import RunConfig
+from ckptstore.config import RunConfig, load
+from ckptstore.errors import CkptStoreError
 from ckptstore.frameworks.areal.layout import RunRef
 
 _LAUNCHERS = {
@@ -84,7 +85,10 @@ def _version(path: str) -> str:
 
 def _package_of_python_on_path() -> str:
     """The folder of package `areal` for the trainer's python, found without importing it; empty when there is none."""
-    code = "import importlib.util as u; s = u.find_spec('areal'); print((list(s.submodule_search_locations or []) + [''])[0] if s else '')"
+    code = (
+        "import importlib.util as u; s = u.find_spec('areal'); "
+        "print((list(s.submodule_search_locations or []) + [''])[0] if s else '')"
+    )
     python = shutil.which("python") or shutil.which("python3") or sys.executable
     try:
         done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=20, check=False, cwd="/")
@@ -132,7 +136,10 @@ def resume_command(
     return Command(("python", "-m", f"{launcher}.{kind}", *tail), tuple(placeholders), tuple(notes))
 
 
-def logged_config(run: RunRef) -> str:
-    """The configuration that AReaL kept with the run's logs; empty when there is none."""
+def logged_config(run: RunRef) -> RunConfig | None:
+    """The configuration that AReaL kept with the run's logs; None when there is none that can be read."""
     path = os.path.join(run.logs, "config.yaml") if run.logs else ""
-    return path if path and os.path.isfile(path) else ""
+    try:
+        return load(path) if path else None
+    except CkptStoreError:
+        return None

@@ -11,6 +11,7 @@ That a folder exists proves nothing: AReaL's own helpers create the ones that th
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME, FileInfo, Finding, Status
+from ckptstore.model import DRAFT_PREFIX, FileInfo, Finding, Status
 from ckptstore.native import Folder
 
 EXPORT = re.compile(r"epoch([0-9]{1,9})epochstep([0-9]{1,9})globalstep([0-9]{1,9})")  # not \d: it takes any script
@@ -64,6 +65,7 @@ class RunTree:
     recover_info: str = ""
     stray_slot: str = ""  #: `{trial}/recover_checkpoint`, where old guides put it and AReaL does not look
     notes: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)  #: folders whose names are almost those of checkpoints
     folders: dict[str, Folder] = field(default_factory=dict)
 
 
@@ -111,6 +113,11 @@ def sort_out(folders: dict[str, Folder]) -> RunTree:
             continue
         else:
             _sort_part(run, name)
+    if run.strangers:
+        more = f" and {len(run.strangers) - 3} more" if len(run.strangers) > 3 else ""
+        run.notes.append(
+            f"ignored, since AReaL gives no such names: {', '.join(run.strangers[:3])}{more} (rename what is a checkpoint)"
+        )
     return run
 
 
@@ -128,7 +135,7 @@ def _sort_part(run: RunTree, part: str) -> None:
         elif name.endswith(".tmp") and parse_export_name(name.removesuffix(".tmp")):
             run.notes.append(f"{folder}: a save in progress, or one that a crash cut short; not a checkpoint")
         elif NEARLY_EXPORT.fullmatch(name):
-            run.notes.append(f"{folder}: not a name that AReaL gives; ignored (rename it if it is a checkpoint)")
+            run.strangers.append(folder)
 
 
 def _folders_in(folders: Mapping[str, Folder], path: str, notes: list[str]) -> list[tuple[str, int]]:
@@ -176,6 +183,9 @@ _OPTIMIZER = re.compile(r"optim_world_size_([0-9]{1,6})_rank_([0-9]{1,6})\.pt")
 _TOKENIZER = frozenset({"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"})
 
 
+_NEVER_EMPTY = (".safetensors", ".bin", ".pt", ".json", ".distcp", ".metadata")
+
+
 class Signs(NamedTuple):
     """What AReaL's own signs say of a part: its format, what it holds, and what is missing (level quick)."""
 
@@ -186,27 +196,26 @@ class Signs(NamedTuple):
 
 def read_signs(files: Iterable[FileInfo]) -> Signs:
     """Judge a part by the names and sizes of its files. Our manifest is not one of its files."""
-    by_name = {file.name: file for file in files if file.name != MANIFEST_NAME}
-    if not by_name:
-        return Signs(
-            "empty",
-            (),
-            (Finding("", "no files: the save was cut short before its first byte", Status.PARTIAL),),
-        )
-    findings = [
+    files = list(files)
+    signs = _signs_of_names(tuple(file.name for file in files))
+    odd = [
         Finding(file.name, f"is a {file.kind}, not a file: never followed or copied", Status.PARTIAL)
-        for file in by_name.values()
         if file.kind != "file"
+        else Finding(file.name, "is empty (0 bytes)", Status.PARTIAL)
+        for file in files
+        if file.kind != "file" or (not file.size_bytes and file.name.endswith(_NEVER_EMPTY))
     ]
-    findings += [
-        Finding(name, "is empty (0 bytes)", Status.PARTIAL)
-        for name, file in by_name.items()
-        if file.kind == "file"
-        and not file.size_bytes
-        and name.endswith((".safetensors", ".bin", ".pt", ".json", ".distcp", ".metadata"))
-    ]
+    return signs._replace(findings=(*odd, *signs.findings)) if odd else signs
+
+
+@functools.lru_cache(maxsize=256)  # the checkpoints of a run hold the same names, thousands of times
+def _signs_of_names(names: tuple[str, ...]) -> Signs:
+    by_name = frozenset(names)
+    if not by_name:
+        return Signs("empty", (), (Finding("", "no files: the save was cut short before its first byte", Status.PARTIAL),))
+    findings: list[Finding] = []
     dcp = ".metadata" in by_name or any(name.endswith(".distcp") for name in by_name)
-    optimizer = [match for name in by_name if (match := _OPTIMIZER.fullmatch(name))]
+    optimizer = [match for name in names if (match := _OPTIMIZER.fullmatch(name))]
     weights, weight_findings = _weights(by_name)
     if dcp and weights != "unknown":
         findings.append(Finding("", "holds both DCP and Hugging Face weights: two saves mixed in one folder", Status.CORRUPT))
@@ -222,22 +231,21 @@ def read_signs(files: Iterable[FileInfo]) -> Signs:
     if optimizer:
         findings += _optimizer_findings(optimizer)
         holds.append("optimizer")
-    if _TOKENIZER & by_name.keys():
+    if _TOKENIZER & by_name:
         holds.append("tokenizer")
-    if "config.json" in by_name or "adapter_config.json" in by_name:
+    if {"config.json", "adapter_config.json"} & by_name:
         holds.append("config")
-    format_ = "hf+optim" if optimizer and weights != "unknown" else weights
-    return Signs(format_, tuple(holds), tuple(findings))
+    return Signs("hf+optim" if optimizer and weights != "unknown" else weights, tuple(holds), tuple(findings))
 
 
-def _weights(by_name: Mapping[str, FileInfo]) -> tuple[str, list[Finding]]:
+def _weights(by_name: frozenset[str]) -> tuple[str, list[Finding]]:
     """Format of the Hugging Face weights among the files, and what is missing of them."""
     if "adapter_model.safetensors" in by_name or "adapter_model.bin" in by_name or "adapter_config.json" in by_name:
         missing = [] if "adapter_config.json" in by_name else ["adapter_config.json"]
-        if not {"adapter_model.safetensors", "adapter_model.bin"} & by_name.keys():
+        if not {"adapter_model.safetensors", "adapter_model.bin"} & by_name:
             missing.append("adapter_model.safetensors")
         return "lora", [Finding(name, "missing", Status.PARTIAL) for name in missing]
-    top = [name for name in by_name if "/" not in name]
+    top = [name for name in sorted(by_name) if "/" not in name]
     weights = [name for name in top if name.endswith((".safetensors", ".bin")) and name != "training_args.bin"]
     indexes = [name for name in top if name.endswith((".safetensors.index.json", ".bin.index.json"))]
     findings: list[Finding] = []

@@ -1,6 +1,7 @@
 """What AReaL will restore from a slot and its recover_info, and what it will not: said before anything is replaced.
 
-Facts: AReaL's FSDP path saves neither the LR scheduler nor RNG states, in any version; a Hugging Face export holds weights only.
+Facts: AReaL's FSDP path saves neither the LR scheduler nor RNG states, in any version;
+a Hugging Face export holds weights only.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ def restoration(checkpoint: Checkpoint, info: RecoverInfo | None) -> Restoration
     elif info.step != checkpoint.step:
         lost.append(f"step counter and data order of step {checkpoint.step}")
         blockers.append(
-            f"recover_info/ says step {info.step}: AReaL would go on at step {info.resumes_at} with the weights of step {checkpoint.step}"
+            f"recover_info/ says step {info.step}: AReaL would go on at step {info.resumes_at} "
+            f"with the weights of step {checkpoint.step}"
         )
     else:
         restored.append(f"step counter (goes on at global step {info.resumes_at}), data order, save timers")
     if checkpoint.format in ("hf", "hf-sharded", "hf-bin"):
         blockers.append(
-            f"the checkpoint is a Hugging Face export ({checkpoint.format}): AReaL from v0.4.0 reads DCP from the slot and would crash; "
+            f"the checkpoint is a Hugging Face export ({checkpoint.format}): AReaL from v0.4.0 reads DCP from the slot "
+            "and would crash; "
             "up to v0.3.4 it also wants optimizer shards and would restart from step 0"
         )
     elif checkpoint.format == "lora":
