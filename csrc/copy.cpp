@@ -195,11 +195,6 @@ class Copier {
       }
       note_done(bytes);
     }
-    static const size_t every = getenv("X_EVERY") ? (size_t)atol(getenv("X_EVERY")) << 20 : 0;
-    if (every && !task.cloned) {
-      static std::atomic<size_t> since{0};
-      if (since.fetch_add(chunk.bytes) + chunk.bytes >= every) { since = 0; task.destination.sync(); }
-    }
     if (expected && *expected != crc) throw ChunkMismatch(spec.name, chunk.offset, false);
     if (buffered && spec.bytes > kSmallFileBytes) write_behind(task, chunk, bench);
     return crc;
@@ -250,7 +245,7 @@ class Copier {
     {
       const std::lock_guard lock(unsynced_mutex_);
       unsynced_.push_back(&task);
-      static const size_t most = getenv("X_MOST") ? (size_t)atol(getenv("X_MOST")) : 64; full = unsynced_.size() >= most;
+      full = unsynced_.size() >= kMostUnsyncedFiles;
     }
     if (full) sync_files();
   }

@@ -54,9 +54,9 @@ constexpr std::uint64_t power_of_x(std::uint64_t exponent) {
   return result;
 }
 
-// --- Portable: sixteen tables, sixteen bytes a step ---------------------------------------------------------------
+// --- Portable: eight tables, eight bytes a step, four places at once ----------------------------------------------
 
-constexpr std::size_t kTables = 16;
+constexpr std::size_t kTables = 8;
 
 struct Tables {
   std::uint64_t entry[kTables][256]{};  // entry[t][b]: the byte b followed by t zero bytes
@@ -83,17 +83,18 @@ inline std::uint64_t little_endian(const unsigned char* from) {
   return word;
 }
 
+/// The register after eight more bytes, which were added to it. The sums are a tree: a chain would wait for each look-up.
+inline std::uint64_t eight_bytes_on(std::uint64_t word) {
+  const auto at = [word](std::size_t i) {
+    return kTable.entry[kTables - 1 - i][word >> (8 * i) & 0xFF];
+  };
+  return ((at(0) ^ at(1)) ^ (at(2) ^ at(3))) ^ ((at(4) ^ at(5)) ^ (at(6) ^ at(7)));
+}
+
 /// The register after `bytes` more bytes; neither inverted before nor after.
 std::uint64_t update_by_table(std::uint64_t state, const unsigned char* cursor, std::size_t bytes) {
   for (; bytes >= kTables; bytes -= kTables, cursor += kTables) {
-    const std::uint64_t first = state ^ little_endian(cursor);
-    const std::uint64_t second = little_endian(cursor + 8);
-    state = 0;
-#pragma GCC unroll 8
-    for (std::size_t i = 0; i < 8; ++i) {
-      state ^= kTable.entry[15 - i][first >> (8 * i) & 0xFF] ^
-               kTable.entry[7 - i][second >> (8 * i) & 0xFF];
-    }
+    state = eight_bytes_on(state ^ little_endian(cursor));
   }
   for (; bytes != 0; --bytes, ++cursor) {
     state = state >> 8 ^ kTable.entry[0][(state ^ *cursor) & 0xFF];
@@ -101,8 +102,35 @@ std::uint64_t update_by_table(std::uint64_t state, const unsigned char* cursor, 
   return state;
 }
 
+/// The register, moved on by `bytes` zero bytes. The bits of the length are taken one by one: no exponent overflows.
+std::uint64_t zeros_on(std::uint64_t state, std::uint64_t bytes) {
+  for (std::size_t k = 3; bytes != 0; ++k, bytes >>= 1) {
+    if (bytes & 1) state = multiply(kPowers.value[k], state);
+  }
+  return state;
+}
+
+/// Four quarters side by side keep the processor busy while each look-up waits for the one before.
 std::uint64_t portable(std::uint64_t value, const void* data, std::size_t bytes) {
-  return ~update_by_table(~value, static_cast<const unsigned char*>(data), bytes);
+  const auto* cursor = static_cast<const unsigned char*>(data);
+  std::uint64_t state = ~value;
+  constexpr std::size_t kStreams = 4;
+  constexpr std::size_t kWorthSplittingBytes = 16 << 10;
+  if (bytes >= kWorthSplittingBytes) {
+    const std::size_t part = bytes / kStreams / kTables * kTables;
+    std::uint64_t stream[kStreams] = {state};
+    for (std::size_t at = 0; at < part; at += kTables) {
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kStreams; ++i) {
+        stream[i] = eight_bytes_on(stream[i] ^ little_endian(cursor + i * part + at));
+      }
+    }
+    state = stream[0];
+    for (std::size_t i = 1; i < kStreams; ++i) state = zeros_on(state, part) ^ stream[i];
+    cursor += kStreams * part;
+    bytes -= kStreams * part;
+  }
+  return ~update_by_table(state, cursor, bytes);
 }
 
 // --- Folding by carry-less multiplication -------------------------------------------------------------------------
@@ -266,12 +294,7 @@ std::uint64_t crc64(std::uint64_t value, const void* data, std::size_t bytes) {
 }
 
 std::uint64_t crc64_combine(std::uint64_t a, std::uint64_t b, std::uint64_t b_bytes) {
-  // a * x^(8 * b_bytes) + b. The bits of b_bytes are taken one by one so that no length overflows the exponent.
-  std::uint64_t shifted = a;
-  for (std::size_t k = 3; b_bytes != 0; ++k, b_bytes >>= 1) {
-    if (b_bytes & 1) shifted = multiply(kPowers.value[k], shifted);
-  }
-  return shifted ^ b;
+  return zeros_on(a, b_bytes) ^ b;
 }
 
 }  // namespace ckptstore

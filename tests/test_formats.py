@@ -94,9 +94,7 @@ def saved_by_torch(tmp_path_factory):
     save_file(state, root / "hf/model.safetensors", metadata={"format": "pt"})
     with warnings.catch_warnings(action="ignore"):  # that one process saves alone is the point
         torch_dcp.save({"dcp": {"model": state, "optim": optim}}, checkpoint_id=root / "dcp", no_dist=True)
-        torch_dcp.save(
-            {"model": state, "lr_scheduler": {"last": 1}}, checkpoint_id=root / "plain", no_dist=True
-        )
+        torch_dcp.save({"model": state, "lr_scheduler": {"last": 1}}, checkpoint_id=root / "plain", no_dist=True)
     return root
 
 
@@ -111,8 +109,7 @@ def test_dcp_metadata_agrees_with_torchs_own_reader(saved_by_torch):
     mine = dcp.read_metadata((saved_by_torch / "dcp/.metadata").read_bytes())
     theirs = torch_dcp.FileSystemReader(saved_by_torch / "dcp").read_metadata()
     assert {(i.key, i.file, i.offset, i.length) for i in mine.items} == {
-        (index.fqn, info.relative_path, info.offset, info.length)
-        for index, info in theirs.storage_data.items()
+        (index.fqn, info.relative_path, info.offset, info.length) for index, info in theirs.storage_data.items()
     }
     tensors = {k: v for k, v in theirs.state_dict_metadata.items() if hasattr(v, "chunks")}
     assert mine.tensors.keys() == tensors.keys()
@@ -254,10 +251,7 @@ def test_index_and_metadata_never_name_files_outside(tmp_path):
         (finding,) = check_contents({"model.safetensors.index.json": json.dumps(index).encode()})
         assert finding.status is CORRUPT
         assert finding.problem.isprintable()
-    assert (
-        check_contents({".metadata": trees.dcp_metadata([("k", "../../etc/passwd", 0, 1)])})[0].status
-        is CORRUPT
-    )
+    assert check_contents({".metadata": trees.dcp_metadata([("k", "../../etc/passwd", 0, 1)])})[0].status is CORRUPT
     with pytest.raises(FormatError):
         check_safe_name("x" * 5000)
 
@@ -405,9 +399,7 @@ def shared_chunks() -> bytes:
     """20,000 tensors that all refer to one list of 20,000 chunks: 400 million, if they were described."""
     metadata = "torch.distributed.checkpoint.metadata"
     chunk = trees._object(metadata, "ChunkStorageMetadata", offsets=b")", sizes=b")")
-    properties = (
-        trees._global(metadata, "TensorProperties") + b")\x81(" + trees._global("torch", "half") + b"tb"
-    )
+    properties = trees._global(metadata, "TensorProperties") + b")\x81(" + trees._global("torch", "half") + b"tb"
     tensor = trees._object(
         metadata,
         "TensorStorageMetadata",
@@ -480,9 +472,7 @@ def _mutate(data: bytes, edits: list[tuple[int, bytes, int]]) -> bytes:
     return bytes(result)
 
 
-EDITS = st.lists(
-    st.tuples(st.integers(0, 1 << 16), st.binary(max_size=6), st.integers(0, 6)), min_size=1, max_size=4
-)
+EDITS = st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(max_size=6), st.integers(0, 6)), min_size=1, max_size=4)
 
 
 @settings(max_examples=300)
@@ -509,9 +499,7 @@ def test_mutated_metadata_never_raises(edits):
 def test_mutated_index_never_raises(edits):
     index = {"metadata": {"total_size": 8}, "weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}
     data = trees.safetensors_bytes({"w": ("F32", (2,))})
-    check_contents(
-        {"a.safetensors": data, "model.safetensors.index.json": _mutate(json.dumps(index).encode(), edits)}
-    )
+    check_contents({"a.safetensors": data, "model.safetensors.index.json": _mutate(json.dumps(index).encode(), edits)})
 
 
 @given(st.integers(0, 900))

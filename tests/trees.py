@@ -152,8 +152,7 @@ def dcp_metadata(items: Sequence[tuple[str, str, int, int]], tensors: Tensors | 
     tensors = tensors or {}
     metadata = "torch.distributed.checkpoint.metadata"
     entries = b"".join(
-        _text(key)
-        + (_tensor_record(*tensors[key]) if key in tensors else _object(metadata, "BytesStorageMetadata"))
+        _text(key) + (_tensor_record(*tensors[key]) if key in tensors else _object(metadata, "BytesStorageMetadata"))
         for key, *_ in items
     )
     storage = b"".join(
@@ -219,8 +218,7 @@ def _tensor_record(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def write_dcp_slot(folder: Path, *, ranks: int = 2, optimizer: bool = True, seed: int = 0) -> Path:
-    """A recover slot of AReaL from v0.4 on: `.metadata` and a shard a rank, of random bytes in real places.
-    """
+    """A recover slot of AReaL from v0.4 on: `.metadata` and a shard a rank, of random bytes in real places."""
     folder.mkdir(parents=True, exist_ok=True)
     keys: dict[str, tuple[str, tuple[int, ...]]] = {}
     for key, (_, shape) in TENSORS.items():
@@ -240,9 +238,7 @@ def write_dcp_slot(folder: Path, *, ranks: int = 2, optimizer: bool = True, seed
     return folder
 
 
-def write_recover_info(
-    trial: Path, step: int, *, steps_per_epoch: int = STEPS_PER_EPOCH, world_size: int = 1
-) -> Path:
+def write_recover_info(trial: Path, step: int, *, steps_per_epoch: int = STEPS_PER_EPOCH, world_size: int = 1) -> Path:
     """`recover_info/` as AReaL leaves it after 0-based global step `step`."""
     folder = trial / "recover_info"
     folder.mkdir(parents=True, exist_ok=True)
@@ -299,9 +295,7 @@ def write_recover_info(
     return folder
 
 
-def write_logs(
-    root: Path, *, user: str = "alice", experiment: str = "gsm8k-grpo", trial: str = "trial0"
-) -> Path:
+def write_logs(root: Path, *, user: str = "alice", experiment: str = "gsm8k-grpo", trial: str = "trial0") -> Path:
     """`{fileroot}/logs/{user}/{exp}/{trial}/config.yaml`, with the blocks that recovery reads."""
     folder = root / "logs" / user / experiment / trial
     folder.mkdir(parents=True, exist_ok=True)
@@ -368,9 +362,7 @@ def checkpoint(trial: Path, step: int, part: str = "default", steps_per_epoch: i
     return trial / part / folder_name(step, steps_per_epoch)
 
 
-def make_many(
-    root: Path, n: int, *, user: str = "alice", experiment: str = "big", trial: str = "trial0"
-) -> Path:
+def make_many(root: Path, n: int, *, user: str = "alice", experiment: str = "big", trial: str = "trial0") -> Path:
     """`n` checkpoints of nine small files each, one a step; quick: the same bytes each time."""
     folder = root / "checkpoints" / user / experiment / trial
     source = write_model(root / ".template")

@@ -1,10 +1,11 @@
-// A FUSE file system that shows a folder of another one, and refuses or lies where rented volumes do.
+// A FUSE file system that shows a folder of another one; it refuses or lies where rented volumes
+// do.
 //
 //   passthrough --root=FOLDER MOUNTPOINT [-f] and any of
 //
 //   --refuse         renames with flags answer EINVAL
 //   --lie            RENAME_EXCHANGE answers success, but is a plain rename: the target is lost
-//   --noreplace-lie  RENAME_NOREPLACE replaces. The kernel itself refuses a target that it sees when
+//   --noreplace-lie  RENAME_NOREPLACE replaces. The kernel itself refuses a target that exists when
 //                    the call begins, so this shows only for one that another node makes during the
 //                    call: --delay-ms gives it the time
 //   --nodirect       opening with O_DIRECT answers EINVAL
