@@ -10,9 +10,12 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import Listing, backend_for, find_manifest, read_part
+from ckptstore.listing import RESUMABLE, Listing, backend_for, find_manifest, read_part
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.verify import verify
+
+#: How many steps of weights a resumable state is worth: Adam's moments need about as many to recover.
+STATE_WORTH_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class Selection:
     max_step: int | None = None  #: ≤ N
     step: int | None = None
     checkpoint_path: str = ""
+    prefer: str = "state"  #: state: optimizer state beats weights up to STATE_WORTH_STEPS newer; newest: it does not
 
     def __post_init__(self) -> None:
         if self.step is not None and self.checkpoint_path:
@@ -72,6 +76,7 @@ class ResumePoint:
     checkpoint: Checkpoint
     skipped: tuple[Skipped, ...]
     why: str
+    alternative: Checkpoint | None = None  #: newer, whole, and without the optimizer state that this one has
 
 
 def resume_point(
@@ -86,21 +91,26 @@ def resume_point(
     `failed` names checkpoints (by the first part's folder) already found bad, with the reason. NothingToResumeError when none
     qualifies; IntegrityError when the one that was named is damaged.
     """
-    failed = failed or {}
     skipped: list[Skipped] = []
-    for checkpoint in _candidates(backend, listing, selection):
-        reasons = tuple(map(str, checkpoint.findings))
-        if checkpoint.parts[0].path in failed:
-            reasons = (failed[checkpoint.parts[0].path],)
-        elif checkpoint.status.usable:
-            # A copy of ours in the slot is checked while nothing else will read it: all its digests, here and now.
-            ours = checkpoint.kind == "slot" and checkpoint.status is Status.COMMITTED
-            report = verify(backend_for(backend, checkpoint), checkpoint, Level.FULL if ours else Level.STRUCTURE)
-            reasons = tuple(map(str, report.findings))
-            checkpoint = report.checkpoint
-        if not reasons:
-            return ResumePoint(checkpoint, tuple(skipped), _why(checkpoint, skipped, selection))
-        skipped.append(Skipped(checkpoint, reasons))
+    newest: Checkpoint | None = None
+    for candidate in _candidates(backend, listing, selection):
+        if newest is not None and candidate.step < newest.step - STATE_WORTH_STEPS:
+            break
+        if newest is not None and "optimizer" not in candidate.holds:
+            continue
+        checkpoint, reasons = _examine(backend, candidate, failed or {})
+        if reasons:
+            if newest is None:
+                skipped.append(Skipped(checkpoint, reasons))
+            continue
+        if newest is not None:
+            why = f"its optimizer state is worth more than {newest.step - checkpoint.step} newer steps of weights alone"
+            return ResumePoint(checkpoint, tuple(skipped), why, newest)
+        newest = checkpoint
+        if selection.named or selection.prefer != "state" or "optimizer" in checkpoint.holds:
+            break
+    if newest is not None:
+        return ResumePoint(newest, tuple(skipped), _why(newest, skipped, selection))
     if selection.named and skipped:
         bad = skipped[0]
         raise IntegrityError(
@@ -110,14 +120,27 @@ def resume_point(
     raise _nothing(listing, selection, skipped)
 
 
+def _examine(backend: Backend, checkpoint: Checkpoint, failed: Mapping[str, str]) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint as level structure sees it, and what is wrong with it."""
+    if checkpoint.parts[0].path in failed:
+        return checkpoint, (failed[checkpoint.parts[0].path],)
+    if not checkpoint.status.usable:
+        return checkpoint, tuple(map(str, checkpoint.findings))
+    # A copy of ours in the slot is checked while nothing else will read it: all its digests, here and now.
+    ours = checkpoint.kind == "slot" and checkpoint.status is Status.COMMITTED
+    report = verify(backend_for(backend, checkpoint), checkpoint, Level.FULL if ours else Level.STRUCTURE)
+    return report.checkpoint, tuple(map(str, report.findings))
+
+
 def _candidates(backend: Backend, listing: Listing, selection: Selection) -> list[Checkpoint]:
     if selection.checkpoint_path:
         return [_at_path(backend, listing, os.path.abspath(selection.checkpoint_path))]
     everything = list(listing.checkpoints)
-    # Equal steps: the slot first, since it holds optimizer state and needs no copy.
-    if listing.slot is not None and listing.slot.step >= 0:
+    everything += listing.adopted
+    # Equal steps: the slot first, since it holds optimizer state and needs no copy. One that AReaL could not read is none.
+    if listing.slot is not None and listing.slot.step >= 0 and listing.slot.format in RESUMABLE:
         everything.append(listing.slot)
-    everything.sort(key=lambda c: (c.step, c.kind == "slot", c.epoch, c.epoch_step), reverse=True)
+    everything.sort(key=lambda c: (c.step, c.kind == "slot", c.kind == "adopted", c.epoch, c.epoch_step), reverse=True)
     if selection.step is not None:
         found = [checkpoint for checkpoint in everything if checkpoint.step == selection.step]
         if not found:

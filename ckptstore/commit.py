@@ -7,8 +7,10 @@ inside the trial, where AReaL takes every folder for a model. The steps (docs/de
     2  copy        every file, digested on the way, fsynced                     crash: the next setup continues from it
     3  manifest    written and fsynced in each staged part, then its folders
     4  journal     side/journal.json, fsynced: from here on it will be finished crash: the next command finishes it
-    5  publish     RENAME_EXCHANGE of staged part and slot; where the file system cannot, the old slot is renamed aside
-                   and the new one in: between the two the slot is missing, and the journal says where both are
+    5  publish     first a recover_info that AReaL refuses loudly, then every slot, last the real recover_info, so that
+                   no mixture of steps is ever resumed from. Each by RENAME_EXCHANGE of the staged folder and the slot;
+                   where the file system cannot, the old slot is renamed aside and the new one in: between the two the
+                   slot is missing, and the journal says where both are
     6  sync        the slot's parent and the stage
     7  set aside   the old slot to side/old-<time>-<random>/{part}/ (`setup --undo` swaps it back)
     8  journal away, side fsynced
@@ -34,6 +36,7 @@ from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, CommitUncertain, ManifestError, NotCommitted, NotFoundError
+from ckptstore.frameworks.areal.layout import files_of
 from ckptstore.lock import RunLock, busy
 from ckptstore.manifest import check_name
 from ckptstore.manifest import parse as parse_manifest
@@ -49,7 +52,7 @@ class Move:
     slot: str
     staged: str
     aside: str
-    new: str  #: identity of what shall be in the slot
+    new: str  #: identity of what shall be in the slot; empty when nothing shall
     old: str  #: identity of what was in it; empty when there was nothing
 
 
@@ -67,12 +70,15 @@ class Journal:
 def identity(folder: str) -> str:
     """What lies in `folder`, told by content: our commit id, else names, sizes and times. Empty without a folder or files."""
     backend = LocalBackend(folder)
-    with contextlib.suppress(NotFoundError, ManifestError):
-        return "commit:" + parse_manifest(backend.get(MANIFEST_NAME)).commit
     try:
         tree = backend.tree(max_depth=8)
     except NotFoundError:
         return ""
+    with contextlib.suppress(NotFoundError, ManifestError):
+        manifest = parse_manifest(backend.get(MANIFEST_NAME))
+        files = [file for file in files_of(tree, "")[0] if file.name != MANIFEST_NAME]
+        if not manifest.inspect(files).void:  # else the trainer has written into a slot of ours, and left our manifest there
+            return "commit:" + manifest.commit
     lines = sorted(
         f"{path}/{entry.name} {entry.size_bytes} {entry.mtime_ns // 1_000_000_000}"
         for path, inside in tree.items()
@@ -97,6 +103,21 @@ def plan_moves(side: str, stage: str, slots: dict[str, str]) -> tuple[tuple[Move
         for part, slot in slots.items()
     )
     return moves, aside
+
+
+def guarded(side: str, moves: tuple[Move, ...], aside: str, *, info: str, blocking: str, staged_info: str) -> tuple[Move, ...]:
+    """`moves` between two more: `blocking` becomes `info` (recover_info) first, `staged_info` last ("" leaves none).
+
+    No rename covers several folders: in between, the trainer finds a recover_info that it refuses loudly.
+    """
+    slot = os.path.relpath(info, side)
+    name = os.path.basename(info)
+    staged_blocking = os.path.relpath(blocking, side)
+    spent = f"{os.path.dirname(staged_blocking)}/spent"
+    first = Move(name, slot, staged_blocking, f"{aside}/{name}", identity(blocking), identity(info))
+    real = identity(staged_info) if staged_info else ""
+    last = Move(name, slot, os.path.relpath(staged_info, side) if staged_info else spent, spent, real, first.new)
+    return (first, *moves, last)
 
 
 def publish(side: str, journal: Journal) -> None:
@@ -156,7 +177,10 @@ def finish_pending(side: str) -> str:
     journal = pending(side)
     if journal is None:
         return ""
-    foreign = [move for move in journal.moves if _slot_is_foreign(side, move)]
+    ours: dict[str, set[str]] = {}
+    for move in journal.moves:
+        ours.setdefault(move.slot, {""}).update((move.old, move.new))
+    foreign = [move for move in journal.moves if identity(_at(side, move.slot)) not in ours[move.slot]]
     if foreign:
         kept = os.path.join(side, f"given-up-{journal.moves[0].aside.partition('/')[0]}.json")
         os.rename(os.path.join(side, JOURNAL), kept)
@@ -168,15 +192,12 @@ def finish_pending(side: str) -> str:
     return f"an interrupted {journal.action} of step {journal.step} was finished: the slot holds it now"
 
 
-def _slot_is_foreign(side: str, move: Move) -> bool:
-    found = identity(_at(side, move.slot))
-    return found not in ("", move.old, move.new)
-
-
 def _finish(side: str, journal: Journal) -> None:
     touched = False
     try:
-        for move in journal.moves:
+        for number, move in enumerate(journal.moves):
+            if _is_superseded(side, move, journal.moves[number + 1 :]):
+                continue
             try:
                 _publish_one(side, move, journal.method)
             except OSError as error:
@@ -207,6 +228,11 @@ def _finish(side: str, journal: Journal) -> None:
                 os.rmdir(os.path.join(side, name))
 
 
+def _is_superseded(side: str, move: Move, later: tuple[Move, ...]) -> bool:
+    """Whether a crash came after a later move of the same slot: then this one is done, and must not be done again."""
+    return any(other.slot == move.slot and identity(_at(side, move.slot)) == other.new for other in later)
+
+
 def _at(side: str, relative: str) -> str:
     return os.path.normpath(os.path.join(side, relative))
 
@@ -214,7 +240,10 @@ def _at(side: str, relative: str) -> str:
 def _publish_one(side: str, move: Move, method: str) -> None:
     """Steps 5 and 6 for one slot, from wherever a crash left them."""
     slot, staged, aside = _at(side, move.slot), _at(side, move.staged), _at(side, move.aside)
-    if identity(slot) != move.new:
+    if identity(slot) != move.new and not move.new:
+        os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
+        os.rename(slot, aside)
+    elif identity(slot) != move.new:
         if identity(staged) != move.new:
             raise CkptStoreError(
                 f"the new content for {slot} is neither there nor in {staged}",

@@ -134,6 +134,8 @@ NO_SPACE = frozenset({_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG})
 
 def from_os_error(error: OSError, *, doing: str, path: str, hint: str = "") -> CkptStoreError:
     """The error of this tree for an OSError: says what was being done, to what, and what the system answered."""
+    if isinstance(error, CkptStoreError):
+        return error  # from our own layers below: it says more already
     code = error.errno or 0
     message = f"{doing} {path}: {error.strerror or error}"
     if code in NO_SPACE:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ckptstore import manifest as manifests
+from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
@@ -18,6 +21,8 @@ from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, FileInfo, Finding, Part, ReadAt, Status, worst
 from ckptstore.native import Folder
+
+_ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
 
 #: Clocks of several nodes write into one run: files this close count as one save.
 CLOCK_SKEW_NS = 5_000_000_000
@@ -35,6 +40,7 @@ class Listing:
     checkpoints: tuple[Checkpoint, ...]
     slot: Checkpoint | None
     recover_info: RecoverInfo | None
+    adopted: tuple[Checkpoint, ...]  #: slots of earlier steps that were kept, by step
     notes: tuple[str, ...]
     newest_file: str  #: the file of the run that was written last, by the trainer
     newest_mtime_ns: int
@@ -69,10 +75,39 @@ def scan(backend: Backend) -> Listing:
         tuple(checkpoints),
         slot,
         info,
+        tuple(read_adopted(side_folders.side_folder(backend.location, f"{backend.location}/{layout.MAIN_PART}/{layout.SLOT}"))),
         tuple(notes),
         newest_file,
         newest_mtime_ns,
     )
+
+
+def adopted_folder(side: str, step: int) -> str:
+    """Where the slot of `step` is kept, in the run's side folder."""
+    return os.path.join(side, "adopted", f"globalstep{step}")
+
+
+def read_adopted(side: str) -> list[Checkpoint]:
+    """The adopted steps in a side folder, by step; they appear there whole or not at all."""
+    try:
+        names = os.listdir(os.path.join(side, "adopted"))
+    except OSError:
+        return []
+    found = []
+    for step in sorted(int(name.removeprefix("globalstep")) for name in names if _ADOPTED.fullmatch(name)):
+        store = adopted_folder(side, step)
+        backend = LocalBackend(store)
+        tree = backend.tree(max_depth=5)
+        folders = sorted(entry.name for entry in tree[""].entries if stat.S_ISDIR(entry.mode))
+        parts = [
+            _with_dcp_holdings(backend, read_part(backend, name, name, tree))
+            for name in sorted(folders, key=lambda part: (part != layout.MAIN_PART, part))
+            if name != layout.RECOVER_INFO
+        ]
+        info = recover_info.read(backend, tree.get(layout.RECOVER_INFO))
+        if parts and info is not None and info.step == step:
+            found.append(Checkpoint(step, info.epoch, info.epoch_step, "adopted", tuple(parts), store=store))
+    return found
 
 
 def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folder]) -> Part:
@@ -140,8 +175,10 @@ def reader(backend: Backend, part: Part) -> ReadAt:
 
 
 def backend_for(backend: Backend, checkpoint: Checkpoint) -> Backend:
-    """The backend that `checkpoint`'s parts lie under: `backend`, or one of its own for a folder outside of the run."""
+    """The backend that `checkpoint`'s parts lie under: `backend`, the store of an adopted one, or a folder of its own."""
     path = checkpoint.parts[0].path
+    if checkpoint.store:
+        return LocalBackend(checkpoint.store)
     return backend if path.startswith(f"{backend.location}/") else LocalBackend(path)
 
 
@@ -242,10 +279,13 @@ def _with_dcp_holdings(backend: Backend, part: Part) -> Part:
 
 
 def _newest(run: layout.RunTree) -> tuple[str, int]:
-    """The file that the trainer wrote last, for "is it still running?"; our manifests don't count."""
+    """The file that the trainer wrote last, for "is it still running?"; what we wrote does not count."""
     newest: tuple[int, str] = (0, "")
     for path, folder in run.folders.items():
+        # What is older than our manifest in a slot or a recover_info is ours; what is newer, the trainer has saved since.
+        written = path.rpartition("/")[2] in (layout.SLOT, layout.RECOVER_INFO)
+        ours_ns = max((entry.mtime_ns for entry in folder.entries if entry.name == MANIFEST_NAME), default=0) if written else 0
         for entry in folder.entries:
-            if entry.mtime_ns > newest[0] and entry.name != MANIFEST_NAME and stat.S_ISREG(entry.mode):
+            if entry.mtime_ns > max(newest[0], ours_ns) and entry.name != MANIFEST_NAME and stat.S_ISREG(entry.mode):
                 newest = (entry.mtime_ns, f"{path}/{entry.name}" if path else entry.name)
     return newest[1], newest[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import getpass
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,22 @@ USUAL_FILEROOTS = ("/workspace/outputs/grpo", "./outputs/grpo")
 
 #: Asks a person to pick one of several; None where nobody can be asked.
 Ask = Callable[[str, Sequence[str]], str]
+
+
+class NoRunError(NotFoundError):
+    """No run where it was looked for. `facts` say what is there instead, one a line."""
+
+    def __init__(self, message: str, *, facts: Sequence[str] = (), hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.facts = tuple(facts)
+
+
+class WhichRunError(UsageError):
+    """Several runs fit, and nobody could be asked. `facts` are the runs, one a line, the newest first."""
+
+    def __init__(self, message: str, *, facts: Sequence[str], hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.facts = tuple(facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +56,7 @@ class Located:
     """The run, how it was found, and its configuration where one was read."""
 
     run: RunRef
-    how: str
+    how: str  #: "given by --run", or where the fileroot comes from
     config: RunConfig | None = None
     warnings: tuple[str, ...] = field(default=())
 
@@ -53,12 +70,15 @@ def current_user() -> str:
 
 
 def locate(where: Where, *, ask: Ask | None = None) -> Located:
-    """The run that `where` means. NotFoundError tells what does exist; UsageError when several fit and nobody can be asked."""
+    """The run that `where` means. NoRunError tells what does exist; WhichRunError when several fit and nobody can be asked."""
     if where.overrides and not where.config:
-        raise UsageError(f"{where.overrides[0]!r} overrides a configuration, and --config names none")
+        raise UsageError(
+            f"{where.overrides[0]!r} overrides a configuration, and --config names none",
+            hint="Say --config run.yaml as well, the file that the run was started with.",
+        )
     config = load(where.config, where.overrides) if where.config else None
     if where.run:
-        return _at_run(where.run, config)
+        return _at_run(_local(where.run, "--run"), config)
     fileroot, source = _fileroot(where, config)
     experiment = where.experiment or (config.text("experiment_name") if config else "")
     trial = where.trial or (config.text("trial_name") if config else "")
@@ -72,43 +92,63 @@ def locate(where: Where, *, ask: Ask | None = None) -> Located:
     ]
     fits = _prefer_user(fits)
     if not fits:
-        raise _not_found(fileroot, source, where.user, experiment, trial, found)
-    chosen = fits[0] if len(fits) == 1 else _pick(fits, ask)
-    how = f"{chosen.path} (fileroot from {source})"
-    return Located(chosen, how, config, tuple(_warnings(fileroot, chosen)))
+        raise _not_found(fileroot, source, {"user": where.user, "experiment": experiment, "trial": trial}, found)
+    chosen = fits[0] if len(fits) == 1 else _pick(fits, fileroot, ask)
+    return Located(chosen, f"fileroot from {source}", config, tuple(_warnings(fileroot, source, config, chosen)))
+
+
+def _local(location: str, option: str) -> str:
+    """The absolute path that an option names. UsageError for a URL that only a later version can open."""
+    if location.startswith("file://"):
+        return os.path.abspath(location.removeprefix("file://"))
+    if "://" in location:
+        raise UsageError(
+            f"{option} {location}: {location.partition('://')[0]}:// locations are not supported by this version of ckptstore",
+            hint="Mount it, or copy the run to a local disk first.",
+        )
+    return os.path.abspath(os.path.expanduser(location) if location.startswith("~/") else location)
 
 
 def _at_run(path: str, config: RunConfig | None) -> Located:
-    path = os.path.abspath(path)
     if not os.path.isdir(path):
         parent = os.path.dirname(path)
         near = difflib.get_close_matches(os.path.basename(path), _names(parent), n=1, cutoff=0.6)
-        hint = f"Did you mean {os.path.join(parent, near[0])}?" if near else f"In {parent} there are: {_some(_names(parent))}."
-        raise NotFoundError(f"--run {path}: there is no such folder", hint=hint)
+        hint = f"Did you mean {os.path.join(parent, near[0])}?" if near else ""
+        facts = [] if near else [f"{parent} holds {_some(_names(parent))}" if os.path.isdir(parent) else f"nor is {parent}"]
+        raise NoRunError(f"--run {path}: there is no such folder", facts=facts, hint=hint)
     run = run_ref(path)
     tree = sort_out(scan_tree(path, max_depth=2))
     if not (tree.exports or tree.slots or tree.recover_info):
-        if parse_export_name(os.path.basename(path)):
-            raise UsageError(
-                f"--run {path} is one checkpoint, not a run",
-                hint=f"Say --run {os.path.dirname(os.path.dirname(path))}, or setup --checkpoint-path {path}.",
-            )
-        below = list(discover(path)) or [run_ref(os.path.join(path, name)) for name in _names(path)]
-        if discover_has_runs(below):
-            raise UsageError(
-                f"--run {path} is not a run's own folder",
-                hint=f"Runs below it: {_some([item.path for item in below])}.",
-            )
-    return Located(run, f"{path} (given by --run)", config, tuple(_warnings(run.fileroot or path, run)))
+        _refuse_other_folder(path)
+    return Located(run, "given by --run", config, tuple(_warnings(run.fileroot or path, "", config, run)))
 
 
-def discover_has_runs(runs: Sequence[RunRef]) -> bool:
-    """Whether any of the folders looks like a run."""
-    for run in runs[:50]:
-        tree = sort_out(scan_tree(run.path, max_depth=2))
-        if tree.exports or tree.slots:
-            return True
-    return False
+def _refuse_other_folder(path: str) -> None:
+    """Names the run that was probably meant when `path` is a part, a checkpoint, or a folder of runs."""
+    above = os.path.dirname(path)
+    if parse_export_name(os.path.basename(path)):
+        raise UsageError(
+            f"--run {path} is one checkpoint, not a run",
+            hint=f"Say --run {os.path.dirname(above)}, or `ckptstore setup --checkpoint-path {path}`.",
+        )
+    if any(parse_export_name(name) for name in _names(path)):
+        raise UsageError(f"--run {path} is one part of a run", hint=f"Say --run {above}.")
+    below = list(discover(path)) or [run_ref(os.path.join(path, name)) for name in _names(path)]
+    runs = [run for run in below[:200] if _is_run(run.path)]
+    if runs:
+        raise WhichRunError(
+            f"--run {path} is not a run's own folder",
+            facts=[f"a run below it: {run.path}" for run in runs[:8]],
+            hint=f"Say --run {runs[0].path}" + (", or another of them." if len(runs) > 1 else "."),
+        )
+
+
+def _is_run(path: str) -> bool:
+    try:
+        tree = sort_out(scan_tree(path, max_depth=2))
+    except OSError:
+        return False
+    return bool(tree.exports or tree.slots)
 
 
 def _fileroot(where: Where, config: RunConfig | None) -> tuple[str, str]:
@@ -116,23 +156,21 @@ def _fileroot(where: Where, config: RunConfig | None) -> tuple[str, str]:
     said = [
         (where.fileroot, "--fileroot"),
         (os.environ.get(FILEROOT_VARIABLE, ""), f"${FILEROOT_VARIABLE}"),
-        (
-            config.text("cluster.fileroot") if config else "",
-            f"cluster.fileroot of {config.path if config else ''}",
-        ),
+        (config.text("cluster.fileroot") if config else "", f"cluster.fileroot of {config.path if config else ''}"),
     ]
     for path, source in said:
         if path:
-            if os.path.basename(path.rstrip("/")) == "checkpoints":
-                return os.path.dirname(os.path.abspath(path)), f"{source}, without its /checkpoints"
-            return os.path.abspath(path), source
+            fileroot = _local(path, source)
+            if os.path.basename(fileroot) == "checkpoints":
+                return os.path.dirname(fileroot), f"{source}, without its /checkpoints"
+            return fileroot, source
     for path in USUAL_FILEROOTS:
         if os.path.isdir(os.path.join(path, "checkpoints")):
             return os.path.abspath(path), f"the usual place {path}"
-    raise NotFoundError(
-        "no fileroot was given, and none is at the usual places: "
-        + ", ".join(os.path.join(path, "checkpoints") for path in USUAL_FILEROOTS),
-        hint="Say --fileroot DIR (cluster.fileroot of the trainer's YAML), --config run.yaml, --run DIR, "
+    raise NoRunError(
+        "nobody said where the runs are, and there are none at the usual places",
+        facts=[f"there is no {os.path.abspath(os.path.join(path, 'checkpoints'))}" for path in USUAL_FILEROOTS],
+        hint="Say --fileroot DIR (cluster.fileroot of the trainer's YAML), --config run.yaml or --run DIR, "
         f"or set ${FILEROOT_VARIABLE}.",
     )
 
@@ -143,65 +181,106 @@ def _prefer_user(fits: list[RunRef]) -> list[RunRef]:
     return mine if mine and len({run.user for run in fits}) > 1 else fits
 
 
-def _pick(fits: list[RunRef], ask: Ask | None) -> RunRef:
-    labels = [_label(run, fits) for run in fits]
+def _pick(fits: list[RunRef], fileroot: str, ask: Ask | None) -> RunRef:
+    """One of several: asked for, the newest first; else WhichRunError."""
+    dated = sorted(((_newest_save(run), run) for run in fits), key=lambda pair: (-pair[0][0], pair[1].path))
+    several_users = len({run.user for run in fits}) > 1
+    labels = []
+    for (saved_at_s, step), run in dated:
+        names = (run.user, run.experiment, run.trial) if several_users else (run.experiment, run.trial)
+        newest = f"newest step {step}, {(time.time() - saved_at_s) / 3600:.1f} h ago" if step >= 0 else "nothing saved"
+        labels.append(f"{'/'.join(names)}  ({newest})")
     if ask is not None:
-        return fits[labels.index(ask("Which run?", labels))]
-    raise UsageError(
-        f"{len(fits)} runs fit: {_some(labels)}",
-        hint="Say which with --experiment-name and --trial-name (and --user).",
+        return dated[labels.index(ask("Which run?", labels))][1]
+    more = [f"and {len(labels) - 20} more"] if len(labels) > 20 else []
+    raise WhichRunError(
+        f"{len(fits)} runs fit in {os.path.join(fileroot, 'checkpoints')}",
+        facts=[*labels[:20], *more],
+        hint=f"Say which: {'--user, ' if several_users else ''}--experiment-name (-e) and --trial-name (-t).",
     )
 
 
-def _label(run: RunRef, among: list[RunRef]) -> str:
-    names = (run.user, run.experiment, run.trial)
-    return "/".join(names if len({item.user for item in among}) > 1 else names[1:])
+def _newest_save(run: RunRef) -> tuple[float, int]:
+    """When the newest export of a run was written, and its step; (0, -1) without one."""
+    newest: tuple[float, int] = (0.0, -1)
+    for part in _names(run.path):
+        for name in _names(os.path.join(run.path, part)):
+            export = parse_export_name(name)
+            if export is not None and export.step > newest[1]:
+                try:
+                    newest = (os.stat(os.path.join(run.path, part, name)).st_mtime, export.step)
+                except OSError:
+                    continue
+    return newest
 
 
-def _not_found(fileroot: str, source: str, user: str, experiment: str, trial: str, found: list[RunRef]) -> NotFoundError:
-    wanted = " ".join(
-        f"{name} {value!r}" for name, value in (("user", user), ("experiment", experiment), ("trial", trial)) if value
-    )
+def _not_found(fileroot: str, source: str, wanted: dict[str, str], found: list[RunRef]) -> NoRunError:
+    named = " ".join(f"{name} {value!r}" for name, value in wanted.items() if value)
     place = os.path.join(fileroot, "checkpoints")
-    message = f"no run {f'of {wanted} ' if wanted else ''}in {place} (fileroot from {source})"
-    hints = []
+    facts = []
     if not os.path.isdir(fileroot):
-        hints.append(f"{fileroot} does not exist")
+        facts.append(f"{fileroot} does not exist")
     elif not os.path.isdir(place):
-        hints.append(f"{fileroot} has no checkpoints/ folder; it holds {_some(_names(fileroot))}")
+        facts.append(f"{fileroot} has no folder checkpoints/; it holds {_some(_names(fileroot))}")
     elif not found:
-        hints.append("it holds no run")
-    if found:
-        hints.append("there are " + "; ".join(_overview(found)))
-        for value, names in (
-            (user, {r.user for r in found}),
-            (experiment, {r.experiment for r in found}),
-            (trial, {r.trial for r in found}),
-        ):
-            near = difflib.get_close_matches(value, sorted(names), n=1, cutoff=0.6) if value and value not in names else []
-            if near:
-                hints.append(f"did you mean {near[0]!r} for {value!r}?")
-    hints.extend(_warnings(fileroot, None))
-    return NotFoundError(message, hint=". ".join(text[0].upper() + text[1:] for text in hints) + ".")
+        facts.append(f"{place} holds no USER/EXPERIMENT/TRIAL; it holds {_some(_names(place))}")
+    facts += [f"there are: {line}" for line in _overview(found)]
+    facts += [f"{path} cannot be read by {current_user()}" for path in _unreadable(place)]
+    facts += [f"{text}" for text in _warnings(fileroot, source, None, None)]
+    near = [f"{match!r} for {wanted[name]!r}" for name in wanted if (match := _near(wanted[name], found, name))]
+    hint = f"Did you mean {', and '.join(near)}?" if near else ""
+    if not hint and "checkpoints" in fileroot.split("/"):
+        hint = f"A fileroot is the folder above checkpoints/: --fileroot {fileroot.partition('/checkpoints')[0] or '/'}."
+    elif not hint and found:
+        hint = "Say -e EXPERIMENT and -t TRIAL as above, or another --fileroot."
+    return NoRunError(
+        f"no run{f' of {named}' if named else ''} in {place} (fileroot from {source})",
+        facts=facts,
+        hint=hint or "Say --fileroot DIR as in the trainer's YAML (cluster.fileroot), or --run DIR.",
+    )
+
+
+def _near(value: str, found: list[RunRef], name: str) -> str:
+    """The existing name that `value` almost is; empty when it exists, or nothing is near."""
+    names = sorted({str(getattr(run, name)) for run in found})
+    if not value or value in names:
+        return ""
+    folded = {other.casefold(): other for other in names}
+    near = difflib.get_close_matches(value.casefold(), list(folded), n=1, cutoff=0.6)
+    return folded[near[0]] if near else ""
 
 
 def _overview(found: list[RunRef]) -> list[str]:
     lines = []
-    for user in sorted({run.user for run in found}):
+    users = sorted({run.user for run in found})
+    for user in users[:8]:
         runs = [f"{run.experiment}/{run.trial}" for run in found if run.user == user]
         lines.append(f"user {user}: {_some(runs)}")
-    return lines[:8]
+    return lines + ([f"and {len(users) - 8} more users"] if len(users) > 8 else [])
 
 
-def _warnings(fileroot: str, run: RunRef | None) -> list[str]:
+def _unreadable(place: str) -> list[str]:
+    """Folders on the way to the runs that this user may not look into."""
+    below = [os.path.join(place, name) for name in _names(place)]
+    return [path for path in (place, *below) if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)][:4]
+
+
+def _warnings(fileroot: str, source: str, config: RunConfig | None, run: RunRef | None) -> list[str]:
     warnings = []
     existing = fileroot
     while not os.path.isdir(existing):
         existing = os.path.dirname(existing) or "/"
-    if probe.file_system(existing) in ("overlay", "aufs"):
-        warnings.append(f"{fileroot} is on the container's own disk (overlay): it is gone with the container")
-    elif probe.file_system(existing) in ("tmpfs", "ramfs"):
-        warnings.append(f"{fileroot} is in memory ({probe.file_system(existing)}): it is gone with the machine")
+    kind = probe.file_system(existing)
+    if kind in ("overlay", "aufs"):
+        warnings.append(f"{fileroot} is on the container's own disk ({kind}): what is saved there is gone with the container")
+    elif kind in ("tmpfs", "ramfs"):
+        warnings.append(f"{fileroot} is in memory ({kind}): what is saved there is gone with the machine")
+    relative = relative_fileroot(config) or (source.rpartition(" ")[2] if source.startswith("the usual place .") else "")
+    if relative:
+        warnings.append(
+            f"the fileroot {relative} is relative: AReaL finds the run only when it is started from {os.getcwd()}, "
+            "and on another folder it starts fresh"
+        )
     if run is not None and run.user and run.user != current_user():
         warnings.append(f"the run is user {run.user}'s, and you are {current_user()}: AReaL would look elsewhere")
     return warnings

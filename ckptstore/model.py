@@ -93,9 +93,10 @@ class Checkpoint:
     step: int  #: AReaL's globalstep, 0-based; its log says "Train step {step + 1}"; -1 when it cannot be known
     epoch: int
     epoch_step: int
-    kind: str  #: export (a folder of its own) or slot (the one that the trainer overwrites and resumes from)
+    kind: str  #: export (a folder of its own), slot (the one that the trainer overwrites), adopted (a slot that we kept)
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = field(default=())
+    store: str = ""  #: adopted: the folder that holds the parts and the trainer's own recover_info
 
     @property
     def log_step(self) -> int:

@@ -6,16 +6,25 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from ckptstore import commit, probe, running
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import ResumePoint, Selection, resume_point
-from ckptstore.errors import BusyError, NotFoundError, UsageError
-from ckptstore.frameworks.areal import layout
+from ckptstore.config import RunConfig
+from ckptstore.errors import AlreadyExistsError, BusyError, NotFoundError, UsageError
+from ckptstore.frameworks.areal import layout, recover_info
+from ckptstore.frameworks.areal.era import Era
+from ckptstore.frameworks.areal.era import of as era_of
+from ckptstore.frameworks.areal.launch import Installation
+from ckptstore.frameworks.areal.restoration import Restoration, restoration
+from ckptstore.frameworks.areal.resume_state import data_parallel_world
+from ckptstore.frameworks.areal.target import InfoPlan, Transfer, plan_info, transfer
 from ckptstore.listing import RESUMABLE, Listing, backend_for, find_manifest, read_part, scan
-from ckptstore.model import Checkpoint, Level, Status
+from ckptstore.manifest import check_name
+from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.verify import verify
 
 ANY = Selection()
@@ -26,10 +35,16 @@ class Options:
     """How `setup` goes about it. The defaults refuse whatever could lose something."""
 
     recover_dir: str = ""  #: another slot than the one that AReaL reads
+    new_trial: str = ""  #: a fresh trial of this name instead of the slot: one rename, and the old trial is untouched
     force: bool = False  #: although the trainer seems to be running
-    as_is: bool = False  #: although the slot's format differs, so that resumable state leaves the slot
+    as_is: bool = False  #: the files as they are, whether AReaL can resume from them or not; recover_info is left alone
     replace: bool = False  #: remove the old slot first, where there is no room for both
     verify_after_write: bool = False  #: read everything back from the disk before the commit
+    write_frequencies: bool = False  #: how often to save: the YAML's, even where the trainer's recover_info is kept
+    steps_per_epoch: int = 0  #: 0: derived from the run
+    world_size: int = 0  #: ranks of the trainer; 0: from the YAML where it tells
+    config: RunConfig | None = None  #: the run's YAML
+    installation: Installation | None = None  #: the AReaL that will train; None: judged by the present slot
 
 
 CAREFUL = Options()
@@ -48,8 +63,16 @@ class Plan:
     free_bytes: int | None  #: None where only the server knows (network mounts, quotas)
     reusable_bytes: int  #: staged by an interrupted setup of the same checkpoint
     old_slot: Checkpoint | None
+    era: Era
+    transfers: Mapping[str, Transfer]  #: part → how it gets into its slot; empty when the slot holds it already
+    info: InfoPlan
     refusals: tuple[str, ...]  #: why setup would not do it; empty when it would
     nothing_to_do: str  #: why there is nothing to do; empty when there is
+
+    @property
+    def restoration(self) -> Restoration:
+        """What the trainer restores once this is done, and what not."""
+        return restoration(self.point.checkpoint, self.transfers, self.info, self.era, present=self.listing.recover_info)
 
 
 def plan(
@@ -65,7 +88,7 @@ def plan(
     point = resume_point(backend, listing, selection, failed=failed)
     slots = slots_for(listing, point.checkpoint, options)
     first = next(iter(slots.values()))
-    side = side_folders.side_folder(listing.run.path, first)
+    side = side_folders.side_folder(listing.run.path, first if options.recover_dir else _main_slot(listing))
     if not ignore_pending and (journal := commit.pending(side)):
         raise BusyError(
             f"an interrupted {journal.action} of step {journal.step} is pending in {side}",
@@ -74,19 +97,70 @@ def plan(
     place = side if os.path.isdir(side) else side_folders.existing(os.path.dirname(first))
     file_system = probe.file_system(place)
     old = _slot_now(listing, slots, options)
+    era = _era(listing, options, old, point.checkpoint)
+    transfers = {part.name: _transfer(part, era, options) for part in point.checkpoint.parts}
+    info = _info(backend, listing, point.checkpoint, options)
+    in_slot = "" if options.new_trial else _in_slot(backend, point, old, transfers)
+    nothing_to_do = in_slot if in_slot and info.action in ("keep", "leave") and not info.refusal else ""
     return Plan(
         listing=listing,
         point=point,
         slots=slots,
         side=side,
         file_system=file_system,
-        needed_bytes=point.checkpoint.size_bytes,
+        needed_bytes=0 if in_slot else point.checkpoint.size_bytes,
         free_bytes=None if probe.is_network(file_system) else shutil.disk_usage(place).free,
         reusable_bytes=_staged_bytes(side, stage_key(point.checkpoint)),
         old_slot=old,
-        refusals=tuple(_refusals(listing, point, slots, old, options)),
-        nothing_to_do=_nothing_to_do(backend, point, old),
+        era=era,
+        transfers={} if in_slot else transfers,
+        info=info,
+        refusals=() if nothing_to_do else tuple(_refusals(listing, slots, old, {} if in_slot else transfers, info, options)),
+        nothing_to_do=nothing_to_do,
     )
+
+
+def _era(listing: Listing, options: Options, old: Checkpoint | None, chosen: Checkpoint) -> Era:
+    installation = options.installation or Installation("", "", "", "not looked for")
+    present = old if not options.new_trial else listing.slot
+    seen = next((c.format for c in (present, chosen) if c is not None and c.format in RESUMABLE), "")
+    return era_of(installation, seen)
+
+
+def _transfer(part: Part, era: Era, options: Options) -> Transfer:
+    if options.as_is or options.recover_dir:
+        return Transfer("copy", "kept" if "optimizer" in part.holds else "none")
+    return transfer(part, era, world_size(options))
+
+
+def world_size(options: Options) -> int:
+    """Ranks of the trainer, as said or as the YAML tells; 0 when unknown."""
+    if options.world_size or options.config is None:
+        return options.world_size
+    return data_parallel_world(options.config.text("allocation_mode"))
+
+
+def _info(backend: Backend, listing: Listing, checkpoint: Checkpoint, options: Options) -> InfoPlan:
+    if options.as_is or options.recover_dir:
+        return InfoPlan("leave", {})
+    source, info = backend, listing.recover_info
+    if checkpoint.store:  # adopted: the trainer's own recover_info was kept with it
+        source = LocalBackend(checkpoint.store)
+        info = recover_info.read(source, source.tree(max_depth=2).get(layout.RECOVER_INFO))
+    return plan_info(
+        source,
+        checkpoint,
+        info,
+        others=list(listing.checkpoints),
+        config=options.config,
+        steps_per_epoch=options.steps_per_epoch,
+        world_size=world_size(options),
+        write_frequencies=options.write_frequencies,
+    )
+
+
+def _main_slot(listing: Listing) -> str:
+    return os.path.join(listing.run.path, layout.MAIN_PART, layout.SLOT)
 
 
 def slots_for(listing: Listing, checkpoint: Checkpoint, options: Options) -> dict[str, str]:
@@ -99,10 +173,26 @@ def slots_for(listing: Listing, checkpoint: Checkpoint, options: Options) -> dic
                 hint="Leave it out: each part has a slot of its own.",
             )
         return {checkpoint.parts[0].name: os.path.abspath(options.recover_dir)}
-    return {part.name: os.path.join(listing.run.path, part.name, layout.SLOT) for part in checkpoint.parts}
+    return {part.name: os.path.join(trial_folder(listing, options), part.name, layout.SLOT) for part in checkpoint.parts}
+
+
+def trial_folder(listing: Listing, options: Options) -> str:
+    """The trial that will be resumed: the run itself, or the new one beside it."""
+    if not options.new_trial:
+        return listing.run.path
+    if options.recover_dir:
+        raise UsageError("--new-trial makes its own slot: without --recover-dir")
+    if "/" in options.new_trial or options.new_trial.startswith("."):
+        raise UsageError(f"--new-trial {options.new_trial!r} cannot be a trial's name")
+    path = os.path.join(os.path.dirname(listing.run.path), check_name(options.new_trial))
+    if os.path.lexists(path):
+        raise AlreadyExistsError(f"there is a trial {options.new_trial} already: {path}", hint="Choose another name.")
+    return path
 
 
 def _slot_now(listing: Listing, slots: Mapping[str, str], options: Options) -> Checkpoint | None:
+    if options.new_trial:
+        return None
     if not options.recover_dir:
         return listing.slot
     part, path = next(iter(slots.items()))
@@ -117,38 +207,47 @@ def _slot_now(listing: Listing, slots: Mapping[str, str], options: Options) -> C
 
 
 def _refusals(
-    listing: Listing, point: ResumePoint, slots: Mapping[str, str], old: Checkpoint | None, options: Options
+    listing: Listing,
+    slots: Mapping[str, str],
+    old: Checkpoint | None,
+    transfers: Mapping[str, Transfer],
+    info: InfoPlan,
+    options: Options,
 ) -> list[str]:
     refusals = []
-    if not options.force and (signs := running.signs_of_life(listing)):
+    if not options.force and not options.new_trial and (signs := running.signs_of_life(listing)):
         refusals.append(f"the trainer seems to be running ({signs[0]}): stop it, or say --force")
-    if old is not None and not options.as_is:
+    if old is not None and transfers and not options.as_is:
         refusals += [
             f"the slot has a part {part.name}, and the checkpoint has none: two steps would be mixed (--as-is does it)"
             for part in old.parts
             if part.name not in slots
         ]
-        chosen = {part.name: part.format for part in point.checkpoint.parts}
-        for part in old.parts:
-            if part.format in RESUMABLE and part.name in chosen and chosen[part.name] != part.format:
-                holds = ", ".join(part.holds) or "unknown state"
-                refusals.append(
-                    f"{part.name}/{layout.SLOT} holds resumable state ({part.format}: {holds}) and this checkpoint is "
-                    f"{chosen[part.name]}: the trainer could not resume its optimizer from it (--as-is puts it there anyway)"
-                )
+    refusals += [f"{name}: {way.refusal} (--as-is copies it all the same)" for name, way in transfers.items() if way.refusal]
+    if info.refusal:
+        refusals.append(f"no recover_info can be made: {info.refusal} (--as-is leaves it alone)")
     return refusals
 
 
-def _nothing_to_do(backend: Backend, point: ResumePoint, old: Checkpoint | None) -> str:
+def _in_slot(backend: Backend, point: ResumePoint, old: Checkpoint | None, transfers: Mapping[str, Transfer]) -> str:
+    """Why the slot need not be filled: it holds the chosen checkpoint already. Empty when it must be."""
     chosen = point.checkpoint
     if chosen.kind == "slot":
         how = "every digest verified" if chosen.status is Status.COMMITTED else "as the trainer saved it"
         return f"the slot already holds step {chosen.step}, {how}"
     if old is None or old.step != chosen.step or old.step < 0 or old.status is not Status.COMMITTED:
         return ""
-    names = {part.name: sorted(file.name for file in part.files) for part in chosen.parts}
-    if {part.name: sorted(file.name for file in part.files) for part in old.parts} != names:
-        return ""
+    placed = {part.name: find_manifest(LocalBackend(part.path), "") for part in old.parts}
+    formats = {"copy": None, "dcp": "dcp", "era-a": "hf+optim"}
+    for part in chosen.parts:
+        manifest = placed.get(part.name)
+        in_slot = next((other for other in old.parts if other.name == part.name), None)
+        if manifest is None or in_slot is None or not part.path.endswith(manifest.source):
+            return ""
+        if in_slot.format != (formats[transfers[part.name].how] or part.format):
+            return ""
+        if part.mtime_ns / 1e9 > datetime.fromisoformat(manifest.created_at).timestamp():
+            return ""  # the trainer has written the source since
     report = verify(backend_for(backend, old), old, Level.FULL)
     return f"the slot already holds step {chosen.step}, every digest verified" if report.ok else ""
 

@@ -13,8 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import ckptstore
-from ckptstore import commit, native, probe, room, running
+from ckptstore import commit, probe, room, running
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
@@ -25,16 +24,15 @@ from ckptstore.errors import (
     NoSpaceError,
     NotFoundError,
     RefusedError,
-    SourceChangedError,
     StorageError,
     from_os_error,
 )
-from ckptstore.frameworks.areal import layout
-from ckptstore.listing import backend_for, find_manifest, folder_of, read_part, scan
+from ckptstore.frameworks.areal import layout, resume_state
+from ckptstore.listing import find_manifest, read_part, scan
 from ckptstore.lock import RunLock
-from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import MANIFEST_NAME, Checkpoint, Part, Status
-from ckptstore.plan import ANY, CAREFUL, Options, Plan, plan, stage_key
+from ckptstore.model import Checkpoint, Status
+from ckptstore.plan import ANY, CAREFUL, Options, Plan, plan, stage_key, trial_folder
+from ckptstore.staging import BLOCKING, place_trial, stage_info, stage_part, write_info
 from ckptstore.verify import Notify
 
 
@@ -112,13 +110,14 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
     strategies: dict[str, int] = {}
     pins: dict[str, str] = {}
     try:
-        for part in checkpoint.parts:
-            result, manifest = _stage_part(backend, current, part, stage, options, tell)
-            copied += result.bytes_copied
-            reused += result.bytes_reused
-            for name, count in result.strategies.items():
+        for part in checkpoint.parts if current.transfers else ():
+            staged = stage_part(backend, current, part, stage, options=options, tell=tell)
+            copied += staged.bytes_written
+            reused += staged.bytes_reused
+            for name, count in staged.strategies.items():
                 strategies[name] = strategies.get(name, 0) + count
-            pins[part.name] = manifest.sha256
+            pins[part.name] = staged.manifest.sha256
+        infos = stage_info(current, stage) if current.info.action != "leave" else None
     except NoSpaceError as error:
         side_folders.discard(current.side, os.path.basename(stage.path))  # give the space back
         error.hint = "; ".join(room.what_could_go(current)) or error.hint
@@ -132,8 +131,22 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
         side_folders.sync_folder(current.side)
     except OSError as error:
         raise from_os_error(error, doing="syncing", path=stage.path) from error
+    if options.new_trial:
+        place_trial(current, stage, trial_folder(current.listing, options))
+        return Outcome(
+            plan=current,
+            medium=medium,
+            copied_bytes=copied,
+            reused_bytes=reused,
+            seconds=time.monotonic() - started,
+            strategies=strategies,
+            manifest_sha256=pins,
+        )
     tell("replacing the slot", current.needed_bytes, current.needed_bytes)
-    moves, aside = commit.plan_moves(current.side, stage.path, dict(current.slots))
+    moves, aside = commit.plan_moves(current.side, stage.path, dict(current.slots) if current.transfers else {})
+    if infos is not None:
+        info = os.path.join(current.listing.run.path, layout.RECOVER_INFO)
+        moves = commit.guarded(current.side, moves, aside, info=info, blocking=infos[0], staged_info=infos[1])
     commit.publish(current.side, commit.Journal("setup", checkpoint.step, medium.method, moves, created_at=commit.now()))
     _discard_redundant(backend, current, keep=aside)
     kept = os.path.join(current.side, aside)
@@ -149,84 +162,6 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
     )
 
 
-def _stage_part(
-    backend: Backend, current: Plan, part: Part, stage: side_folders.Stage, options: Options, tell: Notify
-) -> tuple[native.CopyResult, Manifest]:
-    """Steps 1 to 3 of commit.py for one part."""
-    source = backend_for(backend, current.point.checkpoint)
-    recorded = find_manifest(source, folder_of(source, part))
-    if recorded is not None and recorded.inspect(part.files).void:
-        recorded = None
-    expected = {entry.path: entry.chunks for entry in recorded.files} if recorded else {}
-    chunk_bytes = recorded.chunk_bytes if recorded else native.CHUNK_BYTES
-    specs = [
-        native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode, expected.get(file.name)) for file in part.files
-    ]
-    target = stage.part(part.name)
-    os.makedirs(target, mode=0o700, exist_ok=True)
-    before = sum(other.size_bytes for other in _parts_before(current.point.checkpoint, part))
-    result = native.copy_files(
-        part.path,
-        target,
-        specs,
-        options=native.CopyOptions(
-            chunk_bytes=chunk_bytes, verify_after_write=options.verify_after_write, resume=stage.resumed
-        ),
-        progress=lambda done, _: tell(f"copying {part.name}", before + done, current.needed_bytes),
-    )
-    again = read_part(source, part.name, folder_of(source, part), source.tree(max_depth=5))
-    if again.files != part.files:
-        raise SourceChangedError(f"{part.path} was written while it was copied", path=part.path)
-    return result, _describe(current, part, target, result, chunk_bytes)
-
-
-def _parts_before(checkpoint: Checkpoint, part: Part) -> list[Part]:
-    return list(checkpoint.parts[: checkpoint.parts.index(part)])
-
-
-def _describe(current: Plan, part: Part, target: str, result: native.CopyResult, chunk_bytes: int) -> Manifest:
-    """Give the staged files the owner and mode that belong there, and write their manifest."""
-    slot = current.slots[part.name]
-    model = os.stat(slot if os.path.isdir(slot) else side_folders.existing(os.path.dirname(slot)))
-    old_file = _any_file(slot)
-    file_mode = (os.stat(old_file).st_mode if old_file else model.st_mode) & 0o666
-    entries = []
-    try:
-        for file in part.files:
-            path = os.path.join(target, file.name)
-            side_folders.like(path, model, mode=file_mode)
-            info = os.stat(path, follow_symlinks=False)
-            digest = result.digests[file.name]
-            entries.append(FileEntry(file.name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
-        for folder, _, _ in os.walk(target, topdown=False):
-            side_folders.like(folder, model)
-            side_folders.sync_folder(folder)
-    except OSError as error:
-        raise from_os_error(error, doing="preparing", path=error.filename or target) from error
-    run = current.listing.run.path
-    manifest = Manifest(
-        step=current.point.checkpoint.step,
-        epoch=current.point.checkpoint.epoch,
-        epoch_step=current.point.checkpoint.epoch_step,
-        part=part.name,
-        origin="setup",
-        files=tuple(entries),
-        chunk_bytes=chunk_bytes,
-        source=os.path.relpath(part.path, run) if part.path.startswith(f"{run}/") else part.path,
-        tool=f"ckptstore {ckptstore.__version__}",
-    )
-    side_folders.write_manifest(target, manifest, model=os.stat(os.path.join(target, part.files[0].name)))
-    return manifest
-
-
-def _any_file(folder: str) -> str:
-    try:
-        with os.scandir(folder) as entries:
-            return next((e.path for e in entries if e.is_file(follow_symlinks=False) and e.name != MANIFEST_NAME), "")
-    except OSError:
-        return ""
-
-
 def _discard_redundant(backend: Backend, current: Plan, *, keep: str) -> None:
     """Of older set-aside slots, remove those that are our own copies of checkpoints that are still there, whole."""
     whole = {part.path for c in current.listing.checkpoints if c.status.usable for part in c.parts}
@@ -234,6 +169,8 @@ def _discard_redundant(backend: Backend, current: Plan, *, keep: str) -> None:
         if old.name == keep:
             continue
         for name in old.parts:
+            if name == layout.RECOVER_INFO:
+                continue
             inside = LocalBackend(os.path.join(old.path, name))
             manifest = find_manifest(inside, "")
             part = read_part(inside, name, "", inside.tree(max_depth=5))
@@ -264,11 +201,24 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
         commit.finish_pending(side)
         old = undoable(backend, options)
         run = listing.run.path
-        slots = {part: main if options.recover_dir else os.path.join(run, part, layout.SLOT) for part in old.parts}
+        parts = [part for part in old.parts if part != layout.RECOVER_INFO]
+        slots = {part: main if options.recover_dir else os.path.join(run, part, layout.SLOT) for part in parts}
         medium = probe.probe(side)
         moves, aside = commit.plan_moves(side, old.path, slots)
-        found = find_manifest(LocalBackend(os.path.join(old.path, old.parts[0])), "")
+        found = find_manifest(LocalBackend(os.path.join(old.path, parts[0])), "") if parts else None
         step = found.step if found else -1
+        if layout.RECOVER_INFO in old.parts or (not options.recover_dir and listing.recover_info is not None):
+            stage = side_folders.open_stage(side, f"undo {old.name}")
+            blocking = write_info(run, stage.part(BLOCKING), resume_state.blocking())
+            staged_info = os.path.join(old.path, layout.RECOVER_INFO) if layout.RECOVER_INFO in old.parts else ""
+            moves = commit.guarded(
+                side,
+                moves,
+                aside,
+                info=os.path.join(run, layout.RECOVER_INFO),
+                blocking=blocking,
+                staged_info=staged_info,
+            )
         commit.publish(side, commit.Journal("undo", step, medium.method, moves, created_at=commit.now()))
         return step, os.path.join(side, aside)
 

@@ -10,8 +10,8 @@
 namespace ckptstore {
 namespace {
 
-constexpr std::uint64_t kPieceBytes = 256 << 10;         // fits the second-level cache
-constexpr std::uint64_t kDefaultBlockBytes = 1 << 20;  // of one read past the page cache
+constexpr std::uint64_t kPieceBytes = 128 << 10;  // with its source fits the second-level cache
+constexpr std::uint64_t kDefaultBlockBytes = 1 << 20;   // of one read past the page cache
 
 /// One file being digested by several workers.
 struct Task {

@@ -150,6 +150,20 @@ py::object entry_to_python(PyTypeObject* type, const Entry& entry) {
   return made;
 }
 
+/// Keeps the cycle collector from walking a large result again and again while it is being made.
+class CollectorPaused {
+ public:
+  CollectorPaused() : was_enabled_(PyGC_Disable() != 0) {}
+  ~CollectorPaused() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  CollectorPaused(const CollectorPaused&) = delete;
+  CollectorPaused& operator=(const CollectorPaused&) = delete;
+
+ private:
+  bool was_enabled_;
+};
+
 py::dict scan_binding(const std::string& root, int max_depth, unsigned threads,
                       const py::type& folder_type, const py::type& entry_type) {
   const Waker waker{py::none()};
@@ -158,6 +172,7 @@ py::dict scan_binding(const std::string& root, int max_depth, unsigned threads,
     const py::gil_scoped_release released;
     folders = scan_tree(root, max_depth, threads, [&] { waker(0, 0); });
   }
+  const CollectorPaused paused;
   auto* const type = reinterpret_cast<PyTypeObject*>(entry_type.ptr());
   py::dict result;
   for (const auto& folder : folders) {

@@ -43,10 +43,7 @@ class LocalBackend(Backend):
     def tree(self, prefix: str = "", *, max_depth: int = 4) -> dict[str, native.Folder]:
         """See Backend.tree."""
         path = os.path.join(self.location, prefix) if prefix else self.location
-        try:
-            return native.scan_tree(path, max_depth=max_depth)
-        except OSError as error:
-            raise from_os_error(error, doing="listing", path=path) from error
+        return native.scan_tree(path, max_depth=max_depth)
 
 
 def open_beneath(root: str, key: str) -> int:

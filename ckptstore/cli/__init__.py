@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -46,13 +47,19 @@ class _Verbs(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS:
+            near = difflib.get_close_matches(args[0], VERBS, n=1, cutoff=0.5)
+            raise click.UsageError(f"there is no verb {args[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""), ctx)
+        return super().resolve_command(ctx, args)
+
 
 @click.group(
     cls=_Verbs,
     help=HELP,
     epilog=EPILOG,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(ckptstore.__version__, prog_name="ckptstore")
 @click.pass_context
@@ -69,22 +76,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code. Errors are printed, never raised: what was found, and what to try."""
+    """Run the command line; the exit code. Errors are printed, never raised: what was found, and what to try.
+
+    With --json an error is a JSON document on stdout as well.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows no ✓ must not end a setup
+    as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     try:
-        result: Any = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="ckptstore", standalone_mode=False
-        )
+        result: Any = cli.main(args=words, prog_name="ckptstore", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
+        return _report("interrupted", exit_code=130, as_json=as_json)
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ckptstore"
+        return _report(error.format_message(), hint=f"`{path} --help`", exit_code=error.exit_code, as_json=as_json)
     except CkptStoreError as error:
-        _print_error(error)
-        return error.exit_code
+        facts = tuple(getattr(error, "facts", ()))
+        return _report(str(error), facts, error.hint, exit_code=error.exit_code, as_json=as_json)
     except BrokenPipeError:
         # `ckptstore list | head`: the reader has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -92,9 +105,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _print_error(error: CkptStoreError) -> None:
-    from ckptstore.cli.render import safe
+def _report(message: str, facts: Sequence[str] = (), hint: str = "", *, exit_code: int, as_json: bool) -> int:
+    from ckptstore.cli.render import print_json, problem
 
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {safe(str(error))}", err=True)
-    if error.hint:
-        click.echo(f"  {click.style('try:', bold=True)} {safe(error.hint)}", err=True)
+    if as_json:
+        print_json({"error": message, "facts": list(facts), "hint": hint, "exit_code": exit_code})
+    if exit_code == 130:
+        click.echo(f"\n{message}", err=True)
+    else:
+        problem(message, facts=facts, hint=hint)
+    return exit_code

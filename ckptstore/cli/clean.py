@@ -7,15 +7,14 @@ import os
 import click
 
 from ckptstore import side as side_folders
-from ckptstore.cli.common import JSON, OVERRIDES, location_options, open_run
-from ckptstore.cli.render import echo, print_json, safe, size
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
+from ckptstore.cli.render import done, echo, item, print_json, size
 from ckptstore.frameworks.areal import layout
 from ckptstore.locate import Where
 from ckptstore.lock import RunLock
 
 
-@click.command("clean", short_help="Remove stages of interrupted setups, and old slots when told to.")
-@location_options
+@click.command("clean", cls=Verb, short_help="Remove stages of interrupted setups, and old slots when told to.")
 @click.option(
     "--old-slots",
     is_flag=True,
@@ -23,30 +22,36 @@ from ckptstore.lock import RunLock
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @JSON
+@location_options
 @OVERRIDES
 def command(where: Where, old_slots: bool, dry_run: bool, as_json: bool) -> None:
     """Remove leftovers in the run's side folder. Checkpoints and the slot are never touched."""
-    located, _ = open_run(where, quiet=as_json)
+    located, _ = open_run(where, as_json=as_json, read_only=dry_run)
     side = side_folders.side_folder(located.run.path, f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}")
-    removed: list[tuple[str, int]] = []
+    found: list[tuple[str, int]] = []
     if os.path.isdir(side):
-        with RunLock(side, "clean"):
-            names = [*side_folders.leftovers(side)]
-            names += [old.name for old in side_folders.old_slots(side)] if old_slots else []
-            for name in names:
-                removed.append((name, side_folders.size_of(os.path.join(side, name))))
-                if not dry_run:
+        if dry_run:
+            found = _find(side, old_slots=old_slots)
+        else:
+            with RunLock(side, "clean"):
+                found = _find(side, old_slots=old_slots)
+                for name, _count in found:
                     side_folders.discard(side, name)
     if as_json:
-        print_json(
-            {
-                "done": not dry_run,
-                "side": safe(side),
-                "removed": [{"name": safe(n), "bytes": b} for n, b in removed],
-            }
-        )
+        removed = [{"name": name, "bytes": count} for name, count in found]
+        print_json({"done": not dry_run, "side": side, "removed": removed})
         return
-    for name, count in removed:
-        echo(f"{'would remove' if dry_run else 'removed'} {safe(os.path.join(side, name))}  {size(count)}")
-    if not removed:
-        echo(f"nothing to remove in {safe(side)}")
+    echo()
+    if not found:
+        done(f"nothing to remove in {side}")
+    for name, count in found:
+        item("-", f"{os.path.join(side, name)}  {size(count)}")
+    if found:
+        total = size(sum(count for _, count in found))
+        echo(f"{len(found)} of these, {total}, would be removed" if dry_run else f"removed {len(found)}: {total} freed")
+
+
+def _find(side: str, *, old_slots: bool) -> list[tuple[str, int]]:
+    names = [*side_folders.leftovers(side)]
+    names += [old.name for old in side_folders.old_slots(side)] if old_slots else []
+    return [(name, side_folders.size_of(os.path.join(side, name))) for name in names]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -13,62 +15,126 @@ import click
 from ckptstore import commit
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend, open_backend
-from ckptstore.choose import Selection
-from ckptstore.cli.render import safe
-from ckptstore.errors import NothingToResumeError, UsageError
+from ckptstore.choose import STATE_WORTH_STEPS, Selection
+from ckptstore.cli.render import echo, field, note, safe
+from ckptstore.errors import BusyError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.saving import first_saved
-from ckptstore.listing import scan
+from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where, locate
+from ckptstore.lock import busy
+from ckptstore.model import Checkpoint
 
 Function = Callable[..., Any]
+
+
+class WhereOption(click.Option):
+    """An option that says where the run is."""
+
+    group = "Where the run is"
+
+
+class WhichOption(click.Option):
+    """An option that says which checkpoint is meant."""
+
+    group = "Which checkpoint"
+
+
+class TrainerOption(click.Option):
+    """An option that says what will train."""
+
+    group = "What will train"
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """What the user said about the training that is to resume."""
+
+    areal_dir: str
+    areal_version: str
+    world_size: int
+    steps_per_epoch: int
+    write_frequencies: bool
+
+
+class Verb(click.Command):
+    """A command whose help keeps what belongs together together, and what most people need first."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options by group; those without one are the verb's own."""
+        titles = (WhichOption.group, "Options", TrainerOption.group, WhereOption.group)
+        groups: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups[getattr(parameter, "group", "Options")].append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
 def _compose(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
 
 
+_where = functools.partial(click.option, cls=WhereOption, default="")
+_which = functools.partial(click.option, cls=WhichOption)
+
+_trainer = functools.partial(click.option, cls=TrainerOption)
+
 _LOCATION = _compose(
-    click.option("--run", metavar="DIR", default="", help="The run's own folder: …/checkpoints/USER/EXPERIMENT/TRIAL."),
-    click.option(
-        "--fileroot",
-        metavar="DIR",
-        default="",
-        help="What the trainer's YAML calls cluster.fileroot. [$CKPTSTORE_FILEROOT]",
+    _where("-e", "--experiment-name", "experiment", metavar="NAME", help="experiment_name of the YAML."),
+    _where("-t", "--trial-name", "trial", metavar="NAME", help="trial_name of the YAML."),
+    _where("--user", metavar="NAME", help="Whose run: the folder below checkpoints/."),
+    _where("--fileroot", metavar="DIR", help="cluster.fileroot of the YAML. [$CKPTSTORE_FILEROOT]"),
+    _where(
+        "--config", metavar="YAML", help="The trainer's own YAML: names and fileroot are taken from it; KEY=VALUE overrides."
     ),
-    click.option("--user", metavar="NAME", default="", help="Whose run: the folder below checkpoints/."),
-    click.option(
-        "-e",
-        "--experiment-name",
-        "experiment",
-        metavar="NAME",
-        default="",
-        help="experiment_name of the YAML.",
-    ),
-    click.option("-t", "--trial-name", "trial", metavar="NAME", default="", help="trial_name of the YAML."),
-    click.option(
-        "--config",
-        metavar="YAML",
-        default="",
-        help="The trainer's own YAML: names and fileroot are taken from it.",
-    ),
+    _where("--run", metavar="DIR", help="The run's own folder: …/checkpoints/USER/EXPERIMENT/TRIAL."),
 )
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 _SELECTION = _compose(
-    click.option("--before-step", type=int, metavar="N", help="Newest good one with global step < N."),
-    click.option("--max-step", type=int, metavar="N", help="Newest good one with global step ≤ N, N included."),
-    click.option("--step", type=int, metavar="N", help="The checkpoint of exactly this global step."),
-    click.option(
-        "--log-step",
-        type=int,
-        metavar="N",
-        help="The same by the log's number: Train step N is global step N - 1.",
+    _which("--before-step", type=int, metavar="N", help="The newest good one with global step < N."),
+    _which("--max-step", type=int, metavar="N", help="The newest good one with global step ≤ N, N included."),
+    _which("--step", type=int, metavar="N", help="The one of exactly this global step."),
+    _which("--log-step", type=int, metavar="N", help="The same by the log's number: Train step N is global step N - 1."),
+    _which("--checkpoint-path", default="", metavar="DIR", help="A checkpoint's own folder."),
+    _which(
+        "--prefer",
+        type=click.Choice(["state", "newest"]),
+        default="state",
+        show_default=True,
+        help=f"state: optimizer state beats weights alone that are up to {STATE_WORTH_STEPS} steps newer.",
     ),
-    click.option("--checkpoint-path", metavar="DIR", default="", help="A checkpoint's own folder."),
 )
 
+_TRAINER = _compose(
+    _trainer("--areal-dir", default="", metavar="DIR", help="The AReaL that will train: a checkout, or the package's folder."),
+    _trainer("--areal-version", default="", metavar="V", help="Its version, where it is not on this machine."),
+    _trainer(
+        "--world-size",
+        type=click.IntRange(1),
+        default=None,
+        metavar="N",
+        help="Its trainer processes, where the YAML does not tell.",
+    ),
+    _trainer("--steps-per-epoch", type=click.IntRange(1), default=None, metavar="N", help="Where the run does not tell."),
+    _trainer(
+        "--write-frequencies", is_flag=True, help="How often to save: the YAML's, even over the trainer's own recover_info."
+    ),
+)
+
+LOG_STEP = _which(
+    "--log-step",
+    "log_steps",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="By the log's number: Train step N is global step N - 1.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="For programs: one JSON document (docs/cli.md).")
 
 
@@ -77,7 +143,11 @@ def location_options(function: Function) -> Function:
 
     @functools.wraps(function)
     def wrapper(*args: Any, run: str, fileroot: str, user: str, experiment: str, trial: str, config: str, **rest: Any) -> Any:
-        where = Where(run, fileroot, user, experiment, trial, config, tuple(rest.pop("overrides", ())))
+        overrides = tuple(rest.pop("overrides", ()))
+        for word in overrides:
+            if "=" not in word:
+                raise UsageError(f"{word!r} is not KEY=VALUE", hint=f"Steps are given by an option here: --step {word}.")
+        where = Where(run, fileroot, user, experiment, trial, config, overrides)
         return function(*args, where=where, **rest)
 
     return _LOCATION(wrapper)
@@ -94,68 +164,141 @@ def selection_options(function: Function) -> Function:
         step: int | None,
         log_step: int | None,
         checkpoint_path: str,
+        prefer: str,
         **rest: Any,
     ) -> Any:
         if log_step is not None:
             if step is not None:
                 raise UsageError("--step and --log-step name the same thing: give one")
-            if log_step < 1:
-                raise UsageError(f"--log-step {log_step}: the log counts from 1")
-            step = log_step - 1
-        selection = Selection(before_step=before_step, max_step=max_step, step=step, checkpoint_path=checkpoint_path)
+            step = from_log_step(log_step)
+        selection = Selection(before_step, max_step, step, checkpoint_path, prefer)
         return function(*args, selection=selection, **rest)
 
     return _SELECTION(wrapper)
 
 
-def split_words(words: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
+def trainer_options(function: Function) -> Function:
+    """Adds the options that say what will train; the verb gets one `trainer`."""
+
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any,
+        areal_dir: str,
+        areal_version: str,
+        world_size: int | None,
+        steps_per_epoch: int | None,
+        write_frequencies: bool,
+        **rest: Any,
+    ) -> Any:
+        trainer = Trainer(areal_dir, areal_version, world_size or 0, steps_per_epoch or 0, write_frequencies)
+        return function(*args, trainer=trainer, **rest)
+
+    return _TRAINER(wrapper)
+
+
+def from_log_step(log_step: int) -> int:
+    """The global step that the trainer's log calls `log_step`."""
+    if log_step < 1:
+        raise UsageError(f"--log-step {log_step}: the log counts from 1")
+    return log_step - 1
+
+
+def read_words(where: Where, words: Sequence[str], log_steps: Sequence[int] = ()) -> tuple[Where, list[int]]:
     """Positional words: steps, and KEY=VALUE overrides for --config."""
-    steps, overrides = [], []
+    steps = [from_log_step(number) for number in log_steps]
+    overrides = []
     for word in words:
-        if word.isdigit():
+        if word.isascii() and word.isdigit():
             steps.append(int(word))
         elif "=" in word:
             overrides.append(word)
         else:
             raise UsageError(
                 f"{word!r} is neither a step nor KEY=VALUE",
-                hint="Steps are global steps: see `ckptstore list`.",
+                hint="Steps are global steps: `ckptstore list` shows which there are.",
             )
-    return steps, tuple(overrides)
+    return dataclasses.replace(where, overrides=tuple(overrides)), steps
 
 
-def open_run(where: Where, *, quiet: bool = False) -> tuple[Located, Backend]:
-    """Find the run, finish what a crash interrupted there, and open it. What is worth knowing goes to stderr."""
-    located = locate(where, ask=_ask if sys.stdin.isatty() and sys.stdout.isatty() and not quiet else None)
+def open_run(where: Where, *, as_json: bool = False, read_only: bool = False) -> tuple[Located, Backend]:
+    """Find the run, say which it is, and open it.
+
+    What a crash interrupted there is finished first; with `read_only`, for a call that must not change anything,
+    BusyError says that it is pending.
+    """
+    located = locate(where, ask=_ask if is_interactive() and not as_json else None)
+    if not as_json:
+        field("run", f"{located.run.path}  ({located.how})")
     for warning in located.warnings:
         note(warning)
     slot = f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}"
-    if rolled := commit.roll_forward(side_folders.side_folder(located.run.path, slot)):
+    side = side_folders.side_folder(located.run.path, slot)
+    if read_only:
+        journal = commit.pending(side)
+        if journal is not None and busy(side) is None:
+            raise BusyError(
+                f"a {journal.action} of step {journal.step} was interrupted while it replaced the slot",
+                hint="`ckptstore list` finishes it: the slot is whole then. Nothing was changed now.",
+            )
+    elif rolled := commit.roll_forward(side):
         note(rolled)
     return located, open_backend(located.run.path)
 
 
+def note_other_at_work(located: Located) -> None:
+    """Says so when a setup of this run is in progress."""
+    slot = f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}"
+    if holder := busy(side_folders.side_folder(located.run.path, slot)):
+        note(f"another ckptstore is at work on this run: {holder}")
+
+
+def is_interactive() -> bool:
+    """Whether somebody sits there who can be asked."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def pick(listing: Listing, steps: Sequence[int]) -> list[Checkpoint]:
+    """The exports of these global steps. NotFoundError for a step that has none."""
+    chosen = []
+    for step in steps:
+        found = listing.at_step(step)
+        if not found:
+            there = sorted({checkpoint.step for checkpoint in listing.checkpoints})
+            near = min(there, key=lambda other: abs(other - step), default=None)
+            raise NotFoundError(
+                f"no checkpoint of global step {step} in {listing.run.path}",
+                hint="There is none at all yet." if near is None else f"The nearest is {near}; `ckptstore list` shows all.",
+            )
+        chosen += found
+    return chosen
+
+
+def gap(located: Located, listing: Listing, bound: int | None) -> str:
+    """Which step of the run is saved first, and which setting would have saved one by `bound`; empty where unknown."""
+    config = located.config or logged_config(located.run)
+    if bound is None or bound < 0:
+        return ""
+    later = next((checkpoint for checkpoint in listing.checkpoints if checkpoint.epoch > 0), None)
+    per_epoch = (later.step - later.epoch_step) // later.epoch if later else 0
+    if not per_epoch and listing.recover_info is not None:
+        per_epoch = max(listing.recover_info.steps_per_epoch, 0)
+    return first_saved(config, per_epoch, bound)
+
+
 @contextlib.contextmanager
-def explaining_gaps(located: Located, selection: Selection) -> Iterator[None]:
+def explaining_gaps(located: Located, backend: Backend, selection: Selection) -> Iterator[None]:
     """Adds to NothingToResumeError which setting of the run would have saved a checkpoint in time."""
     try:
         yield
     except NothingToResumeError as error:
-        config = located.config or logged_config(located.run)
-        if config is not None and selection.bound is not None:
-            steps = [c for c in scan(open_backend(located.run.path)).checkpoints if c.epoch > 0]
-            per_epoch = (steps[0].step - steps[0].epoch_step) // steps[0].epoch if steps else 0
-            error.hint = f"{error.hint} {first_saved(config, per_epoch, selection.bound + 1)}"
+        bound = selection.step if selection.step is not None else selection.bound
+        if text := gap(located, scan(backend), bound):
+            error.hint = f"{error.hint} {text}"
         raise
-
-
-def note(text: str) -> None:
-    """A line for people beside the result: to stderr, so that --json stays clean."""
-    click.echo(f"{click.style('note:', fg='yellow')} {safe(text)}", err=True)
 
 
 def _ask(question: str, choices: Sequence[str]) -> str:
     for number, choice in enumerate(choices, 1):
-        click.echo(f"  {number}  {safe(choice)}")
-    picked: int = click.prompt(question, type=click.IntRange(1, len(choices)))
+        echo(f"  {number}  {safe(choice)}")
+    picked: int = click.prompt(question, type=click.IntRange(1, len(choices)), default=1)
     return choices[picked - 1]

@@ -3,60 +3,67 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import click
 
-from ckptstore.cli.common import JSON, OVERRIDES, location_options, open_run
+from ckptstore.cli.common import (
+    JSON,
+    OVERRIDES,
+    Verb,
+    WhichOption,
+    from_log_step,
+    gap,
+    location_options,
+    note_other_at_work,
+    open_run,
+)
 from ckptstore.cli.render import (
     age,
     checkpoint_json,
     columns,
     echo,
+    field,
     findings,
     info_json,
+    item,
+    note,
     print_json,
     run_json,
     safe,
     size,
+    state,
     status,
     steps,
+    width,
 )
 from ckptstore.errors import NothingToResumeError, UsageError
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
-from ckptstore.frameworks.areal.saving import describe
+from ckptstore.frameworks.areal.saving import describe, settings
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
 from ckptstore.model import Checkpoint
 
-TITLES = (
-    "step",
-    "log step",
-    "epoch",
-    "epoch step",
-    "parts",
-    "holds",
-    "format",
-    "files",
-    "size",
-    "age",
-    "status",
-)
-_LEFT = (4, 5, 6)
+TITLES = ("step", "log", "epoch:step", "parts", "holds", "format", "files", "size", "age", "status")
+_LEFT = frozenset({"parts", "holds", "format", "status"})
+#: What a narrow terminal does without, in this order; a pipe gets everything.
+_DISPENSABLE = ("parts", "files", "format")
+_MANY = 8
 
 
-@click.command("list", short_help="What is there, and what of it is whole.")
-@location_options
-@click.option("--before-step", type=int, metavar="N", help="Only global steps < N.")
-@click.option("--max-step", type=int, metavar="N", help="Only global steps ≤ N (N included).")
-@click.option("--log-step", type=int, metavar="N", help="Only the checkpoint that the log calls Train step N.")
-@click.option("--latest", is_flag=True, help="Only the newest whole one.")
+@click.command("list", cls=Verb, short_help="What is there, and what of it is whole.")
+@click.option("--before-step", type=int, metavar="N", cls=WhichOption, help="Only global steps < N.")
+@click.option("--max-step", type=int, metavar="N", cls=WhichOption, help="Only global steps ≤ N, N included.")
+@click.option("--log-step", type=int, metavar="N", cls=WhichOption, help="Only the one that the log calls Train step N.")
+@click.option("--latest", is_flag=True, cls=WhichOption, help="Only the newest whole one.")
 @click.option(
     "--recover-info",
     is_flag=True,
-    help="What recover_info says: which step it resumes after, what state it holds.",
+    help="The slot and recover_info instead: which step training would go on after, with what state.",
 )
 @JSON
+@location_options
 @OVERRIDES
 def command(
     where: Where,
@@ -69,94 +76,119 @@ def command(
 ) -> None:
     """List all checkpoints of a run with step, content, size, age and status, and the recover slot.
 
-    Steps are the folder's globalstep, counted from 0; the trainer's log counts from 1 and says "Train step N+1".
+    Steps are the folder's globalstep, counted from 0. The trainer's log counts from 1: its "Train step 188" is step 187
+    (column log). epoch:step are the two other numbers of the folder's name.
     """
     if before_step is not None and max_step is not None:
         raise UsageError("--before-step and --max-step both bound the step: give one")
-    located, backend = open_run(where, quiet=as_json)
+    step = from_log_step(log_step) if log_step is not None else None
+    located, backend = open_run(where, as_json=as_json)
     listing = scan(backend)
     shown = [
         checkpoint
         for checkpoint in listing.checkpoints
         if (before_step is None or checkpoint.step < before_step)
         and (max_step is None or checkpoint.step <= max_step)
-        and (log_step is None or checkpoint.log_step == log_step)
+        and (step is None or checkpoint.step == step)
     ]
+    bounds = [number for number in (before_step - 1 if before_step is not None else None, max_step, step) if number is not None]
+    bound = min(bounds, default=None)
     if latest:
         shown = [checkpoint for checkpoint in shown if checkpoint.status.usable][-1:]
         if not shown:
-            raise NothingToResumeError(f"no whole checkpoint in {located.run.path}", hint="`ckptstore list` shows all of them.")
+            raise NothingToResumeError(
+                f"no whole checkpoint{_within(before_step, max_step, step)} in {located.run.path}",
+                hint=f"`ckptstore list` shows all. {gap(located, listing, bound)}".rstrip(),
+            )
     if as_json:
         _print_json(located, listing, shown)
         return
-    _print_text(located, listing, shown, recover_info=recover_info, max_step=max_step, before_step=before_step)
+    note_other_at_work(located)
+    if not recover_info:
+        _print_table(located, listing, shown, _within(before_step, max_step, step), bound)
+    echo()
+    _print_slot(listing)
+    _print_info(listing.recover_info, full=recover_info)
+    if not recover_info:
+        _print_config(located)
+        for text in listing.notes:
+            note(text)
+        _print_end(shown, before_step, max_step)
+
+
+def _within(before_step: int | None, max_step: int | None, step: int | None) -> str:
+    if step is not None:
+        return f" of step {step}, the log's {step + 1}"
+    if before_step is not None:
+        return f" before step {before_step}"
+    return f" up to step {max_step}, {max_step} included" if max_step is not None else ""
 
 
 def _print_json(located: Located, listing: Listing, shown: list[Checkpoint]) -> None:
+    config = located.config or logged_config(located.run)
     print_json(
         {
             "run": run_json(located),
             "checkpoints": [checkpoint_json(checkpoint) for checkpoint in shown],
             "slot": checkpoint_json(listing.slot) if listing.slot else None,
             "recover_info": info_json(listing.recover_info),
-            "notes": [safe(note) for note in listing.notes],
+            "config": settings(config) if config else None,
+            "notes": list(listing.notes),
         }
     )
 
 
-def _print_text(
-    located: Located,
-    listing: Listing,
-    shown: list[Checkpoint],
-    *,
-    recover_info: bool,
-    max_step: int | None,
-    before_step: int | None,
-) -> None:
+def _print_table(located: Located, listing: Listing, shown: list[Checkpoint], within: str, bound: int | None) -> None:
+    if within and shown:
+        echo(f"checkpoints{within}")
+    echo()
+    if not shown:
+        field("none", f"no checkpoint{within} in {listing.run.path}")
+        if listing.checkpoints:
+            there = [checkpoint.step for checkpoint in listing.checkpoints]
+            field("", f"the run has {len(there)}, from step {there[0]} to {there[-1]}")
+        else:
+            field("", "looked for PART/epoch{E}epochstep{S}globalstep{G}/, as AReaL's saver names them")
+        if text := gap(located, listing, bound):
+            field("", text)
+        return
     now_s = time.time()
-    echo(f"{click.style('run', bold=True)}   {safe(located.how)}")
-    if max_step is not None:
-        echo(f"steps up to {max_step}, {max_step} included")
-    if before_step is not None:
-        echo(f"steps before {before_step}, {before_step} not included")
-    echo()
-    rows = [_row(checkpoint, now_s) for checkpoint in shown]
-    if rows:
-        echo("\n".join(columns(TITLES, rows, left=_LEFT)))
-    else:
-        echo("no checkpoints" + (f" within the bound; the run has {len(listing.checkpoints)}" if listing.checkpoints else ""))
-    damaged = [checkpoint for checkpoint in shown if checkpoint.findings]
-    if damaged:
+    echo("\n".join(_fitting([_row(checkpoint, now_s) for checkpoint in shown])))
+    _print_damage(shown)
+    notes = [
+        f"step {checkpoint.step}: {text}" for checkpoint in shown[-200:] for part in checkpoint.parts for text in part.notes
+    ]
+    if notes:
         echo()
-        for checkpoint in damaged[-8:]:
-            echo(f"step {checkpoint.step} is {checkpoint.status}:")
-            echo("\n".join(findings(checkpoint.findings, limit=4)))
-        if len(damaged) > 8:
-            echo(f"and {len(damaged) - 8} more that are not whole (--json has all)")
-    for checkpoint in shown[-200:]:
-        for note in (note for part in checkpoint.parts for note in part.notes):
-            echo(f"step {checkpoint.step}: {safe(note)}")
-    echo()
-    _print_slot(listing, now_s)
-    _print_info(listing.recover_info, full=recover_info)
-    for text in listing.notes:
-        echo(f"{click.style('note', fg='yellow')}  {safe(text)}")
-    config = located.config or logged_config(located.run)
-    for text in describe(config) if config else ():
-        echo(f"{safe(text)}  ({safe(config.path)})" if config else "")
-    newest = next((checkpoint for checkpoint in reversed(shown) if checkpoint.status.usable), None)
-    if newest is not None:
-        echo(f"\nnewest whole: {steps(newest)}")
+    for text in notes[-_MANY:]:
+        note(text)
+    if len(notes) > _MANY:
+        note(f"and {len(notes) - _MANY} more such notes (--json has all)")
+
+
+def _fitting(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The table, without columns that people can spare where the terminal is too narrow for all."""
+    titles = list(TITLES)
+    available = width()
+    for name in ("", *_DISPENSABLE):
+        if name and (name != "parts" or len({row[TITLES.index("parts")] for row in rows}) == 1):
+            titles.remove(name)
+        kept = [TITLES.index(title) for title in titles]
+        chosen = [tuple(row[i] for i in kept) for row in rows]
+        lines = columns(titles, chosen, left=[i for i, title in enumerate(titles) if title in _LEFT])
+        if not available or max(len(click.unstyle(line)) for line in (lines[0], *lines[-50:])) <= available:
+            break
+    return lines
 
 
 def _row(checkpoint: Checkpoint, now_s: float) -> tuple[str, ...]:
+    epoch = f"{checkpoint.epoch}:{checkpoint.epoch_step}" if checkpoint.epoch >= 0 else "?"
     return (
         str(checkpoint.step) if checkpoint.step >= 0 else "?",
         str(checkpoint.log_step) if checkpoint.step >= 0 else "?",
-        str(checkpoint.epoch) if checkpoint.epoch >= 0 else "?",
-        str(checkpoint.epoch_step) if checkpoint.epoch_step >= 0 else "?",
+        epoch,
         safe(" ".join(part.name for part in checkpoint.parts)),
-        " ".join(checkpoint.holds) or "-",
+        state(checkpoint.holds),
         checkpoint.format,
         str(checkpoint.file_count),
         size(checkpoint.size_bytes),
@@ -165,33 +197,69 @@ def _row(checkpoint: Checkpoint, now_s: float) -> tuple[str, ...]:
     )
 
 
-def _print_slot(listing: Listing, now_s: float) -> None:
+def _print_damage(shown: list[Checkpoint]) -> None:
+    damaged = [checkpoint for checkpoint in shown if checkpoint.findings]
+    if damaged:
+        echo()
+    if len(damaged) > _MANY:
+        echo(f"{len(damaged)} are not whole; the newest of them:")
+    for checkpoint in damaged[-_MANY:]:
+        echo(f"step {checkpoint.step} is {status(checkpoint.status)}")
+        findings(checkpoint.findings, limit=2, more=f" (`ckptstore show {checkpoint.step}`)")
+
+
+def _print_slot(listing: Listing) -> None:
     slot = listing.slot
     if slot is None:
-        echo("recover slot: empty")
+        field("slot", "empty: nothing that AReaL could resume from")
         return
     step = f"step {slot.step}" if slot.step >= 0 else "unknown step"
-    echo(
-        f"recover slot: {step}, {slot.format} ({' '.join(slot.holds) or 'nothing known'}), "
-        f"{slot.file_count} files, {size(slot.size_bytes)}, {age(slot.age_s(now_s))} old  {status(slot.status)}"
+    field(
+        "slot",
+        f"{step}, {slot.format}: {', '.join(slot.holds) or 'nothing known'}; {slot.file_count} files, "
+        f"{size(slot.size_bytes)}, {age(slot.age_s())} old, {slot.status}",
     )
-    for line in findings(slot.findings):
-        echo(line)
+    findings(slot.findings)
     for text in slot.notes:
-        echo(f"  {safe(text)}")
+        item("·", text)
 
 
 def _print_info(info: RecoverInfo | None, *, full: bool) -> None:
     if info is None:
-        echo("recover_info: none (with recover.mode=auto AReaL starts from step 0)")
+        field("resume", "no recover_info/: with recover.mode=auto AReaL starts from step 0")
         return
     if info.step >= 0:
-        echo(f"recover_info: after global step {info.step}; training would go on at global step {info.resumes_at}")
+        field("resume", f"recover_info says: after global step {info.step}, so training would go on at {info.resumes_at}")
     else:
-        echo("recover_info: its step cannot be read")
+        field("resume", "recover_info does not say after which step")
     if full:
-        echo(f"  holds: {', '.join(info.holds) or 'nothing readable'}")
-        echo(f"  epoch {info.epoch}, epoch step {info.epoch_step}, {info.steps_per_epoch} steps per epoch")
-        echo(f"  dataloader state: {info.dataloader_bytes:,} bytes (a pickle; not opened)")
-    for problem in info.problems:
-        echo(f"  {click.style('·', fg='yellow')} {safe(problem)}")
+        field("", f"epoch {info.epoch}, epoch step {info.epoch_step}; {info.steps_per_epoch} steps per epoch")
+        field("holds", ", ".join(info.holds) or "nothing readable")
+        field("", f"dataloader state: {info.dataloader_bytes:,} bytes (a pickle: never opened)")
+    for text in info.problems:
+        item("·", text, fg="yellow")
+
+
+def _print_config(located: Located) -> None:
+    config = located.config or logged_config(located.run)
+    if config is None:
+        return
+    for label, text in describe(config):
+        field(label, text)
+    field("config", config.path)
+
+
+def _print_end(shown: list[Checkpoint], before_step: int | None, max_step: int | None) -> None:
+    newest = next((checkpoint for checkpoint in reversed(shown) if checkpoint.status.usable), None)
+    if newest is None:
+        return
+    echo()
+    field("newest", f"{steps(newest)} is the newest whole one listed")
+    bound = (
+        f" --before-step {before_step}"
+        if before_step is not None
+        else f" --max-step {max_step}"
+        if max_step is not None
+        else ""
+    )
+    field("next", f"ckptstore verify {newest.step}   or   ckptstore setup{bound} --dry-run")

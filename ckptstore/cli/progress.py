@@ -9,9 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import click
-
-from ckptstore.cli.render import age, size
+from ckptstore.cli.render import age, echo, safe, size
 
 LINE_EVERY_S = 10.0
 
@@ -29,6 +27,7 @@ class Progress:
         self._task: Any = None
         self._doing = ""
         self._started_s = self._line_s = time.monotonic()
+        self._base_bytes = 0
         self._before: Any = None
 
     def __enter__(self) -> Progress:
@@ -49,37 +48,35 @@ class Progress:
         sys.stdout = sys.stderr = null
 
     def notify(self, doing: str, done_bytes: int, total_bytes: int) -> None:
-        """Show that `doing` has come to `done_bytes` of `total_bytes`."""
+        """Show that `doing` has come to `done_bytes` of `total_bytes`. Never raises for a terminal that is gone."""
         if self._quiet:
             return
-        if doing != self._doing:
-            self._doing = doing
-            self._line_s = time.monotonic()
-        if self._terminal:
-            self._draw(doing, done_bytes, total_bytes)
-        elif time.monotonic() - self._line_s >= LINE_EVERY_S:
-            self._line_s = time.monotonic()
-            rate = done_bytes / max(self._line_s - self._started_s, 1e-9)
-            left = (total_bytes - done_bytes) / rate if rate else 0
-            click.echo(
-                f"{doing}: {size(done_bytes)} of {size(total_bytes)}, {rate / 1e9:.2f} GB/s, {age(left)} left",
-                err=True,
-            )
+        if not self._doing:
+            self._started_s = self._line_s = time.monotonic()
+            self._base_bytes = done_bytes  # staged by an earlier try: not copied at any rate
+        self._doing = doing = safe(doing)
+        try:
+            if self._terminal:
+                self._draw(doing, done_bytes, total_bytes)
+            elif time.monotonic() - self._line_s >= LINE_EVERY_S:
+                self._line_s = time.monotonic()
+                self._print_line(doing, done_bytes, total_bytes)
+        except OSError:  # EIO: the terminal went away before its SIGHUP came
+            self._quiet = True
+
+    def _print_line(self, doing: str, done_bytes: int, total_bytes: int) -> None:
+        rate = (done_bytes - self._base_bytes) / max(self._line_s - self._started_s, 1e-9)
+        left = f", {age((total_bytes - done_bytes) / rate)} left" if rate > 0 else ""
+        echo(f"{doing}: {size(done_bytes)} of {size(total_bytes)}, {rate / 1e9:.2f} GB/s{left}", err=True)
 
     def _draw(self, doing: str, done_bytes: int, total_bytes: int) -> None:
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=32),
                 DownloadColumn(),
                 TransferSpeedColumn(),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,9 +15,9 @@ import click
 
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.locate import Located
-from ckptstore.model import Checkpoint, Finding, Status
+from ckptstore.model import Checkpoint, FileInfo, Finding, Status
 
-_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _COLOURS = {
     Status.COMMITTED: "green",
     Status.COMPLETE: "cyan",
@@ -21,21 +25,78 @@ _COLOURS = {
     Status.CORRUPT: "red",
 }
 MARKS = {Status.COMMITTED: "●", Status.COMPLETE: "○", Status.PARTIAL: "◐", Status.CORRUPT: "✗"}
+_LABEL_CHARS = 9
 
 
 def safe(text: str) -> str:
-    """`text` with control and direction characters escaped."""
+    """`text` with control, line-break and direction characters escaped."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
-def echo(text: str = "") -> None:
-    """Print a line of ours; colours are dropped where stdout is not a terminal."""
-    click.echo(text)
+def colour() -> bool | None:
+    """Whether to colour: never with $NO_COLOR, always with $FORCE_COLOR, else (None) where the stream is a terminal."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return True if os.environ.get("FORCE_COLOR") else None
+
+
+def width() -> int:
+    """Columns to break lines at. 0 where stdout is no terminal: then every fact stays on one line, for grep."""
+    return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else 0
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print lines of ours; colours are dropped where the stream is not a terminal."""
+    click.echo(text, err=err, color=colour())
 
 
 def heading(text: str) -> None:
     """A line that starts a block."""
-    click.secho(text, bold=True)
+    echo(click.style(text, bold=True))
+
+
+def field(label: str, text: str, *, err: bool = False) -> None:
+    """A labelled line; where it does not fit, the rest stands below its beginning. `text` is escaped here."""
+    first = click.style(f"{label:<{_LABEL_CHARS}}", bold=True)
+    echo(_filled(first, safe(text), _LABEL_CHARS), err=err)
+
+
+def item(mark: str, text: str, *, fg: str | None = None, err: bool = False) -> None:
+    """An indented line of a block, after a mark. `text` is escaped here."""
+    indent = 2 + len(mark) + 1
+    echo(_filled(f"  {click.style(mark, fg=fg)} ", safe(text), indent), err=err)
+
+
+def row(label: str, text: str) -> None:
+    """A labelled line inside of a block. `text` is escaped here."""
+    echo(_filled(f"  {label:<{_LABEL_CHARS}} ", safe(text), _LABEL_CHARS + 3))
+
+
+def _filled(first: str, text: str, indent: int) -> str:
+    columns = width()
+    if not columns:
+        return first + text
+    lines = textwrap.wrap(text, max(columns - indent, 30), break_long_words=False, break_on_hyphens=False) or [""]
+    return first + f"\n{' ' * indent}".join(lines)
+
+
+def done(text: str) -> None:
+    """The line that says what was achieved."""
+    echo(f"{click.style('✓', fg='green', bold=True)} {safe(text)}")
+
+
+def note(text: str) -> None:
+    """A line for people beside the result: to stderr, so that --json stays clean."""
+    echo(_filled(click.style("note:", fg="yellow") + " ", safe(text), 6), err=True)
+
+
+def problem(message: str, *, facts: Sequence[str] = (), hint: str = "") -> None:
+    """An error for people, on stderr: what and where, what is known about it, and what to try."""
+    echo(_filled(click.style("error:", fg="red", bold=True) + " ", safe(message), 7), err=True)
+    for fact in facts:
+        echo(_filled("  ", safe(fact), 4), err=True)
+    if hint:
+        echo(_filled(click.style("  try:", bold=True) + "  ", safe(hint), 8), err=True)
 
 
 def size(count: float) -> str:
@@ -68,22 +129,22 @@ def columns(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: Itera
     last = len(titles) - 1
     widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(last)]
     lines = []
-    for number, row in enumerate((titles, *rows)):
-        cells = [
+    for number, cells in enumerate((titles, *rows)):
+        aligned = [
             cell.ljust(width) if i in lefts else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
         ]
-        line = "  ".join([*cells, row[last]])
+        line = "  ".join([*aligned, cells[last]])
         lines.append(click.style(line, dim=True) if number == 0 else line)
     return lines
 
 
-def findings(items: Sequence[Finding], *, indent: str = "  ", limit: int = 6) -> list[str]:
-    """One line a finding, the rest counted."""
-    lines = [f"{indent}{click.style('·', fg=_COLOURS[item.status])} {safe(str(item))}" for item in items[:limit]]
+def findings(items: Sequence[Finding], *, limit: int = 6, more: str = "") -> None:
+    """Print one line a finding; the rest is counted."""
+    for finding in items[:limit]:
+        item("·", str(finding), fg=_COLOURS[finding.status])
     if len(items) > limit:
-        lines.append(f"{indent}· and {len(items) - limit} more")
-    return lines
+        item("·", f"and {len(items) - limit} more{more}")
 
 
 def steps(checkpoint: Checkpoint) -> str:
@@ -93,8 +154,17 @@ def steps(checkpoint: Checkpoint) -> str:
     return f"global step {checkpoint.step} (the log says: Train step {checkpoint.log_step})"
 
 
+def state(names: Sequence[str]) -> str:
+    """What a checkpoint holds, short enough for a table."""
+    short = {"optimizer": "optim", "scheduler": "sched", "dataloader": "data", "tokenizer": "tok", "config": "cfg"}
+    return " ".join(short.get(name, name) for name in names) or "-"
+
+
+# --- for programs -------------------------------------------------------------------------------------------------
+
+
 def print_json(document: Any) -> None:
-    """Print a JSON document, for programs."""
+    """Print a JSON document. All of it is ASCII, control characters of names as \\u escapes: safe to look at."""
     click.echo(json.dumps(document, indent=2, ensure_ascii=True))
 
 
@@ -109,56 +179,47 @@ def checkpoint_json(checkpoint: Checkpoint, *, with_files: bool = False) -> dict
         "status": str(checkpoint.status),
         "format": checkpoint.format,
         "holds": list(checkpoint.holds),
-        "files": checkpoint.file_count,
+        "file_count": checkpoint.file_count,
         "bytes": checkpoint.size_bytes,
         "saved_at": checkpoint.saved_at_s,
         "parts": [
             {
                 "name": part.name,
-                "path": safe(part.path),
+                "path": part.path,
                 "format": part.format,
                 "holds": list(part.holds),
                 "status": str(part.status),
+                "file_count": len(part.files),
                 "bytes": part.size_bytes,
-                "notes": [safe(note) for note in part.notes],
+                "notes": list(part.notes),
                 "findings": [finding_json(finding) for finding in part.findings],
-                **(
-                    {
-                        "files": [
-                            {
-                                "path": safe(f.name),
-                                "bytes": f.size_bytes,
-                                "mtime_ns": f.mtime_ns,
-                                "kind": f.kind,
-                            }
-                            for f in part.files
-                        ]
-                    }
-                    if with_files
-                    else {"files": len(part.files)}
-                ),
+                **({"files": [_file_json(file) for file in part.files]} if with_files else {}),
             }
             for part in checkpoint.parts
         ],
-        "notes": [safe(note) for note in checkpoint.notes],
+        "notes": list(checkpoint.notes),
     }
+
+
+def _file_json(file: FileInfo) -> dict[str, Any]:
+    return {"path": file.name, "bytes": file.size_bytes, "mtime_ns": file.mtime_ns, "kind": file.kind}
 
 
 def finding_json(finding: Finding) -> dict[str, str]:
     """The documented fields of a finding."""
-    return {"path": safe(finding.path), "problem": safe(finding.problem), "status": str(finding.status)}
+    return {"path": finding.path, "problem": finding.problem, "status": str(finding.status)}
 
 
 def run_json(located: Located) -> dict[str, str]:
     """The documented fields of a run."""
     run = located.run
     return {
-        "path": safe(run.path),
-        "fileroot": safe(run.fileroot),
-        "user": safe(run.user),
-        "experiment": safe(run.experiment),
-        "trial": safe(run.trial),
-        "found_by": safe(located.how),
+        "path": run.path,
+        "fileroot": run.fileroot,
+        "user": run.user,
+        "experiment": run.experiment,
+        "trial": run.trial,
+        "found_by": located.how,
     }
 
 
@@ -174,5 +235,5 @@ def info_json(info: RecoverInfo | None) -> dict[str, Any] | None:
         "steps_per_epoch": info.steps_per_epoch,
         "holds": list(info.holds),
         "dataloader_bytes": info.dataloader_bytes,
-        "problems": [safe(problem) for problem in info.problems],
+        "problems": list(info.problems),
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pwd
+import re
 import shlex
 import sys
 from typing import Any
@@ -10,45 +13,61 @@ from typing import Any
 import click
 
 from ckptstore.choose import Selection
-from ckptstore.cli.common import JSON, explaining_gaps, location_options, open_run, selection_options
-from ckptstore.cli.render import echo, heading, print_json, run_json, safe
-from ckptstore.cli.setup import do_setup, outcome_json, plan_json, print_outcome, print_plan
+from ckptstore.cli.common import (
+    JSON,
+    Trainer,
+    Verb,
+    explaining_gaps,
+    is_interactive,
+    location_options,
+    open_run,
+    selection_options,
+    trainer_options,
+)
+from ckptstore.cli.render import echo, field, heading, item, print_json, run_json, safe, width
+from ckptstore.cli.setup import do_setup, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
-from ckptstore.frameworks.areal.launch import Command, find_installation, logged_config, resume_command
+from ckptstore.frameworks.areal.launch import (
+    Command,
+    Installation,
+    find_installation,
+    logged_config,
+    resume_command,
+)
+from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.saving import describe
 from ckptstore.locate import Located, Where, current_user, relative_fileroot
-from ckptstore.plan import Options, Plan
 from ckptstore.plan import plan as make_plan
 
+_ENVIRONMENT = re.compile(r"[A-Z_][A-Z0-9_]*=")
 
-@click.command(
-    "resume", short_help="Guided: what is chosen and why, what is lost, and the exact command.",
-    context_settings={"ignore_unknown_options": False},
-)  # fmt: skip
-@location_options
+
+class ElsewhereError(RefusedError):
+    """The training would read and write another folder than this run's. `facts` are both paths."""
+
+    def __init__(self, message: str, run: RunRef, theirs: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.facts = (f"the run:      {run.path}", f"AReaL reads:  {theirs}")
+
+
+@click.command("resume", cls=Verb, short_help="Guided: what is chosen and why, what is lost, and the exact command.")
 @selection_options
 @click.option("--script", metavar="FILE", default="", help="The training script that started the run.")
-@click.option(
-    "--areal-dir",
-    metavar="DIR",
-    default="",
-    help="The AReaL that will train: a checkout, or the folder of the package.",
-)
-@click.option("--areal-version", metavar="V", default="", help="Its version, where it is not on this machine.")
-@click.option("--plan", "plan_only", is_flag=True, help="Only show it; change nothing.")
+@click.option("--plan", "plan_only", is_flag=True, help="Only show it: ask nothing, change nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--exec", "execute", is_flag=True, help="Run the command at the end.")
 @click.option("--force", is_flag=True, help="Although the trainer seems to be running.")
-@click.option("--as-is", is_flag=True, help="Although the slot holds resumable state in another format.")
+@click.option("--as-is", is_flag=True, help="Although AReaL could not resume from it: another format, no recover_info.")
 @JSON
+@trainer_options
+@location_options
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]... [-- CMD...]")
 def command(
     where: Where,
     selection: Selection,
+    trainer: Trainer,
     script: str = "",
-    areal_dir: str = "",
-    areal_version: str = "",
     plan_only: bool = False,
     yes: bool = False,
     execute: bool = False,
@@ -56,106 +75,168 @@ def command(
     as_is: bool = False,
     as_json: bool = False,
     words: tuple[str, ...] = (),
-) -> None:
+) -> int:
     """Show the checkpoint chosen and why, what will not be restored, what will, and the command that resumes.
 
     On a terminal it asks before it replaces the slot; without one it only plans, unless --yes. CMD is your own training
     command: it gets what makes it resume.
     """
+    asking = is_interactive() and not (as_json or yes or plan_only)
+    if execute and plan_only:
+        raise UsageError("--exec runs the command, and --plan changes nothing: give one")
+    if execute and as_json:
+        raise UsageError("--exec hands the terminal to the trainer: without --json")
+    if execute and not yes and not asking:
+        raise UsageError("--exec replaces the slot, and there is no terminal to ask on", hint="Say --yes to mean it.")
     overrides, own = _split(words)
     located, backend = open_run(
-        Where(where.run, where.fileroot, where.user, where.experiment, where.trial, where.config, overrides),
-        quiet=as_json,
+        dataclasses.replace(where, overrides=overrides), as_json=as_json, read_only=not (yes or asking) or plan_only
     )
     config = located.config or logged_config(located.run)
-    _refuse_strangers(located, config)
-    options = Options(force=force, as_is=as_is)
-    with explaining_gaps(located, selection):
+    _refuse_strangers(located, config, own)
+    installation = find_installation(trainer.areal_dir, trainer.areal_version)
+    options = setup_options(trainer, config, installation, force=force, as_is=as_is)
+    with explaining_gaps(located, backend, selection):
         plan = make_plan(backend, selection, options)
-    cmd = resume_command(located.run, find_installation(areal_dir, areal_version), config=config, script=script, command=own)
+    blockers, overrides = plan.restoration.blockers, plan.restoration.overrides
+    cmd = resume_command(located.run, installation, config=config, script=script, command=own, overrides=overrides)
+    cmd = _as_this_user(located, cmd)
     if execute and cmd.placeholders:
-        raise UsageError("--exec cannot run a command with gaps: " + "; ".join(cmd.placeholders))
-    interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+        raise UsageError("--exec cannot run a command with gaps", hint="; ".join(cmd.placeholders))
     if not as_json:
-        echo(f"{click.style('run', bold=True)}   {safe(located.how)}")
-        for text in describe(config) if config else ():
-            echo(safe(text))
-        echo()
+        _print_head(config, installation)
         print_plan(plan)
-    go = not plan_only and (yes or (interactive and not plan.refusals and _confirm(plan)))
-    outcome = None
-    if go or (execute and not plan_only and plan.nothing_to_do):
-        if plan.refusals:
-            raise RefusedError("; ".join(plan.refusals))
+        if asking or plan.refusals or plan_only or not yes:
+            _print_command(cmd, blocked=bool(blockers))
+    elif plan.refusals or not yes:
+        print_json(_document(located, plan_json(plan) | {"done": False}, cmd))
+        return 1 if plan.refusals else 0
+    refuse(plan)
+    if execute and blockers and not as_is:
+        raise RefusedError(f"not run: {blockers[0]}", hint="`setup` alone places it; --as-is runs the command all the same.")
+    if plan_only or not (yes or (asking and (plan.nothing_to_do or _confirm()))):
+        if not plan.nothing_to_do:
+            echo("\nnothing was changed" + ("" if plan_only or asking else ": --yes sets it up"))
+        return 0
+    if yes or not plan.nothing_to_do:
         outcome = do_setup(backend, selection, options, quiet=as_json)
-    if as_json:
-        document: dict[str, Any] = outcome_json(outcome) if outcome else plan_json(plan) | {"done": False}
-        print_json(
-            {
-                "run": run_json(located),
-                **document,
-                "command": list(cmd.words),
-                "placeholders": list(cmd.placeholders),
-                "notes": list(cmd.notes),
-            }
-        )
-    else:
-        if outcome:
-            echo()
-            print_outcome(outcome)
-        _print_command(cmd)
-        if not go and not plan.nothing_to_do:
-            echo("\nnothing was changed" + ("" if plan_only or plan.refusals else ": --yes sets it up"))
-    if execute and outcome is not None:
+        if as_json:
+            print_json(_document(located, outcome_json(outcome), cmd))
+            return 0
+        echo()
+        print_outcome(outcome)
+        _print_command(cmd, blocked=bool(blockers))
+    if execute and (yes or not plan.nothing_to_do or _confirm("Run it?")):
         sys.stdout.flush()
-        os.execvp(cmd.words[0], cmd.words)
+        _execute(cmd)
+    return 0
 
 
-def _confirm(plan: Plan) -> bool:
-    return not plan.nothing_to_do and click.confirm("\nReplace the slot?", default=False)
+def _document(located: Located, document: dict[str, Any], cmd: Command) -> dict[str, Any]:
+    words, placeholders, notes = list(cmd.words), list(cmd.placeholders), list(cmd.notes)
+    return {"run": run_json(located), **document, "command": words, "placeholders": placeholders, "command_notes": notes}
+
+
+def _print_head(config: RunConfig | None, installation: Installation) -> None:
+    for label, text in describe(config) if config else ():
+        field(label, text)
+    field("trainer", str(installation))
+    echo()
+
+
+def _confirm(question: str = "Replace the slot?") -> bool:
+    echo()
+    return click.confirm(question, default=False)
 
 
 def _split(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """KEY=VALUE words up to the first other one belong to --config; from there on it is the user's own command."""
+    """KEY=VALUE words up to the first other one belong to --config; from there on it is the user's own command.
+
+    NAME=VALUE in capitals is the environment of a command, as for a shell.
+    """
     for number, word in enumerate(words):
-        if "=" not in word or word.startswith("-"):
+        if "=" not in word or word.startswith("-") or _ENVIRONMENT.match(word):
             return words[:number], words[number:]
     return words, ()
 
 
-def _refuse_strangers(located: Located, config: RunConfig | None) -> None:
+def _refuse_strangers(located: Located, config: RunConfig | None, own: tuple[str, ...]) -> None:
     """AReaL builds the run's path from its own user and fileroot: another one silently starts fresh."""
     run = located.run
     if not run.fileroot:
         return
-    if current_user() != run.user:
-        theirs = os.path.join(run.fileroot, "checkpoints", current_user(), run.experiment, run.trial)
-        raise RefusedError(
-            f"the run is user {run.user}'s, and training as {current_user()} would look elsewhere and start fresh:\n"
-            f"  the run:     {run.path}\n  AReaL reads: {theirs}",
-            hint=f"Train as {run.user}, or set LOGNAME={run.user} (AReaL asks getpass.getuser()) for both commands.",
+    user = current_user()
+    if user != run.user:
+        raise ElsewhereError(
+            f"the run is user {run.user}'s, and AReaL started by {user} would look elsewhere, find nothing and start fresh",
+            run,
+            os.path.join(run.fileroot, "checkpoints", user, run.experiment, run.trial),
+            hint=f"Train as {run.user}, or set LOGNAME={run.user} for ckptstore and for the training: AReaL believes it.",
         )
-    fileroot = config.text("cluster.fileroot") if config else ""
+    given = [word.partition("=")[2] for word in own if word.lstrip("+").startswith("cluster.fileroot=")]
+    fileroot, source = (given[-1], "your command") if given else ("", "")
+    if not fileroot and config is not None:
+        fileroot, source = config.text("cluster.fileroot"), config.path
     if fileroot and os.path.realpath(fileroot) != os.path.realpath(run.fileroot):
-        relative = f", relative to {os.getcwd()}" if relative_fileroot(config) else ""
-        raise RefusedError(
-            f"{config.path if config else ''} says fileroot {fileroot}{relative}, "
-            "and the run is elsewhere; AReaL would start fresh:\n"
-            f"  the run:     {run.path}\n"
-            f"  AReaL reads: {os.path.join(os.path.abspath(fileroot), 'checkpoints', run.user, run.experiment, run.trial)}",
-            hint=f"Give cluster.fileroot={run.fileroot}, or start from the folder that the run was started in.",
+        relative = f" (relative to {os.getcwd()})" if not os.path.isabs(fileroot) else ""
+        raise ElsewhereError(
+            f"{source} says fileroot {fileroot}{relative}, and the run lies elsewhere: AReaL would start fresh",
+            run,
+            os.path.join(os.path.abspath(fileroot), "checkpoints", run.user, run.experiment, run.trial),
+            hint=f"Give cluster.fileroot={run.fileroot}"
+            + (", or start from the folder that the run was started in." if relative_fileroot(config) else "."),
         )
 
 
-def _print_command(cmd: Command) -> None:
+def _as_this_user(located: Located, cmd: Command) -> Command:
+    """A name that only the environment says must be said to the training too."""
+    try:
+        account = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        account = ""
+    if not located.run.user or account == current_user():
+        return cmd
+    variable = next((name for name in ("LOGNAME", "USER", "LNAME", "USERNAME") if os.environ.get(name)), "LOGNAME")
+    return dataclasses.replace(
+        cmd, notes=(*cmd.notes, f"run it with {variable}={located.run.user} set, as here: this account has another name")
+    )
+
+
+def _print_command(cmd: Command, *, blocked: bool) -> None:
     echo()
-    heading("then go on training with")
-    echo(f"\n  {safe(_quoted(cmd.words))}\n")
+    heading("when that is solved, go on training with" if blocked else "go on training with")
+    echo()
+    echo("\n".join(f"  {line}" for line in _lines(cmd.words)))
+    echo()
     for text in cmd.placeholders:
-        echo(f"  {click.style(safe(text.partition(':')[0]), fg='yellow')}:{safe(text.partition(':')[2])}")
+        name, _, where = text.partition(": ")
+        item(name, where, fg="yellow")
     for text in cmd.notes:
-        echo(f"  {safe(text)}")
+        item("·", text)
 
 
-def _quoted(words: tuple[str, ...]) -> str:
-    return " ".join(word if word.startswith("<") or "<" in word else shlex.quote(word) for word in words)
+def _lines(words: tuple[str, ...]) -> list[str]:
+    """The command for a shell; on a terminal broken at words, as a shell takes it."""
+    quoted = [safe(word if "<" in word else shlex.quote(word)) for word in words]
+    available = (width() or 1 << 30) - 6
+    lines = [quoted[0]]
+    for word in quoted[1:]:
+        # An option stays with its value.
+        if len(lines[-1]) + 1 + len(word) > available and not lines[-1].split()[-1].startswith("--"):
+            lines.append(f"  {word}")
+        else:
+            lines[-1] += f" {word}"
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _execute(cmd: Command) -> None:
+    """Become the training."""
+    words = list(cmd.words)
+    if _ENVIRONMENT.match(words[0]):
+        words = ["env", *words]
+    try:
+        os.execvp(words[0], words)
+    except OSError as error:
+        raise UsageError(
+            f"--exec: {words[0]}: {error.strerror}", hint="The slot is set up; run the command yourself."
+        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import click
@@ -11,84 +10,139 @@ import click
 from ckptstore import recovery
 from ckptstore.backends import Backend
 from ckptstore.choose import Selection
-from ckptstore.cli.common import JSON, OVERRIDES, explaining_gaps, location_options, note, open_run, selection_options
+from ckptstore.cli.common import (
+    JSON,
+    OVERRIDES,
+    Trainer,
+    Verb,
+    explaining_gaps,
+    is_interactive,
+    location_options,
+    open_run,
+    selection_options,
+    trainer_options,
+)
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import (
+    MARKS,
     checkpoint_json,
+    done,
     echo,
     finding_json,
     heading,
+    item,
+    note,
     print_json,
+    row,
     safe,
     size,
     status,
     steps,
 )
+from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
-from ckptstore.frameworks.areal.restoration import Restoration, restoration
+from ckptstore.frameworks.areal.launch import Installation, find_installation, logged_config
+from ckptstore.frameworks.areal.restoration import Restoration
 from ckptstore.locate import Where
+from ckptstore.model import Status
 from ckptstore.plan import Options, Plan
 from ckptstore.plan import plan as make_plan
 from ckptstore.recovery import Outcome
 
+#: What a transfer is called, and what becomes of the files.
+_HOW = {"copy": ("copy", ""), "dcp": ("convert", "  (as DCP)"), "era-a": ("copy", "  (with fresh optimizer shards)")}
+_INFO = {
+    "keep": "recover_info/ stays: it is the trainer's own for this step",
+    "write": "recover_info/ is made for this step",
+    "leave": "recover_info/ is left as it is",
+}
 
-@click.command("setup", short_help="Put the newest good checkpoint where the trainer resumes.")
-@location_options
+
+@click.command("setup", cls=Verb, short_help="Put the newest good checkpoint where the trainer resumes.")
 @selection_options
 @click.option("--dry-run", is_flag=True, help="Print the whole plan, and change nothing.")
+@click.option("--undo", is_flag=True, help="Swap the slot that was set aside last back in.")
 @click.option("--force", is_flag=True, help="Although the trainer seems to be running.")
-@click.option("--as-is", is_flag=True, help="Although the slot holds resumable state in another format.")
+@click.option("--as-is", is_flag=True, help="The files as they are, whether AReaL can resume from them or not.")
 @click.option("--replace", is_flag=True, help="Where there is no room for both, remove the old slot first.")
 @click.option("--yes", is_flag=True, help="Do not ask before --replace removes anything.")
 @click.option("--verify-after-write", is_flag=True, help="Read everything back from the disk before the commit.")
 @click.option("--recover-dir", metavar="DIR", default="", help="Another slot than the one that AReaL reads.")
-@click.option("--undo", is_flag=True, help="Swap the slot that was set aside last back in.")
 @JSON
+@trainer_options
+@location_options
 @OVERRIDES
 def command(
     where: Where,
     selection: Selection,
     dry_run: bool,
+    undo: bool,
     force: bool,
     as_is: bool,
     replace: bool,
     yes: bool,
     verify_after_write: bool,
     recover_dir: str,
-    undo: bool,
+    trainer: Trainer,
     as_json: bool,
-) -> None:
+) -> int:
     """Copy the newest good checkpoint (or the one named) into the recover slot, digests checked on the way.
 
     Damaged and unfinished ones are skipped, each with its reason. The old slot is kept aside: --undo swaps it back.
     """
-    options = Options(recover_dir, force, as_is, replace, verify_after_write)
-    located, backend = open_run(where, quiet=as_json)
+    if undo and selection != Selection():
+        raise UsageError("--undo takes no step: it swaps back what the last setup set aside")
+    if replace and not yes and not dry_run and (as_json or not is_interactive()):
+        raise UsageError("--replace may remove the old slot before the new one is in", hint="Say --yes to mean it.")
+    located, backend = open_run(where, as_json=as_json, read_only=dry_run)
+    options = setup_options(
+        trainer,
+        located.config or logged_config(located.run),
+        find_installation(trainer.areal_dir, trainer.areal_version),
+        recover_dir=recover_dir,
+        force=force,
+        as_is=as_is,
+        replace=replace,
+        verify_after_write=verify_after_write,
+    )
     if undo:
-        if selection != Selection():
-            raise UsageError("--undo takes no step: it swaps back what the last setup set aside")
-        _undo(backend, options, dry_run=dry_run, as_json_=as_json)
-        return
-    if replace and not yes and not dry_run:
-        if as_json or not sys.stdin.isatty():
-            raise UsageError("--replace may remove the old slot before the new one is in", hint="Say --yes to mean it.")
-        click.confirm("The old slot may be removed before the new one is in. Go on?", abort=True)
+        _undo(backend, options, dry_run=dry_run, as_json=as_json)
+        return 0
     if dry_run:
-        with explaining_gaps(located, selection):
+        with explaining_gaps(located, backend, selection):
             plan = make_plan(backend, selection, options)
         if as_json:
             print_json(plan_json(plan) | {"done": False})
-        else:
-            print_plan(plan)
-        if plan.refusals:
-            raise RefusedError("setup would not do this: " + "; ".join(plan.refusals))
-        return
-    with explaining_gaps(located, selection):
+            return 1 if plan.refusals else 0
+        echo()
+        print_plan(plan)
+        refuse(plan)
+        if not plan.nothing_to_do:
+            echo("\nnothing was changed: without --dry-run it is done")
+        return 0
+    if replace and not yes:
+        click.confirm("The old slot may be removed before the new one is in. Go on?", abort=True)
+    with explaining_gaps(located, backend, selection):
         outcome = do_setup(backend, selection, options, quiet=as_json)
     if as_json:
         print_json(outcome_json(outcome))
-    else:
-        print_outcome(outcome)
+        return 0
+    echo()
+    print_outcome(outcome)
+    print_restoration(outcome.plan.restoration)
+    return 0
+
+
+def setup_options(trainer: Trainer, config: RunConfig | None, installation: Installation, **flags: Any) -> Options:
+    """The library's options for what the command line says."""
+    return Options(
+        write_frequencies=trainer.write_frequencies,
+        steps_per_epoch=trainer.steps_per_epoch,
+        world_size=trainer.world_size,
+        config=config,
+        installation=installation,
+        **flags,
+    )
 
 
 def do_setup(backend: Backend, selection: Selection, options: Options, *, quiet: bool) -> Outcome:
@@ -98,8 +152,8 @@ def do_setup(backend: Backend, selection: Selection, options: Options, *, quiet:
             outcome = recovery.setup(backend, selection, options, notify=progress.notify)
     except KeyboardInterrupt:
         note(
-            "stopped; the slot is as it was. "
-            "The same command continues where it stopped; `ckptstore clean` removes what is staged."
+            "stopped: the slot is as it was. The same command continues where it stopped; "
+            "`ckptstore clean` removes what is staged."
         )
         raise
     if outcome.rolled:
@@ -107,20 +161,30 @@ def do_setup(backend: Backend, selection: Selection, options: Options, *, quiet:
     return outcome
 
 
-def _undo(backend: Backend, options: Options, *, dry_run: bool, as_json_: bool) -> None:
+def refuse(plan: Plan) -> None:
+    """RefusedError for a plan that setup would not carry out."""
+    if plan.refusals:
+        more = f" (and {len(plan.refusals) - 1} more, above)" if len(plan.refusals) > 1 else ""
+        raise RefusedError(f"setup would not do this: {plan.refusals[0]}{more}", hint="Nothing was changed.")
+
+
+def _undo(backend: Backend, options: Options, *, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         kept = recovery.undoable(backend, options)
-        if as_json_:
-            print_json({"done": False, "undo": safe(kept.path), "bytes": kept.size_bytes})
+        if as_json:
+            print_json({"done": False, "undo": kept.path, "bytes": kept.size_bytes})
         else:
-            echo(f"would swap back {safe(kept.path)} ({size(kept.size_bytes)}: {', '.join(kept.parts)})")
+            echo(f"\nwould swap back {safe(kept.path)} ({size(kept.size_bytes)}: {safe(', '.join(kept.parts))})")
         return
     step, kept_path = recovery.undo(backend, options)
-    if as_json_:
-        print_json({"done": True, "step": step, "old_slot": safe(kept_path)})
+    if as_json:
+        print_json({"done": True, "step": step, "kept_old_slot": kept_path})
         return
-    echo(f"{click.style('✓', fg='green')} the old slot is back" + (f": step {step}" if step >= 0 else ""))
-    echo(f"  what was in its place is kept in {safe(kept_path)} (setup --undo again swaps it back)")
+    echo()
+    done("the slot that was set aside is back" + (f": step {step}" if step >= 0 else ""))
+    if os.path.isdir(kept_path):
+        row("kept", f"what was in its place: {kept_path}")
+        row("", "`ckptstore setup --undo` again swaps it back")
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------
@@ -128,33 +192,45 @@ def _undo(backend: Backend, options: Options, *, dry_run: bool, as_json_: bool) 
 
 def print_plan(plan: Plan) -> None:
     """The whole plan, what will be lost first."""
-    what = restoration(plan.point.checkpoint, plan.listing.recover_info)
     checkpoint = plan.point.checkpoint
     heading("chosen")
-    echo(f"  {steps(checkpoint)}, epoch {checkpoint.epoch}  {status(checkpoint.status)}")
-    echo(f"  why: {plan.point.why}")
+    echo(f"  {status(checkpoint.status)}  {safe(steps(checkpoint))}" + _epoch(plan))
+    row("why", plan.point.why)
     print_skipped(plan)
-    print_restoration(what)
-    print_notes(plan)
+    print_restoration(plan.restoration)
     heading("plan")
+    for part in checkpoint.parts if plan.transfers else ():
+        how = plan.transfers[part.name].how
+        row(_HOW[how][0], f"{_short(plan, part.path)}  ({len(part.files)} files, {size(part.size_bytes)}, {part.format})")
+        row("  to", _short(plan, plan.slots[part.name]) + _HOW[how][1])
+    if not plan.nothing_to_do:
+        row("resume", _INFO[plan.info.action])
     if plan.nothing_to_do:
-        echo(f"  nothing to do: {plan.nothing_to_do}")
-        return
-    for part in checkpoint.parts:
-        echo(f"  {safe(part.path)}")
-        echo(f"    → {safe(plan.slots[part.name])}  ({len(part.files)} files, {size(part.size_bytes)}, {part.format})")
-    free = "unknown (quota?)" if plan.free_bytes is None else size(plan.free_bytes)
-    staged = f", {size(plan.reusable_bytes)} of it already staged" if plan.reusable_bytes else ""
-    echo(f"  room: {size(plan.needed_bytes)} needed{staged}, {free} free ({plan.file_system})")
-    if plan.old_slot is not None:
+        row("nothing", f"to do: {plan.nothing_to_do}")
+    else:
+        free = "unknown (quota?)" if plan.free_bytes is None else size(plan.free_bytes)
+        staged = f", {size(plan.reusable_bytes)} of it already staged" if plan.reusable_bytes else ""
+        row("room", f"{size(plan.needed_bytes)} needed{staged}; {free} free ({plan.file_system})")
         old = plan.old_slot
-        named = f"step {old.step}" if old.step >= 0 else "unknown step"
-        echo(
-            f"  the old slot ({named}, {old.format}, {size(old.size_bytes)}) "
-            f"is kept in {safe(plan.side)}; setup --undo swaps it back"
-        )
+        if old is not None:
+            named = f"step {old.step}" if old.step >= 0 else "unknown step"
+            row("old slot", f"{named}, {old.format}, {size(old.size_bytes)}: kept in {plan.side}; setup --undo swaps it back")
+        else:
+            row("old slot", "none")
     for refusal in plan.refusals:
-        echo(f"  {click.style('refused', fg='red')}: {safe(refusal)}")
+        item("✗", f"refused: {refusal}", fg="red")
+    print_notes(plan)
+
+
+def _epoch(plan: Plan) -> str:
+    epoch = plan.point.checkpoint.epoch
+    return f", epoch {epoch}" if epoch >= 0 else ""
+
+
+def _short(plan: Plan, path: str) -> str:
+    """A path within the run as the run's own, any other in full."""
+    run = plan.listing.run.path
+    return os.path.relpath(path, run) if path.startswith(f"{run}/") else path
 
 
 def print_notes(plan: Plan) -> None:
@@ -165,87 +241,95 @@ def print_notes(plan: Plan) -> None:
 
 def print_skipped(plan: Plan) -> None:
     """Which newer checkpoints were passed over, and why."""
-    for skipped in plan.point.skipped[:6]:
-        reasons = "; ".join(skipped.reasons[:2])
-        more = f" (and {len(skipped.reasons) - 2} more)" if len(skipped.reasons) > 2 else ""
-        echo(f"  skipped step {skipped.checkpoint.step}: {safe(reasons)}{more}")
-    if len(plan.point.skipped) > 6:
-        echo(f"  and {len(plan.point.skipped) - 6} more skipped")
+    skipped = plan.point.skipped
+    if skipped:
+        heading("skipped")
+    for one in skipped[:6]:
+        # Found while copying: the listing's own status is still that of before.
+        state = one.checkpoint.status if not one.checkpoint.status.usable else Status.CORRUPT
+        more = f" (and {len(one.reasons) - 1} more)" if len(one.reasons) > 1 else ""
+        name = f"step {one.checkpoint.step}" if one.checkpoint.step >= 0 else "unknown step"
+        slot = " in the slot" if one.checkpoint.kind == "slot" else ""
+        item(MARKS[state], f"{name}{slot}: {one.reasons[0]}{more}", fg="red" if state is Status.CORRUPT else "yellow")
+    if len(skipped) > 6:
+        item("·", f"and {len(skipped) - 6} more")
 
 
 def print_restoration(what: Restoration) -> None:
     """First what is lost, then what is restored."""
     heading("not restored")
     for text in what.lost:
-        echo(f"  {click.style('-', fg='yellow')} {safe(text)}")
+        item("-", text, fg="yellow")
     heading("restored")
     for text in what.restored:
-        echo(f"  {click.style('+', fg='green')} {safe(text)}")
+        item("+", text, fg="green")
+    if what.needs:
+        heading("needs")
+        for text in what.needs:
+            item("·", text)
     if what.blockers:
         heading("still missing for AReaL to resume from it")
         for text in what.blockers:
-            echo(f"  {click.style('!', fg='red')} {safe(text)}")
+            item("!", text, fg="red")
 
 
 def print_outcome(outcome: Outcome) -> None:
     """What was done, how fast, and how durable it is."""
     plan = outcome.plan
-    checkpoint = plan.point.checkpoint
     print_notes(plan)
-    print_skipped(plan)
     if plan.nothing_to_do:
-        echo(f"{click.style('✓', fg='green')} nothing to do: {safe(plan.nothing_to_do)}")
+        print_skipped(plan)
+        done(f"nothing to do: {plan.nothing_to_do}")
         return
+    done(f"{steps(plan.point.checkpoint)} is in the slot")
+    row("why", plan.point.why)
     rate = outcome.copied_bytes / outcome.seconds / 1e9 if outcome.seconds > 0 else 0.0
-    reused = f", {size(outcome.reused_bytes)} were staged already" if outcome.reused_bytes else ""
-    echo(
-        f"{click.style('✓', fg='green')} {steps(checkpoint)} is in the slot: {size(outcome.copied_bytes)} in "
-        f"{outcome.seconds:.2f} s, {rate:.2f} GB/s, digested and synced{reused}"
+    reused = f"; {size(outcome.reused_bytes)} were staged already" if outcome.reused_bytes else ""
+    ways = ", ".join(f"{name} {size(count)}" for name, count in sorted(outcome.strategies.items()))
+    row(
+        "copied",
+        f"{size(outcome.copied_bytes)} in {outcome.seconds:.2f} s, {rate:.2f} GB/s, digested and synced ({ways}){reused}",
     )
-    echo(f"  why: {plan.point.why}")
-    for part, slot in plan.slots.items():
-        echo(
-            f"  {safe(part)}: {safe(os.path.relpath(slot, plan.listing.run.path))}"
-            f"  manifest sha256 {outcome.manifest_sha256[part]}"
-        )
+    for part in plan.point.checkpoint.parts:
+        row("from", _short(plan, part.path))
+        row("to", _short(plan, plan.slots[part.name]))
+        row("", f"manifest sha256 {outcome.manifest_sha256[part.name]}")
     if outcome.medium is not None:
-        ways = ", ".join(f"{name} {size(count)}" for name, count in sorted(outcome.strategies.items()))
-        echo(
-            f"  copied: {ways or 'nothing'}; replaced by {outcome.medium.method} on {outcome.medium.file_system}; "
-            f"{outcome.medium.durability}"
-        )
+        row("commit", f"by {outcome.medium.method} on {outcome.medium.file_system}; {outcome.medium.durability}")
     if outcome.old_slot:
-        echo(f"  the old slot is kept in {safe(outcome.old_slot)}; `ckptstore setup --undo` swaps it back")
-    print_restoration(restoration(checkpoint, plan.listing.recover_info))
+        row("old slot", f"kept in {outcome.old_slot}; `ckptstore setup --undo` swaps it back")
+    print_skipped(plan)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The documented fields of a plan."""
-    what = restoration(plan.point.checkpoint, plan.listing.recover_info)
+    what = plan.restoration
     return {
         "checkpoint": checkpoint_json(plan.point.checkpoint),
-        "why": safe(plan.point.why),
+        "why": plan.point.why,
         "skipped": [
             {
                 "step": skipped.checkpoint.step,
                 "status": str(skipped.checkpoint.status),
-                "reasons": [safe(reason) for reason in skipped.reasons],
+                "reasons": list(skipped.reasons),
                 "findings": [finding_json(finding) for finding in skipped.checkpoint.findings],
             }
             for skipped in plan.point.skipped
         ],
-        "slots": {safe(part): safe(path) for part, path in plan.slots.items()},
-        "side": safe(plan.side),
+        "slots": dict(plan.slots),
+        "side": plan.side,
         "file_system": plan.file_system,
         "needed_bytes": plan.needed_bytes,
         "free_bytes": plan.free_bytes,
         "staged_bytes": plan.reusable_bytes,
         "old_slot": checkpoint_json(plan.old_slot) if plan.old_slot else None,
-        "nothing_to_do": safe(plan.nothing_to_do),
-        "refusals": [safe(refusal) for refusal in plan.refusals],
-        "restored": [safe(text) for text in what.restored],
-        "lost": [safe(text) for text in what.lost],
-        "blockers": [safe(text) for text in what.blockers],
+        "nothing_to_do": plan.nothing_to_do,
+        "refusals": list(plan.refusals),
+        "restored": list(what.restored),
+        "lost": list(what.lost),
+        "blockers": list(what.blockers),
+        "needs": list(what.needs),
+        "notes": list(plan.listing.notes),
     }
 
 
@@ -260,7 +344,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "strategies": dict(outcome.strategies),
         "method": medium.method if medium else None,
         "durability": medium.durability if medium else None,
-        "kept_old_slot": safe(outcome.old_slot),
+        "kept_old_slot": outcome.old_slot,
         "manifest_sha256": dict(outcome.manifest_sha256),
-        "rolled": safe(outcome.rolled),
+        "rolled": outcome.rolled,
     }

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-
 import click
 
-from ckptstore.cli.common import JSON, location_options, open_run, split_words
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
 from ckptstore.cli.render import (
     age,
     checkpoint_json,
@@ -15,31 +12,38 @@ from ckptstore.cli.render import (
     echo,
     findings,
     heading,
+    item,
     print_json,
+    row,
     safe,
     size,
     status,
     steps,
 )
-from ckptstore.errors import UsageError
-from ckptstore.listing import find_manifest, folder_of
+from ckptstore.errors import NotFoundError, UsageError
+from ckptstore.listing import find_manifest, folder_of, scan
 from ckptstore.locate import Where
-from ckptstore.store import CheckpointStore
+from ckptstore.manifest import Manifest
+from ckptstore.model import Checkpoint
 
 
-@click.command("show", short_help="Everything known about one checkpoint.")
-@location_options
-@click.option("--log-step", type=int, metavar="N", help="By the log's number: Train step N is global step N - 1.")
+@click.command("show", cls=Verb, short_help="Everything known about one checkpoint.")
+@LOG_STEP
+@click.option("--slot", is_flag=True, cls=WhichOption, help="The recover slot.")
 @JSON
+@location_options
 @click.argument("words", nargs=-1, metavar="STEP [KEY=VALUE]...")
-def command(where: Where, log_step: int | None, as_json: bool, words: tuple[str, ...]) -> None:
+def command(where: Where, log_steps: tuple[int, ...], slot: bool, as_json: bool, words: tuple[str, ...]) -> None:
     """Show one checkpoint: parts, files, digests, notes. STEP is a global step."""
-    wanted, overrides = split_words(words)
-    wanted += [log_step - 1] if log_step is not None else []
-    if len(wanted) != 1:
-        raise UsageError("show takes one step", hint="`ckptstore list` shows which there are.")
-    located, backend = open_run(dataclasses.replace(where, overrides=overrides), quiet=as_json)
-    checkpoint = CheckpointStore(located.run.path).get(wanted[0])
+    where, wanted = read_words(where, words, log_steps)
+    if len(wanted) + slot != 1:
+        raise UsageError("show takes one step, or --slot", hint="`ckptstore list` shows which there are.")
+    _, backend = open_run(where, as_json=as_json)
+    listing = scan(backend)
+    if slot and listing.slot is None:
+        raise NotFoundError("the recover slot is empty", hint="`ckptstore setup` fills it.")
+    found = [listing.slot] if slot and listing.slot else pick(listing, wanted)
+    checkpoint = found[-1]
     manifests = {part.name: find_manifest(backend, folder_of(backend, part)) for part in checkpoint.parts}
     if as_json:
         document = checkpoint_json(checkpoint, with_files=True)
@@ -48,20 +52,33 @@ def command(where: Where, log_step: int | None, as_json: bool, words: tuple[str,
             part["manifest_sha256"] = manifest.sha256 if manifest else None
         print_json(document)
         return
+    _print(checkpoint, manifests)
+
+
+def _print(checkpoint: Checkpoint, manifests: dict[str, Manifest | None]) -> None:
+    echo()
     heading(steps(checkpoint))
-    echo(f"epoch {checkpoint.epoch}, epoch step {checkpoint.epoch_step}; saved {age(checkpoint.age_s(time.time()))} ago")
+    if checkpoint.epoch >= 0:
+        echo(f"epoch {checkpoint.epoch}, epoch step {checkpoint.epoch_step}; saved {age(checkpoint.age_s())} ago")
+    for text in checkpoint.notes:
+        item("·", text)
     for part in checkpoint.parts:
         manifest = manifests[part.name]
         digests = {entry.path: f"{entry.crc:016X}" for entry in manifest.files} if manifest else {}
         echo()
-        echo(f"{click.style(safe(part.name), bold=True)}  {part.format}, {size(part.size_bytes)}  {status(part.status)}")
-        echo(f"  {safe(part.path)}")
+        echo(f"{click.style(safe(part.name), bold=True)}  {status(part.status)}  {part.format}, {size(part.size_bytes)}")
+        row("holds", ", ".join(part.holds) or "nothing known")
+        row("folder", part.path)
+        if manifest:
+            row("manifest", f"{manifest.origin}ed {manifest.created_at}" if manifest.origin == "seal" else _origin(manifest))
+            row("", f"sha256 {manifest.sha256}")
+        findings(part.findings)
+        for text in part.notes:
+            item("·", text)
         rows = [(safe(file.name), f"{file.size_bytes:,}", digests.get(file.name, "-")) for file in part.files]
         for line in columns(("file", "bytes", "CRC-64/NVME"), rows, left=(0,)):
             echo(f"  {line}")
-        for line in findings(part.findings):
-            echo(line)
-        for text in part.notes:
-            echo(f"  {safe(text)}")
-        if manifest:
-            echo(f"  manifest {manifest.origin} {manifest.created_at}  sha256 {manifest.sha256}")
+
+
+def _origin(manifest: Manifest) -> str:
+    return f"{manifest.origin} {manifest.created_at}" + (f" from {manifest.source}" if manifest.source else "")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import click
 
-from ckptstore.cli.common import JSON, location_options, open_run, split_words
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import echo, finding_json, findings, print_json, safe, size, status
+from ckptstore.cli.render import done, echo, finding_json, findings, item, print_json, safe, size, status
 from ckptstore.errors import NotFoundError, NothingToResumeError, UsageError
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Where
@@ -16,26 +14,34 @@ from ckptstore.model import Checkpoint, Level
 from ckptstore.verify import Report, verify_all
 
 
-@click.command("verify", short_help="Is it whole, and are its bytes those that were written?")
-@location_options
-@click.option("--level", type=click.Choice([str(level) for level in Level]), default="full", show_default=True,
-              help="quick: names and sizes; structure: what the formats prove; full: every digest.")  # fmt: skip
-@click.option("--all", "everything", is_flag=True, help="All checkpoints; what happens when no step is named.")
-@click.option("--slot", is_flag=True, help="The recover slot: what `setup` placed, or what the trainer saved.")
+@click.command("verify", cls=Verb, short_help="Is it whole, and are its bytes those that were written?")
+@click.option("--all", "everything", is_flag=True, cls=WhichOption, help="All checkpoints (so too when no step is named).")
+@click.option("--slot", is_flag=True, cls=WhichOption, help="The recover slot: what `setup` placed, or the trainer saved.")
+@LOG_STEP
+@click.option(
+    "--level",
+    type=click.Choice([str(level) for level in Level]),
+    default="full",
+    show_default=True,
+    help="quick: names and sizes; structure: what the formats prove; full: every byte against its digest.",
+)
 @click.option(
     "--expect-digest",
+    "expected",
     metavar="SHA256",
-    default="",
-    help="The manifest must be exactly this one (printed by show and setup).",
+    multiple=True,
+    help="Its manifest must be exactly this one (show and setup print it); once a part.",
 )
 @JSON
+@location_options
 @click.argument("words", nargs=-1, metavar="[STEP]... [KEY=VALUE]...")
 def command(
     where: Where,
-    level: str,
     everything: bool,
     slot: bool,
-    expect_digest: str,
+    log_steps: tuple[int, ...],
+    level: str,
+    expected: tuple[str, ...],
     as_json: bool,
     words: tuple[str, ...],
 ) -> int:
@@ -43,32 +49,26 @@ def command(
 
     Without a manifest (see `seal`), full proves the structure and that every byte can be read.
     """
-    steps, overrides = split_words(words)
-    if (everything or slot) and steps:
+    where, steps = read_words(where, words, log_steps)
+    if bool(steps) + everything + slot > 1:
         raise UsageError("name steps, or say --all, or --slot")
-    _, backend = open_run(dataclasses.replace(where, overrides=overrides), quiet=as_json)
+    _, backend = open_run(where, as_json=as_json)
     listing = scan(backend)
     chosen = _choose(listing, steps, slot=slot)
+    if expected and len(chosen) != 1:
+        raise UsageError("--expect-digest pins one checkpoint", hint="Name its step, or say --slot.")
     with Progress(quiet=as_json) as progress:
         reports = verify_all(backend, chosen, Level(level), progress.notify)
-    pinned = not expect_digest or any(expect_digest.lower() in report.manifest_sha256 for report in reports)
+    strangers = [digest for digest in expected if digest.lower() not in reports[0].manifest_sha256]
+    ok = not strangers and all(report.ok for report in reports)
     if as_json:
-        print_json(
-            {
-                "level": level,
-                "ok": pinned and all(report.ok for report in reports),
-                "pinned": pinned,
-                "reports": [_json(report) for report in reports],
-            }
-        )
-    else:
-        _print(reports)
-        if not pinned:
-            echo(
-                f"{click.style('✗', fg='red')} no manifest has the SHA-256 "
-                f"{safe(expect_digest)}: it was changed, or is another one"
-            )
-    return 0 if pinned and all(report.ok for report in reports) else 3
+        print_json({"level": level, "ok": ok, "pinned": not strangers, "reports": [_json(report) for report in reports]})
+        return 0 if ok else 3
+    echo()
+    _print(reports)
+    for digest in strangers:
+        item("✗", f"its manifest is not the one with SHA-256 {digest}: it was changed, or is another one", fg="red")
+    return 0 if ok else 3
 
 
 def _choose(listing: Listing, steps: list[int], *, slot: bool) -> list[Checkpoint]:
@@ -76,37 +76,32 @@ def _choose(listing: Listing, steps: list[int], *, slot: bool) -> list[Checkpoin
         if listing.slot is None:
             raise NotFoundError("the recover slot is empty", hint="`ckptstore setup` fills it.")
         return [listing.slot]
-    if not steps:
-        if not listing.checkpoints:
-            raise NothingToResumeError(f"there is no checkpoint in {listing.run.path}")
-        return list(listing.checkpoints)
-    chosen = []
-    for step in steps:
-        found = listing.at_step(step)
-        if not found:
-            raise NotFoundError(
-                f"no checkpoint of step {step} in {listing.run.path}",
-                hint="`ckptstore list` shows which there are.",
-            )
-        chosen += found
-    return chosen
+    if steps:
+        return pick(listing, steps)
+    if not listing.checkpoints:
+        raise NothingToResumeError(f"there is no checkpoint in {listing.run.path}", hint="`ckptstore list` says what is there.")
+    return list(listing.checkpoints)
 
 
 def _print(reports: list[Report]) -> None:
     for report in reports:
         checkpoint = report.checkpoint
-        name = "slot " if checkpoint.kind == "slot" else ""
-        step = checkpoint.step if checkpoint.step >= 0 else "of unknown number"
+        name = "slot, " if checkpoint.kind == "slot" else ""
+        step = f"step {checkpoint.step}" if checkpoint.step >= 0 else "unknown step"
         detail = f"{checkpoint.file_count} files, {size(checkpoint.size_bytes)}"
         if report.bytes_read and report.seconds > 0:
             detail += f", read at {report.bytes_read / report.seconds / 1e9:.2f} GB/s"
-        echo(f"{name}step {step}: {status(checkpoint.status)}  {detail}")
-        for line in findings(report.findings):
-            echo(line)
+        echo(f"{name}{step:<9} {status(checkpoint.status)}  {safe(detail)}")
+        findings(report.findings)
         for text in report.notes:
-            echo(f"  {safe(text)}")
+            item("·", text)
     bad = [report for report in reports if not report.ok]
-    echo(f"{len(reports) - len(bad)} of {len(reports)} whole at level {reports[0].level}")
+    summary = f"{len(reports) - len(bad)} of {len(reports)} whole at level {reports[0].level}"
+    echo()
+    if bad:
+        echo(f"{click.style('✗', fg='red', bold=True)} {summary}")
+    else:
+        done(summary)
 
 
 def _json(report: Report) -> dict[str, object]:
@@ -119,5 +114,5 @@ def _json(report: Report) -> dict[str, object]:
         "seconds": round(report.seconds, 6),
         "manifest_sha256": list(report.manifest_sha256),
         "findings": [finding_json(finding) for finding in report.findings],
-        "notes": [safe(text) for text in report.notes],
+        "notes": list(report.notes),
     }

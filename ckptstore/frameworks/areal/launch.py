@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckptstore.config import RunConfig, load
-from ckptstore.errors import CkptStoreError
+from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.frameworks.areal.layout import RunRef
 
-_LAUNCHERS = {
-    "areal.infra.launcher": "areal/infra/launcher/local.py",
-    "areal.launcher": "areal/launcher/local.py",
-}
+OLD_LAUNCHER = "areal.launcher"  #: up to v0.5
+NEW_LAUNCHER = "areal.infra.launcher"  #: from v1.0
+_LAUNCHERS = {NEW_LAUNCHER: "areal/infra/launcher/local.py", OLD_LAUNCHER: "areal/launcher/local.py"}
 _VERSION = re.compile(r"""^(?:__version__|version)\s*=\s*["']([0-9][^"']{0,40})["']""", re.MULTILINE)
+_NO_RESUMING = ("disabled", "off", "false")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,11 @@ class Installation:
     version: str
     launcher: str
     how: str
+
+    def __str__(self) -> str:
+        if not self.launcher:
+            return "AReaL: not found here"
+        return " ".join(filter(None, ("AReaL", self.version, f"in {self.path}" if self.path else "", f"({self.how})")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +50,33 @@ class Command:
 
 
 def find_installation(areal_dir: str = "", version: str = "") -> Installation:
-    """The AReaL that will train: `areal_dir`, else a checkout in the current folder, else the package of python on PATH."""
-    places = [(areal_dir, "--areal-dir")] if areal_dir else [(os.getcwd(), "the current folder")]
-    for path, how in places:
-        if found := _inspect(path, how):
-            return found
-    if not areal_dir and not version:
-        package = _package_of_python_on_path()
-        if package and (found := _inspect(os.path.dirname(package), "the package of python on PATH")):
-            return found
+    """The AReaL that will train: `areal_dir`, else a checkout in the current folder, else the package of python on PATH.
+
+    `version` decides for one that is not on this machine. UsageError for an `areal_dir` that holds none.
+    """
+    if areal_dir:
+        path = os.path.abspath(areal_dir)
+        found = _inspect(path, "--areal-dir") or _inspect(os.path.dirname(path), "--areal-dir")
+        if found is None:
+            raise UsageError(
+                f"--areal-dir {path}: there is no AReaL",
+                hint=f"It is the checkout, or the folder of the package: {' or '.join(sorted(_LAUNCHERS.values()))} lie in it.",
+            )
+        return found
     if version:
-        launcher = "areal.launcher" if version.lstrip("v").startswith("0.") else "areal.infra.launcher"
-        return Installation("", version, launcher, "--areal-version")
-    return Installation("", "", "areal.infra.launcher", "not found: the layout of v1.0 and later is assumed")
+        old = version.lstrip("v").startswith("0.")
+        return Installation("", version.lstrip("v"), OLD_LAUNCHER if old else NEW_LAUNCHER, "--areal-version")
+    if found := _inspect(os.getcwd(), "the current folder"):
+        return found
+    package = _package_of_python_on_path()
+    if package and (found := _inspect(os.path.dirname(package), "the package of python on PATH")):
+        return found
+    return Installation("", "", "", "not found")
 
 
 def _inspect(path: str, how: str) -> Installation | None:
     launcher = next((name for name, file in _LAUNCHERS.items() if os.path.isfile(os.path.join(path, file))), "")
-    if not launcher and not os.path.isfile(os.path.join(path, "areal/utils/recover.py")):
-        return None
-    return Installation(path, _version(path), launcher, how)
+    return Installation(path, _version(path), launcher, how) if launcher else None
 
 
 def _version(path: str) -> str:
@@ -105,14 +117,19 @@ def resume_command(
     config: RunConfig | None,
     script: str = "",
     command: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> Command:
-    """The exact command that resumes `run`; `command` is the user's own, which only gets what makes it resume."""
-    names = [f"experiment_name={run.experiment}", f"trial_name={run.trial}", "recover.mode=auto"]
+    """The exact command that resumes `run`; `command` is the user's own, which only gets what makes it resume.
+
+    `overrides` are further KEY=VALUE words that the checkpoint in the slot demands.
+
+    UsageError when the user's own command names another run, or turns resuming off.
+    """
+    if command:
+        return _completed(run, installation, tuple(command), tuple(overrides))
+    names = (f"experiment_name={run.experiment}", f"trial_name={run.trial}", "recover.mode=auto", *overrides)
     placeholders: list[str] = []
     notes: list[str] = []
-    if command:
-        given = {word.split("=", 1)[0].lstrip("+") for word in command if "=" in word}
-        return Command((*command, *(name for name in names if name.split("=", 1)[0] not in given)))
     if not script:
         script = "<SCRIPT>"
         placeholders.append("<SCRIPT>: the training script that started the run (--script FILE, or -- CMD…)")
@@ -120,20 +137,58 @@ def resume_command(
     if not path:
         path = "<CONFIG>"
         placeholders.append("<CONFIG>: the YAML that started the run (--config FILE)")
-    overrides = [word for word in (config.overrides if config else ()) if word.split("=", 1)[0].lstrip("+") not in
-                 ("experiment_name", "trial_name", "recover.mode")]  # fmt: skip
-    tail = [script, "--config", path, *names, *overrides]
+    ours = {_key(word) for word in names}
+    tail = (
+        script,
+        "--config",
+        path,
+        *names,
+        *(word for word in (config.overrides if config else ()) if _key(word) not in ours),
+    )
     if config is not None and config.text("scheduler.type"):
+        notes.append(
+            f"the YAML has scheduler.type={config.text('scheduler.type')}: a single-controller run, started without a launcher"
+        )
         return Command(("python", *tail), tuple(placeholders), tuple(notes))
     nodes = config.get("cluster.n_nodes", 1) if config else 1
     kind = "local"
     if isinstance(nodes, int) and nodes > 1:
-        kind = "<ray|slurm>"
-        placeholders.append(f"<ray|slurm>: the run has {nodes} nodes; name the launcher that started it")
-    launcher = installation.launcher or "areal.infra.launcher"
-    if not installation.launcher or (not installation.path and not installation.version):
-        notes.append(f"no AReaL was found here: {launcher} is where v1.0 and later have it (--areal-dir, --areal-version)")
-    return Command(("python", "-m", f"{launcher}.{kind}", *tail), tuple(placeholders), tuple(notes))
+        kind = "<LAUNCHER>"
+        placeholders.append(f"<LAUNCHER>: ray or slurm; the run has {nodes} nodes, take the one that started it")
+    if not installation.launcher:
+        notes.append(
+            f"no AReaL was found here (--areal-dir, --areal-version): {NEW_LAUNCHER} is for v1.0 and later, "
+            f"{OLD_LAUNCHER} for v0.3 to v0.5"
+        )
+    return Command(
+        ("python", "-m", f"{installation.launcher or NEW_LAUNCHER}.{kind}", *tail), tuple(placeholders), tuple(notes)
+    )
+
+
+def _completed(run: RunRef, installation: Installation, command: tuple[str, ...], overrides: tuple[str, ...]) -> Command:
+    """The user's own command with what makes it resume this run."""
+    given = {_key(word): word.partition("=")[2].strip("\"'") for word in command if "=" in word}
+    for key, wanted in (("experiment_name", run.experiment), ("trial_name", run.trial)):
+        if given.get(key, wanted) != wanted:
+            raise UsageError(
+                f"your command says {key}={given[key]}, and this run's is {wanted}: AReaL would start another run",
+                hint=f"Leave {key} out of it, or name the other run: -e EXPERIMENT -t TRIAL.",
+            )
+    if given.get("recover.mode", "auto").lower() in _NO_RESUMING:
+        raise UsageError(
+            f"your command says recover.mode={given['recover.mode']}: AReaL would start fresh",
+            hint="Leave it out: recover.mode=auto is added.",
+        )
+    names = (f"experiment_name={run.experiment}", f"trial_name={run.trial}", "recover.mode=auto", *overrides)
+    notes = []
+    launched = any(f"{package}." in word for word in command for package in _LAUNCHERS)
+    if not launched and installation.launcher != NEW_LAUNCHER:
+        notes.append("without AReaL's launcher, AReaL up to v0.5 resumes only with AREAL_RECOVER_RUN=1 in its environment")
+    return Command((*command, *(word for word in names if _key(word) not in given)), (), tuple(notes))
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
 
 
 def logged_config(run: RunRef) -> RunConfig | None:

@@ -28,6 +28,7 @@ CONTROL_FIELDS = frozenset(
     }
 )  # fmt: skip
 MAX_JSON_BYTES = 1 << 20
+MAX_PICKLE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,17 @@ def read(backend: Backend, folder: Folder | None) -> RecoverInfo | None:
         mtime_ns=max(entry.mtime_ns for entry in present.values()),
         dataloader_bytes=present[DATALOADER].size_bytes if DATALOADER in present else 0,
     )
+
+
+def stored_controls(backend: Backend) -> dict[str, dict[str, Any]]:
+    """What each frequency control stored: file name → document; unreadable ones are left out."""
+    found = {name: _read_json(backend, f"{RECOVER_INFO}/{name}", 0) for name in CONTROLS}
+    return {name: document for name, (document, problem) in found.items() if not problem}
+
+
+def contents(backend: Backend) -> dict[str, bytes]:
+    """All files of recover_info/ that AReaL reads, as bytes; the pickle is copied, never opened."""
+    return {name: backend.get(f"{RECOVER_INFO}/{name}", length_bytes=MAX_PICKLE_BYTES) for name in FILES}
 
 
 def _read_json(backend: Backend, key: str, size_bytes: int) -> tuple[dict[str, Any], str]:

@@ -1,0 +1,180 @@
+"""Adopt: keep the recover slot as a step of its own. AReaL overwrites the slot in place, so a crash during a save loses both.
+
+An adopted step lies beside the run, in its side folder, never inside the trial:
+
+    {experiment}/.ckptstore/{trial}/adopted/globalstep{N}/
+        {part}/          the slot's files, with a manifest
+        recover_info/    the trainer's own, with a manifest
+
+It appears under its name only when all of it is copied, digested, synced and the sources are seen not to have changed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import ckptstore
+from ckptstore import native
+from ckptstore import side as side_folders
+from ckptstore.backends.base import Backend
+from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, RefusedError, SourceChangedError, from_os_error
+from ckptstore.frameworks.areal import layout, recover_info
+from ckptstore.listing import Listing, adopted_folder, folder_of, read_adopted, read_part, scan
+from ckptstore.lock import RunLock
+from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.model import Checkpoint, FileInfo, Status
+from ckptstore.verify import Notify, check_part_structure
+
+POLL_S = 5.0
+
+
+def adopt(backend: Backend, *, notify: Notify | None = None) -> Checkpoint:
+    """Copy the slot of the run that `backend` is rooted at, with its recover_info, into the run's store.
+
+    RefusedError for a slot whose step cannot be known (no recover_info, or one that belongs to another save), IntegrityError
+    for one that is torn, SourceChangedError when the trainer writes meanwhile, AlreadyExistsError for a step adopted before.
+    Thread-safe; one at a time a run (BusyError).
+    """
+    listing = scan(backend)
+    slot = _adoptable(listing)
+    run = listing.run.path
+    side = side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+    target = adopted_folder(side, slot.step)
+    if os.path.lexists(target):
+        raise AlreadyExistsError(f"step {slot.step} is adopted already: {target}")
+    for part in slot.parts:
+        if findings := check_part_structure(backend, part):
+            raise IntegrityError(f"the slot is torn: {part.name}/{findings[0]}", hint="The trainer's next save replaces it.")
+    side_folders.make_side(side)
+    with RunLock(side, f"adopting step {slot.step}"):
+        stage = side_folders.open_stage(side, f"adopt {slot.step}")
+        side_folders.remove_tree(stage.part("step"))  # what a crash left may be of another save: start over
+        draft = stage.part("step")
+        try:
+            os.mkdir(draft, 0o700)
+            sources = [(part.name, part.path, folder_of(backend, part), part.files) for part in slot.parts]
+            sources.append(
+                (layout.RECOVER_INFO, os.path.join(run, layout.RECOVER_INFO), layout.RECOVER_INFO, _info_files(backend))
+            )
+            total = sum(file.size_bytes for _, _, _, files in sources for file in files)
+            done = 0
+            for name, source, _, files in sources:
+                _copy(slot, name, source, os.path.join(draft, name), files, _progress(notify, name, done, total))
+                done += sum(file.size_bytes for file in files)
+            for name, source, folder, files in sources:
+                now = read_part(backend, name, folder, backend.tree(max_depth=5)).files
+                if now != tuple(files):
+                    raise SourceChangedError(
+                        f"{source} was written while it was adopted", path=source, hint="Adopt again after the trainer's save."
+                    )
+            side_folders.like(draft, os.stat(run))
+            side_folders.sync_folder(draft)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            native.rename_noreplace(draft, target)
+            side_folders.sync_folder(os.path.dirname(target))
+            side_folders.sync_folder(side)
+        except OSError as error:
+            if isinstance(error, CkptStoreError):
+                raise
+            raise from_os_error(error, doing="adopting into", path=target) from error
+        finally:
+            side_folders.discard(side, os.path.basename(stage.path))
+    found = [checkpoint for checkpoint in read_adopted(side) if checkpoint.step == slot.step]
+    return found[0]
+
+
+def watch(
+    backend: Backend,
+    *,
+    keep: int = 2,
+    stop: Callable[[], bool] = lambda: False,
+    wait: Callable[[float], object] = time.sleep,
+    notify: Notify | None = None,
+) -> Iterator[Checkpoint]:
+    """Adopt each save that the trainer finishes, as long as `stop()` is false; yields what was adopted.
+
+    Older adopted steps beyond the newest `keep` are removed, and only after the new one is committed. A save in progress is
+    waited for, never disturbed. `wait` is called with the seconds until the next look.
+    """
+    while not stop():
+        try:
+            checkpoint = adopt(backend, notify=notify)
+        except (RefusedError, SourceChangedError, AlreadyExistsError, IntegrityError):
+            pass  # no finished save that is new: look again
+        else:
+            prune(backend, keep=keep)
+            yield checkpoint
+        wait(POLL_S)
+
+
+def prune(backend: Backend, *, keep: int) -> list[int]:
+    """Remove all but the newest `keep` (at least 1) whole adopted steps; the steps removed."""
+    run = backend.location
+    side = side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+    whole = sorted(
+        (checkpoint for checkpoint in read_adopted(side) if checkpoint.status is Status.COMMITTED), key=lambda c: c.step
+    )
+    doomed = whole[: -max(keep, 1)]
+    for checkpoint in doomed:
+        side_folders.discard(side, os.path.relpath(adopted_folder(side, checkpoint.step), side))
+    return [checkpoint.step for checkpoint in doomed]
+
+
+def _adoptable(listing: Listing) -> Checkpoint:
+    slot = listing.slot
+    if slot is None:
+        raise RefusedError("the recover slot is empty: the trainer has not saved yet")
+    if not slot.status.usable:
+        raise IntegrityError(f"the slot is {slot.status}: {'; '.join(map(str, slot.findings[:2]))}")
+    info = listing.recover_info
+    if slot.step < 0 or info is None or info.step != slot.step or info.problems:
+        reason = "; ".join((*slot.notes, *(info.problems if info else ())))[:300]
+        raise RefusedError(f"the slot's step cannot be known: {reason or 'no recover_info'}")
+    return slot
+
+
+def _info_files(backend: Backend) -> tuple[FileInfo, ...]:
+    return tuple(
+        file
+        for file in read_part(backend, layout.RECOVER_INFO, layout.RECOVER_INFO, backend.tree(max_depth=2)).files
+        if file.name in recover_info.FILES
+    )
+
+
+def _progress(notify: Notify | None, name: str, before: int, total: int) -> native.Progress | None:
+    if notify is None:
+        return None
+    return lambda done, _: notify(f"adopting {name}", before + done, total)
+
+
+def _copy(
+    slot: Checkpoint, name: str, source: str, target: str, files: tuple[FileInfo, ...], progress: native.Progress | None
+) -> None:
+    os.mkdir(target, 0o700)
+    specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in files]
+    result = native.copy_files(source, target, specs, progress=progress)
+    model = os.stat(source)
+    entries = []
+    for file in files:
+        path = os.path.join(target, file.name)
+        side_folders.like(path, os.stat(os.path.join(source, file.name)))
+        info = os.stat(path)
+        digest = result.digests[file.name]
+        entries.append(FileEntry(file.name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
+    for folder, _, _ in os.walk(target, topdown=False):
+        side_folders.like(folder, model)
+        side_folders.sync_folder(folder)
+    manifest = Manifest(
+        step=slot.step,
+        epoch=slot.epoch,
+        epoch_step=slot.epoch_step,
+        part=name,
+        origin="adopt",
+        files=tuple(entries),
+        chunk_bytes=native.CHUNK_BYTES,
+        source=f"{name}/{layout.SLOT}" if name != layout.RECOVER_INFO else name,
+        tool=f"ckptstore {ckptstore.__version__}",
+    )
+    side_folders.write_manifest(target, manifest, model=os.stat(os.path.join(target, files[0].name)))

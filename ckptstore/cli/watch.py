@@ -1,0 +1,47 @@
+"""`ckptstore watch`: adopt each save that the trainer finishes, as a process beside training."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from types import FrameType
+
+import click
+
+from ckptstore import adopt
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
+from ckptstore.cli.progress import Progress
+from ckptstore.cli.render import checkpoint_json, done, echo, size, steps
+from ckptstore.locate import Where
+
+
+@click.command("watch", cls=Verb, short_help="Adopt each save that the trainer finishes.")
+@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="How many of the newest to keep.")
+@click.option("--once", is_flag=True, help="Stop after the first.")
+@JSON
+@location_options
+@OVERRIDES
+def command(where: Where, keep: int, once: bool, as_json: bool) -> None:
+    """Keep the newest finished saves of a running trainer. Runs until Ctrl-C or SIGTERM; --json prints a line a save.
+
+    Nothing of the trainer's is touched; a save in progress is waited for.
+    """
+    located, backend = open_run(where, as_json=as_json)
+    stop = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    if not as_json:
+        echo(f"watching {located.run.path}, keeping the newest {keep}", err=True)
+    with Progress(quiet=as_json) as progress:
+        for checkpoint in adopt.watch(backend, keep=keep, stop=stop.is_set, wait=stop.wait, notify=progress.notify):
+            if as_json:
+                click.echo(json.dumps({"checkpoint": checkpoint_json(checkpoint), "store": checkpoint.store}))
+            else:
+                done(f"kept {steps(checkpoint)}, {size(checkpoint.size_bytes)}")
+            if once:
+                return

@@ -1,0 +1,230 @@
+"""Make a recover_info that AReaL loads, for a step that the trainer saved none for (areal/utils/recover.py, v0.3 to 2026-08).
+
+StepInfo accepts exactly its four fields. The controls' *stored* frequency beats the YAML when they are loaded, so nulls
+would mean that the resumed run never saves again: they are written from the YAML, or kept from an older recover_info.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptstore.config import RunConfig
+from ckptstore.errors import RefusedError
+from ckptstore.frameworks.areal import pickled
+from ckptstore.frameworks.areal.recover_info import CONTROLS, DATALOADER, STATS_LOGGER, STEP_INFO
+
+#: recover_info file → the YAML block that says how often.
+_BLOCKS = {"saver_info.json": "saver", "evaluator_info.json": "evaluator", "checkpoint_info.json": "recover"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """The finished step, all counted from 0."""
+
+    step: int
+    epoch: int
+    epoch_step: int
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeState:
+    """The files of a recover_info, and what is worth saying about them."""
+
+    files: Mapping[str, bytes]
+    notes: tuple[str, ...]
+
+
+def steps_per_epoch(numbers: tuple[int, int, int], others: list[tuple[int, int, int]], known: int = 0) -> int:
+    """Derive the steps of an epoch from (step, epoch, epoch_step) triples; `known` wins; 0 when they don't tell.
+
+    step = epoch · steps_per_epoch + epoch_step, so any checkpoint past the first epoch tells; in the first epoch only its
+    last step does, and only the trainer knows whether it was the last.
+    """
+    if known > 0:
+        return known
+    for step, epoch, epoch_step in (numbers, *others):
+        if epoch >= 1 and (step - epoch_step) % epoch == 0:
+            return (step - epoch_step) // epoch
+    return 0
+
+
+def synthesize(
+    numbers: StepNumbers,
+    *,
+    config: RunConfig | None,
+    stored: Mapping[str, Mapping[str, Any]],
+    now_s: float,
+    world_size: int = 0,
+) -> ResumeState:
+    """All six files. `stored` are the controls of an older recover_info of the run: kept where the YAML is unknown.
+
+    RefusedError where neither tells how often to save.
+    """
+    notes: list[str] = []
+    files: dict[str, bytes] = {
+        STEP_INFO: _json(
+            {
+                "epoch": numbers.epoch,
+                "epoch_step": numbers.epoch_step,
+                "global_step": numbers.step,
+                "steps_per_epoch": numbers.steps_per_epoch,
+            }
+        ),
+        STATS_LOGGER: _json({"last_commit_step": numbers.step}),
+    }
+    for name in CONTROLS:
+        block = _BLOCKS[name]
+        frequencies = _frequencies(config, block) if config is not None else None
+        old = _stored_frequencies(stored.get(name))
+        if frequencies is None:
+            if old is None:
+                raise RefusedError(
+                    f"nothing tells how often the run saves ({block}: in its YAML, or an older recover_info), and AReaL "
+                    "takes the frequency from recover_info: without it the resumed run would never save again",
+                    hint="Give the run's YAML with --config.",
+                )
+            frequencies = old
+        elif old is not None and old != frequencies:
+            notes.append(
+                f"{block}: the YAML says {_say(frequencies)}, the older recover_info says {_say(old)}; the YAML's is written"
+            )
+        files[name] = _json(_controls(frequencies, numbers, now_s))
+    state, note = _dataloader(numbers, config, world_size)
+    files[DATALOADER] = pickled.dumps(state)
+    notes.append(note)
+    return ResumeState(files, tuple(notes))
+
+
+def blocking() -> dict[str, bytes]:
+    """A recover_info that passes the launcher's look and makes the trainer's load raise KeyError: it can't go unnoticed."""
+    return {
+        STEP_INFO: _json({"epoch": 0, "epoch_step": 0, "global_step": 0, "steps_per_epoch": 1}),
+        STATS_LOGGER: _json({"last_commit_step": 0}),
+        **{name: _json({}) for name in CONTROLS},
+        DATALOADER: pickled.dumps({}),
+        # Not one of AReaL's: for the person who finds it.
+        "ckptstore-setup-was-interrupted.txt": b"Run any ckptstore command on this run: it finishes the setup.\n",
+    }
+
+
+def stored_difference(config: RunConfig | None, stored: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where a kept recover_info will make the trainer save at another rate than its YAML says."""
+    lines = []
+    for name in CONTROLS:
+        old = _stored_frequencies(stored.get(name))
+        new = _frequencies(config, _BLOCKS[name]) if config is not None else None
+        if old is not None and new is not None and old != new:
+            lines.append(
+                f"{_BLOCKS[name]}: the kept recover_info says {_say(old)} and beats the YAML's {_say(new)} "
+                "(--write-frequencies writes the YAML's)"
+            )
+    return lines
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+_Frequencies = tuple[int | None, int | None, int | None]  # epochs, steps, seconds
+
+
+def _frequencies(config: RunConfig, block: str) -> _Frequencies | None:
+    values = tuple(config.get(f"{block}.freq_{unit}") for unit in ("epochs", "steps", "secs"))
+    if block != "evaluator" and all(value is None for value in values):
+        return None
+    epochs, steps, seconds = (value if type(value) is int else None for value in values)
+    return epochs, steps, seconds
+
+
+def _stored_frequencies(document: Mapping[str, Any] | None) -> _Frequencies | None:
+    if not document:
+        return None
+    try:
+        return (
+            document["epoch"]["frequency_steps"],
+            document["step"]["frequency_steps"],
+            document["time"]["frequence_seconds"],  # AReaL's spelling
+        )
+    except (KeyError, TypeError):
+        return None
+
+
+def _say(frequencies: _Frequencies) -> str:
+    units = zip(frequencies, ("epochs", "steps", "seconds"), strict=True)
+    return " or ".join(f"every {value} {unit}" for value, unit in units if value) or "never"
+
+
+def _controls(frequencies: _Frequencies, numbers: StepNumbers, now_s: float) -> dict[str, Any]:
+    epochs, steps, seconds = frequencies
+    ended = numbers.steps_per_epoch > 0 and numbers.epoch_step == numbers.steps_per_epoch - 1
+    done_epochs = numbers.epoch + ended
+    return {
+        "epoch": _control(now_s, done_epochs, steps=epochs),
+        "step": _control(now_s, numbers.step + 1, steps=steps),
+        "time": _control(now_s, numbers.step + 1, seconds=seconds),
+    }
+
+
+def _control(now_s: float, count: int, *, steps: int | None = None, seconds: int | None = None) -> dict[str, Any]:
+    return {
+        "frequence_seconds": seconds,
+        "frequency_steps": steps,
+        "start_time": now_s,
+        "steps": count,
+        "last_time": now_s,
+        "last_steps": count,
+        "interval_steps": 0,
+        "interval_seconds": 0.0,
+        "initial_value": False,
+    }
+
+
+def _dataloader(numbers: StepNumbers, config: RunConfig | None, world_size: int) -> tuple[pickled.Value, str]:
+    """The dataloader's state, and what it means for the order of the data.
+
+    An empty state is "start of an epoch" to torchdata's StatefulDataLoader, for any world size and any number of workers:
+    exact after an epoch's last step. In the middle of an epoch the cursor of a loader without workers is three counters.
+    """
+    if numbers.epoch_step == numbers.steps_per_epoch - 1:
+        return {}, "data order: exact (the step ended its epoch)"
+    batch = config.get("train_dataset.batch_size") if config else None
+    workers = config.get("train_dataset.num_workers") if config else None
+    ranks = world_size or (data_parallel_world(config.text("allocation_mode")) if config else 0)
+    if type(batch) is int and workers == 0 and ranks > 0 and batch % ranks == 0:
+        cursor = _cursor(numbers.epoch_step + 1, batch // ranks)
+        return [
+            cursor for _ in range(ranks)
+        ], f"data order: goes on after batch {numbers.epoch_step + 1} of the epoch, on {ranks} ranks"
+    return {}, f"data order: starts again at the beginning of epoch {numbers.epoch} (its cursor cannot be made from the YAML)"
+
+
+def _cursor(batches: int, rank_batch: int) -> dict[str, pickled.Value]:
+    """Torchdata's StatefulDataLoader.state_dict() with num_workers=0 after `batches` batches."""
+    return {
+        "_index_sampler_state": None,
+        "_sampler_iter_state": {"samples_yielded": batches * rank_batch},
+        "_sampler_iter_yielded": batches,
+        "_num_yielded": batches,
+        "_IterableDataset_len_called": None,
+        "_shared_seed": None,
+        "fetcher_state": None,
+        "dataset_state": None,
+        "_iterator_finished": False,
+    }
+
+
+_TRAINER = re.compile(r"(?:^|\+)(?:[a-z]+:)?((?:[dptc]\d+)+)$")
+
+
+def data_parallel_world(allocation_mode: str) -> int:
+    """Ranks of a trainer that is data-parallel only, from AReaL's allocation_mode ("sglang.d4p1t1+d4p1t1"); 0: unknown."""
+    match = _TRAINER.search(allocation_mode.strip())
+    if not match:
+        return 0
+    sizes = {axis: int(count) for axis, count in re.findall(r"([dptc])(\d+)", match[1])}
+    return sizes.get("d", 0) if all(sizes.get(axis, 1) == 1 for axis in "ptc") else 0

@@ -1,0 +1,94 @@
+"""How a checkpoint becomes a slot and a recover_info that the AReaL at hand resumes from, or why it cannot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptstore.backends.base import Backend
+from ckptstore.config import RunConfig
+from ckptstore.errors import RefusedError
+from ckptstore.frameworks.areal import recover_info, resume_state
+from ckptstore.frameworks.areal.era import Era
+from ckptstore.frameworks.areal.recover_info import RecoverInfo
+from ckptstore.frameworks.areal.resume_state import StepNumbers
+from ckptstore.model import Checkpoint, Part
+
+EXPORTS = frozenset({"hf", "hf-sharded"})
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How one part gets into its slot."""
+
+    how: str  #: copy; dcp (a Hugging Face export becomes DCP); era-a (copied, with fresh optimizer shards)
+    optimizer: str  #: kept (as the checkpoint has it), zero (fresh moments written), none (weights alone)
+    refusal: str = ""  #: why AReaL could not resume from it; empty when it can
+
+
+@dataclass(frozen=True, slots=True)
+class InfoPlan:
+    """What happens to recover_info/: right (nothing), keep (the trainer's own for this step), write, or leave."""
+
+    action: str
+    files: Mapping[str, bytes]
+    notes: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+def transfer(part: Part, era: Era, world_size: int) -> Transfer:
+    """How `part` becomes what `era` reads."""
+    if part.format == era.slot_format:
+        return Transfer("copy", "kept" if "optimizer" in part.holds else "none")
+    if part.format == "lora":
+        return Transfer("copy", "none", "a LoRA adapter cannot become the training engine's own state")
+    if part.format not in EXPORTS:
+        return Transfer("copy", "kept", f"AReaL reads {era.slot_format} from the slot ({era.how}), and this is {part.format}")
+    if era.slot_format == "dcp":
+        return Transfer("dcp", "none" if era.can_skip_optimizer else "zero")
+    if world_size < 1:
+        return Transfer("era-a", "zero", "AReaL up to v0.3 wants one optimizer shard a rank: say how many with --world-size")
+    return Transfer("era-a", "zero")
+
+
+def plan_info(
+    backend: Backend,
+    checkpoint: Checkpoint,
+    info: RecoverInfo | None,
+    *,
+    others: list[Checkpoint],
+    config: RunConfig | None,
+    steps_per_epoch: int = 0,
+    world_size: int = 0,
+    write_frequencies: bool = False,
+) -> InfoPlan:
+    """A recover_info for `checkpoint`: the trainer's own where it is that step's, else one made for it."""
+    stored = recover_info.stored_controls(backend) if info is not None else {}
+    own = info is not None and info.step == checkpoint.step and not info.problems
+    if own and not write_frequencies:
+        return InfoPlan("keep", recover_info.contents(backend), tuple(resume_state.stored_difference(config, stored)))
+    triples = [(c.step, c.epoch, c.epoch_step) for c in others]
+    known = steps_per_epoch or (info.steps_per_epoch if info is not None and info.steps_per_epoch > 0 else 0)
+    per_epoch = resume_state.steps_per_epoch((checkpoint.step, checkpoint.epoch, checkpoint.epoch_step), triples, known)
+    if not per_epoch and _saves_at_epoch_ends_only(config) and checkpoint.epoch == 0:
+        per_epoch = checkpoint.epoch_step + 1
+    if checkpoint.step < 0 or checkpoint.epoch < 0:
+        return InfoPlan("leave", {}, refusal="its step cannot be known, and AReaL needs one")
+    if not per_epoch:
+        return InfoPlan("leave", {}, refusal="nothing tells how many steps an epoch has: say --steps-per-epoch N")
+    numbers = StepNumbers(checkpoint.step, checkpoint.epoch, checkpoint.epoch_step, per_epoch)
+    try:
+        made = resume_state.synthesize(numbers, config=config, stored=stored, now_s=time.time(), world_size=world_size)
+    except RefusedError as error:
+        return InfoPlan("leave", {}, refusal=f"{error} ({error.hint})")
+    files = dict(made.files)
+    if own:  # only the frequencies are new; the trainer's data cursor is better than any of ours
+        files |= {name: data for name, data in recover_info.contents(backend).items() if name not in recover_info.CONTROLS}
+    return InfoPlan("write", files, made.notes)
+
+
+def _saves_at_epoch_ends_only(config: RunConfig | None) -> bool:
+    if config is None:
+        return False
+    return config.get("saver.freq_epochs") == 1 and not (config.get("saver.freq_steps") or config.get("saver.freq_secs"))

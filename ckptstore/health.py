@@ -1,0 +1,248 @@
+"""The health of a checkpoint, from the metrics recorded around its step.
+
+A checkpoint of step N is written after N's update and before N's metrics can be seen. Its own step's metrics tell what it
+was updated with; the next step's, what its weights then did. So:
+
+bad      its own step lies in a stretch of bad steps that used up a rule's patience, or after one that the run ended in
+suspect  its own step is bad, but the stretch was short, or the run ended in it; or a long one ended only just before it; or
+         the next step is NaN, or went bad while the inference server was alive: then its weights are the likeliest cause
+good     its own step is good, or those around it where metrics are recorded only now and then
+unknown  nothing tells: no metrics, none at or after its step, or none that was ever good (a cold start)
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from ckptstore import ledger as ledgers
+from ckptstore.ledger import Judges, Ledger, Line
+from ckptstore.model import Checkpoint
+from ckptstore.rules import Rule, Sign, Watch, match, server_rule
+
+#: Metrics so many steps away say nothing about a step.
+NEAR_STEPS = 20
+
+
+class Health(StrEnum):
+    """Best first."""
+
+    GOOD = "good"
+    UNKNOWN = "unknown"
+    SUSPECT = "suspect"
+    BAD = "bad"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether one resumes from it without being told to."""
+        return self in (Health.GOOD, Health.UNKNOWN)
+
+
+_WORST_LAST = tuple(Health)
+
+
+class Verdict(NamedTuple):
+    """A checkpoint's health and why. `value` is the first rule's metric at its own step, None where it is not recorded."""
+
+    health: Health
+    why: str
+    value: float | None = None
+    metric: str = ""
+
+
+class Stretch(NamedTuple):
+    """Bad steps in a row, by one rule. `last_step` is the last bad one; `over`: a good step followed."""
+
+    rule: Rule
+    key: str  #: of the metric, as it was recorded
+    said: str
+    first_step: int
+    last_step: int
+    steps: int
+    over: bool
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether it used up the rule's patience."""
+        return self.steps >= self.rule.patience
+
+    def __str__(self) -> str:
+        if self.steps == 1:
+            return f"{self.key} {self.said} at step {self.first_step}"
+        return f"{self.key} {self.said} at {self.steps} steps in a row, from step {self.first_step} on"
+
+
+class _Seen(NamedTuple):
+    step: int
+    sign: Sign
+    armed: bool
+    value: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One rule's view of a line of history: the steps that were not silent, and the bad stretches."""
+
+    rule: Rule
+    seen: tuple[_Seen, ...]
+    stretches: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What all rules say of a line of history; `server` is what the aliveness metrics say, by step."""
+
+    tracks: tuple[Track, ...]
+    server: dict[int, bool]  #: step → alive
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """All rules' bad stretches, by first step."""
+        return sorted((stretch for track in self.tracks for stretch in track.stretches), key=lambda found: found.first_step)
+
+
+def replay(line: Line, judges: Judges) -> Replay:
+    """Judge a line of history anew, from its first step on."""
+    server: dict[int, bool] = {}
+    for name in judges.alive:
+        for seen in _track(line, server_rule(name)).seen:
+            server[seen.step] = server.get(seen.step, True) and seen.sign is Sign.GOOD
+    return Replay(tuple(_track(line, rule) for rule in judges.rules), server)
+
+
+class Reader:
+    """Gives metrics of one step by name; remembers under which key each was found. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, str] = {}
+        self.metrics: dict[str, float] = {}
+
+    def __call__(self, name: str) -> float | None:
+        """The value of the metric that `name` means, None where this step has none."""
+        key = self.keys.get(name)
+        value = self.metrics.get(key) if key is not None else None
+        if value is None and (found := match(name, self.metrics)) is not None:
+            self.keys[name] = found
+            value = self.metrics[found]
+        return value
+
+
+def _track(line: Line, rule: Rule) -> Track:
+    watch, read = Watch(rule), Reader()
+    seen: list[_Seen] = []
+    stretches: list[Stretch] = []
+    for record in line:
+        read.metrics = dict(record.metrics)
+        before = (watch.since, watch.streak, watch.said) if watch.streak else None
+        sign = watch.look(read, record.step)
+        if sign is Sign.SILENT:
+            continue
+        if before is not None and not watch.streak:
+            stretches.append(_stretch(rule, read, before, seen[-1].step, over=True))
+        seen.append(_Seen(record.step, sign, watch.armed, read(rule.metric)))
+    if watch.streak:
+        stretches.append(_stretch(rule, read, (watch.since, watch.streak, watch.said), seen[-1].step, over=False))
+    return Track(rule, tuple(seen), tuple(stretches))
+
+
+def _stretch(rule: Rule, read: Reader, was: tuple[int, int, str], last_step: int, *, over: bool) -> Stretch:
+    since, steps, said = was
+    key = read.keys.get(rule.metric, rule.metric)
+    return Stretch(rule, "" if key == "-" else key, said, since, last_step, steps, over)
+
+
+def replay_of(ledger: Ledger, branch: int = -1) -> Replay:
+    """The replay of a branch's line, made once for each ledger."""
+    branch = branch % len(ledger.branches) if ledger.branches else -1
+    if branch not in ledger.replays:
+        ledger.replays[branch] = replay(ledger.line(branch), ledger.judges)
+    found: Replay = ledger.replays[branch]
+    return found
+
+
+def ledger_of(run: str) -> Ledger:
+    """The ledger of a run given by its folder; an empty one where nothing was recorded."""
+    return ledgers.read(ledgers.path_in(ledgers.side_of(run)))
+
+
+def of(checkpoint: Checkpoint, ledger: Ledger) -> Verdict:
+    """The health of a checkpoint, and why. Reads nothing but what it is given."""
+    if checkpoint.step < 0:
+        return Verdict(Health.UNKNOWN, "its step is unknown")
+    return at_step(checkpoint.step, ledger, saved_at_s=checkpoint.saved_at_s)
+
+
+def at_step(step: int, ledger: Ledger, *, saved_at_s: float) -> Verdict:
+    """The health of a checkpoint of `step` that was saved at `saved_at_s` (Unix time)."""
+    if not ledger:
+        return Verdict(Health.UNKNOWN, "no metrics are recorded")
+    found = replay_of(ledger, ledger.branch_of(step, saved_at_s))
+    verdicts = [_by_rule(step, track, found.server) for track in found.tracks]
+    if not verdicts:
+        return Verdict(Health.UNKNOWN, "nothing judges its metrics")
+    # The first rule is what the run is about; of the others only what is wrong counts.
+    worst = max(verdicts, key=lambda verdict: _WORST_LAST.index(verdict.health))
+    chosen = verdicts[0] if worst.health.resumable else worst
+    return chosen._replace(value=verdicts[0].value, metric=verdicts[0].metric)
+
+
+def _by_rule(step: int, track: Track, server: dict[int, bool]) -> Verdict:
+    seen = track.seen
+    at = bisect_left(seen, step, key=lambda item: item.step)
+    own = seen[at] if at < len(seen) and seen[at].step == step else None
+    value = own.value if own else None
+    metric = track.rule.metric
+
+    def verdict(health: Health, why: str) -> Verdict:
+        return Verdict(health, why, value, metric)
+
+    before = at - 1 if at else None
+    after = at + 1 if own else at
+    for stretch in track.stretches:
+        if stretch.first_step <= step and (step <= stretch.last_step or not stretch.over):
+            if stretch.confirmed or not stretch.over:
+                return verdict(Health.BAD if stretch.confirmed else Health.SUSPECT, str(stretch))
+            return verdict(Health.SUSPECT, f"{stretch}, then it was good again")
+        if stretch.confirmed and stretch.over and stretch.last_step < step:
+            good = sum(1 for item in seen if stretch.last_step < item.step <= step)
+            if good < track.rule.patience:
+                return verdict(Health.SUSPECT, f"{good} good steps since {stretch}")
+    following = seen[after] if after < len(seen) and seen[after].step - step <= NEAR_STEPS else None
+    if following is not None and following.sign is Sign.BAD and following.armed:
+        if following.value is not None and not math.isfinite(following.value):
+            return verdict(Health.SUSPECT, f"{metric} is {following.value} at step {following.step}, right after it")
+        if server.get(following.step, False):
+            what = f"{metric} went bad at step {following.step}, right after it, while the inference server was alive"
+            return verdict(Health.SUSPECT, what)
+    if own is not None:
+        if own.sign is Sign.GOOD:
+            return verdict(Health.GOOD, f"{metric} is {_shown(own.value)}")
+        return verdict(Health.UNKNOWN, f"{metric} {track.rule.said} from the start: it never was good before step {step}")
+    if not seen:
+        return verdict(Health.UNKNOWN, f"{metric} is not recorded")
+    around = [seen[i] for i in (before, after) if i is not None and i < len(seen) and abs(seen[i].step - step) <= NEAR_STEPS]
+    if len(around) == 2 and all(item.sign is Sign.GOOD for item in around):
+        return verdict(Health.GOOD, f"{metric} is {_shown(around[0].value)} at step {around[0].step}, {around[1].step} is good")
+    if after >= len(seen):
+        return verdict(Health.UNKNOWN, f"the run's metrics end at step {seen[-1].step}, before it")
+    return verdict(Health.UNKNOWN, f"no metrics are recorded near step {step}")
+
+
+def _shown(value: float | None) -> str:
+    return "present" if value is None else f"{value:.4g}"
+
+
+def last_good(checkpoints: Sequence[Checkpoint], ledger: Ledger, *, before_step: int) -> Checkpoint | None:
+    """The newest usable checkpoint before a step whose health is good; else the newest of unknown health; else None."""
+    usable = [c for c in checkpoints if c.status.usable and 0 <= c.step < before_step]
+    usable.sort(key=lambda checkpoint: checkpoint.step, reverse=True)
+    verdicts = [(of(checkpoint, ledger).health, checkpoint) for checkpoint in usable]
+    for wanted in (Health.GOOD, Health.UNKNOWN):
+        for health, checkpoint in verdicts:
+            if health is wanted:
+                return checkpoint
+    return None

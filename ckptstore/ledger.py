@@ -1,0 +1,315 @@
+"""The ledger: what the metrics were at each step, one JSON line each, in the run's side folder. Only ever appended to.
+
+A crash can tear the last line: it is passed over when read, and closed with a newline before the next is written. Lines that
+cannot be understood are counted and ignored. Steps are global steps, 0-based; times are Unix seconds.
+
+    {"ledger":1,"at":…,"rules":[…],"alive":[…]}                 what judged the steps that follow
+    {"step":187,"at":…,"m":{"grpo_actor/task_reward/avg":0.0}}  "nan", "inf", "-inf" stand for what JSON lacks
+    {"event":"trip","step":196,"at":…,"since":187}              also: reset
+
+A run that went back (resumed from step 140 after step 240) has two lines of history: `Ledger.line` follows one of them, and
+a checkpoint is looked up in the one during which it was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ckptstore import side as side_folders
+from ckptstore.errors import UsageError, from_os_error
+from ckptstore.frameworks.areal import layout
+from ckptstore.rules import ALIVE, Rule, default_rules, parse
+
+NAME = "metrics.jsonl"
+VERSION = 1
+MAX_LINE_BYTES = 1 << 20
+MAX_METRICS = 4096  #: of one line
+MAX_STEP = 1 << 53
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Record(NamedTuple):
+    """One step's metrics. `at_s` is 0 where the time is unknown."""
+
+    step: int
+    at_s: float
+    metrics: Mapping[str, float]
+
+
+class Judges(NamedTuple):
+    """What tells good steps from bad ones: rules, and metrics that show whether the inference server is alive."""
+
+    rules: tuple[Rule, ...]
+    alive: tuple[str, ...] = ALIVE
+
+
+DEFAULT_JUDGES = Judges(default_rules())
+
+
+class Event(NamedTuple):
+    """Something that happened at a step: trip, reset."""
+
+    name: str
+    step: int
+    at_s: float
+    since_step: int
+
+
+Line = tuple[Record, ...]
+"""Records by rising step."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All that was recorded of a run, sorted out. Immutable."""
+
+    branches: tuple[Line, ...] = ()  #: in order of time; each but the first begins with a step back
+    events: tuple[Event, ...] = ()
+    judges: Judges = DEFAULT_JUDGES
+    damaged_lines: int = 0
+    _lines: dict[int, Line] = field(default_factory=dict, repr=False, compare=False)
+    replays: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)  #: of health.py alone
+
+    def __bool__(self) -> bool:
+        return bool(self.branches)
+
+    def line(self, branch: int = -1, *, before_step: int | None = None) -> Line:
+        """The history that ends with a branch (-1: the newest): its records, and those that led to its first step."""
+        if not self.branches:
+            return ()
+        branch %= len(self.branches)
+        if branch not in self._lines:
+            pieces: list[Line] = []
+            start = MAX_STEP
+            for records in reversed(self.branches[: branch + 1]):
+                if records[0].step < start:
+                    pieces.append(records[: bisect_left(records, start, key=_step)])
+                    start = records[0].step
+            self._lines[branch] = tuple(record for piece in reversed(pieces) for record in piece)
+        line = self._lines[branch]
+        return line if before_step is None else line[: bisect_left(line, before_step, key=_step)]
+
+    def branch_of(self, step: int, saved_at_s: float) -> int:
+        """The branch during which a checkpoint of `step` was saved at `saved_at_s`; -1 (the newest) where there is none.
+
+        A save comes after the metrics of the step before, and before its own. Where the times tell nothing (a copy, an
+        import without times), the newest branch that reaches the step.
+        """
+        reaching = -1
+        count = len(self.branches)
+        for branch in range(count - 1, max(count - MAX_BRANCHES, 0) - 1, -1):
+            line = self.line(branch)
+            at = bisect_left(line, step, key=_step)
+            after = at == 0 or line[at - 1].at_s <= saved_at_s + CLOCK_SKEW_S
+            if after and (at == len(line) or line[at].at_s + CLOCK_SKEW_S >= saved_at_s):
+                return branch
+            if reaching < 0 and at < len(line):
+                reaching = branch
+        return reaching
+
+
+#: How far the clocks of the trainer and of the file server may be apart.
+CLOCK_SKEW_S = 5.0
+#: A run does not go back more often; looking further would take quadratic time.
+MAX_BRANCHES = 64
+
+
+def _step(record: Record) -> int:
+    return record.step
+
+
+def side_of(run: str) -> str:
+    """The side folder of a run given by its own folder, which may be missing yet."""
+    if not os.path.isdir(os.path.dirname(run)):
+        return os.path.join(os.path.dirname(run), layout.SIDE, os.path.basename(run))
+    return side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+
+
+def path_in(side: str) -> str:
+    """The ledger's path in a run's side folder."""
+    return os.path.join(side, NAME)
+
+
+def read(path: str) -> Ledger:
+    """Read a ledger; an empty one where there is no file. StorageError or AccessError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return from_lines(_lines_of(file))
+    except FileNotFoundError:
+        return Ledger()
+    except OSError as error:
+        raise from_os_error(error, doing="reading", path=path) from error
+
+
+def _lines_of(file: Any) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE_BYTES):
+        yield line
+
+
+def from_lines(lines: Iterable[bytes]) -> Ledger:
+    """Sort out the lines of a ledger. Never raises for what they hold."""
+    records: list[Record] = []
+    events: list[Event] = []
+    judges = DEFAULT_JUDGES
+    damaged = 0
+    for line in lines:
+        if not line.strip():
+            continue
+        parsed = _parse(line)
+        if isinstance(parsed, Record):
+            # A record without a time keeps its place in the file.
+            records.append(parsed if parsed.at_s else parsed._replace(at_s=records[-1].at_s if records else 0.0))
+        elif isinstance(parsed, Event):
+            events.append(parsed)
+        elif isinstance(parsed, Judges):
+            judges = parsed
+        else:
+            damaged += parsed is None
+    # An import brings old steps late: time decides, and the order in the file where times are equal.
+    records.sort(key=lambda record: record.at_s)
+    return Ledger(_branches(records), tuple(events), judges, damaged)
+
+
+def _parse(line: bytes) -> Record | Event | Judges | bool | None:
+    """What a line says; None for damage, True for what a newer version wrote."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    if "ledger" in document:
+        with contextlib.suppress(UsageError):
+            alive = document.get("alive")
+            names = tuple(name for name in alive if isinstance(name, str)) if isinstance(alive, list) else ALIVE
+            return Judges(parse(document.get("rules")), names)
+        return True
+    step, at_s = document.get("step"), _number(document.get("at", 0))
+    if type(step) is not int or not 0 <= step < MAX_STEP or at_s is None or not 0 <= at_s < 1e12:
+        return None
+    if "event" in document:
+        since = document.get("since")
+        return Event(str(document["event"])[:40], step, at_s, since if type(since) is int else step)
+    metrics = document.get("m")
+    if not isinstance(metrics, dict) or len(metrics) > MAX_METRICS:
+        return None
+    values = {key: value for key, given in metrics.items() if (value := _number(given)) is not None}
+    return Record(step, at_s, values)
+
+
+def _number(value: Any) -> float | None:
+    if type(value) is float:
+        return value
+    if type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return _WORDS.get(value) if isinstance(value, str) else None
+
+
+def _branches(records: list[Record]) -> tuple[Line, ...]:
+    branches: list[Line] = []
+    current: list[Record] = []
+    for record in records:
+        if current and record.step == current[-1].step:
+            current[-1] = Record(record.step, record.at_s, {**current[-1].metrics, **record.metrics})
+        elif not current or record.step > current[-1].step:
+            current.append(record)
+        else:
+            branches.append(tuple(current))
+            current = [record]
+    return (*branches, tuple(current)) if current else ()
+
+
+class Writer:
+    """Appends to a ledger. One process at a time writes a run's; a full disk costs the record, never the training.
+
+    Each line reaches the kernel in one write: a crash of the process loses none. `sync` makes them survive a power cut.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.lost: OSError | None = None  #: the last failure, None when the last line was written
+        self._descriptor = -1
+
+    def record(self, step: int, at_s: float, metrics: Mapping[str, float]) -> None:
+        """Append one step's metrics."""
+        shown = {key: value if math.isfinite(value) else _word(value) for key, value in metrics.items()}
+        self._append({"step": step, "at": round(at_s, 3), "m": shown})
+
+    def records(self, records: Iterable[Record]) -> None:
+        """Append many, in one write as far as the system allows."""
+        lines = [
+            _line({"step": r.step, "at": r.at_s, "m": {k: v if math.isfinite(v) else _word(v) for k, v in r.metrics.items()}})
+            for r in records
+        ]
+        self._write(b"".join(lines))
+
+    def event(self, name: str, step: int, at_s: float, *, since_step: int) -> None:
+        """Append something that happened."""
+        self._append({"event": name, "step": max(step, 0), "at": round(at_s, 3), "since": since_step})
+
+    def judges(self, judges: Judges, at_s: float) -> None:
+        """Append what judges the steps from here on."""
+        rules = [rule.spec() for rule in judges.rules]
+        self._append({"ledger": VERSION, "at": round(at_s, 3), "rules": rules, "alive": list(judges.alive)})
+
+    def sync(self) -> None:
+        """Have the disk confirm what was written."""
+        if self._descriptor >= 0:
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                self.lost = error
+
+    def close(self) -> None:
+        """Close the file; the next line would open it again."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _append(self, document: Mapping[str, Any]) -> None:
+        self._write(_line(document))
+
+    def _write(self, data: bytes) -> None:
+        try:
+            if self._descriptor < 0:
+                self._descriptor = self._open()
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+            self.lost = None
+        except OSError as error:
+            self.lost = error
+            self.close()  # what is there may be torn now: _open closes the line
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self.path, flags, 0o644)
+        try:
+            size_bytes = os.fstat(descriptor).st_size
+            if not size_bytes:
+                with contextlib.suppress(OSError):
+                    side_folders.sync_folder(os.path.dirname(self.path))
+            elif os.pread(descriptor, 1, size_bytes - 1) != b"\n" and os.write(descriptor, b"\n") != 1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), self.path)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _line(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _word(value: float) -> str:
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
