@@ -27,7 +27,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -35,10 +34,10 @@ from datetime import UTC, datetime
 from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import CkptStoreError, CommitUncertain, ManifestError, NotCommitted, NotFoundError
+from ckptstore.errors import CkptStoreError, CommitUncertain, ManifestError, NotCommitted, NotFoundError, RefusedError
 from ckptstore.frameworks.areal.layout import files_of
 from ckptstore.lock import RunLock, busy
-from ckptstore.manifest import check_name
+from ckptstore.manifest import MAX_BYTES, check_name
 from ckptstore.manifest import parse as parse_manifest
 from ckptstore.model import MANIFEST_NAME
 from ckptstore.side import JOURNAL
@@ -74,8 +73,8 @@ def identity(folder: str) -> str:
         tree = backend.tree(max_depth=8)
     except NotFoundError:
         return ""
-    with contextlib.suppress(NotFoundError, ManifestError):
-        manifest = parse_manifest(backend.get(MANIFEST_NAME))
+    with contextlib.suppress(CkptStoreError):
+        manifest = parse_manifest(backend.get(MANIFEST_NAME, length_bytes=MAX_BYTES + 1))
         files = [file for file in files_of(tree, "")[0] if file.name != MANIFEST_NAME]
         if not manifest.inspect(files).void:  # else the trainer has written into a slot of ours, and left our manifest there
             return "commit:" + manifest.commit
@@ -83,14 +82,18 @@ def identity(folder: str) -> str:
         f"{path}/{entry.name} {entry.size_bytes} {entry.mtime_ns // 1_000_000_000}"
         for path, inside in tree.items()
         for entry in inside.entries
-        if entry.mode & 0o170000 != 0o040000
-    )
+        # What cannot be looked into is not empty.
+        if entry.mode & 0o170000 != 0o040000 or (unread := tree.get(f"{path}/{entry.name}" if path else entry.name)) is None
+        or unread.error
+    )  # fmt: skip
     return "files:" + hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest() if lines else ""
 
 
 def plan_moves(side: str, stage: str, slots: dict[str, str]) -> tuple[tuple[Move, ...], str]:
     """The moves that put `stage`'s parts into `slots` (part → absolute path), and the folder for the old ones."""
-    aside = f"old-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    for slot in slots.values():
+        refuse_no_folder(slot)
+    aside = f"old-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(4)}"
     moves = tuple(
         Move(
             part=part,
@@ -110,6 +113,7 @@ def guarded(side: str, moves: tuple[Move, ...], aside: str, *, info: str, blocki
 
     No rename covers several folders: in between, the trainer finds a recover_info that it refuses loudly.
     """
+    refuse_no_folder(info)
     slot = os.path.relpath(info, side)
     name = os.path.basename(info)
     staged_blocking = os.path.relpath(blocking, side)
@@ -129,10 +133,11 @@ def publish(side: str, journal: Journal) -> None:
         os.rename(draft, os.path.join(side, JOURNAL))
         side_folders.sync_folder(side)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
+        for path in (draft, os.path.join(side, JOURNAL)):  # else the next command would finish what we say is not done
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         raise NotCommitted(
-            f"the journal {side}/{JOURNAL} could not be written: {error.strerror}; the slot is as it was"
+            f"the journal {side}/{JOURNAL} could not be written: {_reason(error)}; the slot is as it was"
         ) from error
     _finish(side, journal)
 
@@ -143,16 +148,34 @@ def pending(side: str) -> Journal | None:
         document = json.loads(LocalBackend(side).get(JOURNAL, length_bytes=1 << 20))
         moves = tuple(Move(**move) for move in document["moves"])
         journal = Journal(document["action"], document["step"], document["method"], moves, document["created_at"])
+        if (document["format"], document["version"]) != ("ckptstore.journal", 1):
+            raise ValueError(f"format {document['format']!r:.40} version {document['version']!r:.20}")
+        _check(journal)
     except NotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ManifestError(
             f"{side}/{JOURNAL} is not a journal of ours: {error}",
             hint="Move it away; the slots are where they are.",
         ) from error
-    for move in moves:
-        check_name(move.part), check_name(move.staged), check_name(move.aside)
     return journal
+
+
+def _check(journal: Journal) -> None:
+    """ValueError for a journal that could make us rename what is none of our business."""
+    texts = [journal.action, journal.method, journal.created_at]
+    for move in journal.moves:
+        texts += [move.part, move.slot, move.staged, move.aside, move.new, move.old]
+        check_name(move.part), check_name(move.staged), check_name(move.aside)
+        # The slot lies in the trial beside the side folder, or beside the side folder's own: two levels up at most.
+        components = move.slot.split("/")
+        inside = components[min(components.count(".."), 2) :]
+        if not inside or any(component in ("", ".", "..") for component in inside) or "\0" in move.slot:
+            raise ValueError(f"{move.slot!r:.80} cannot be a slot")
+    if not all(isinstance(text, str) for text in texts) or type(journal.step) is not int:
+        raise ValueError("a field has the wrong type")
+    if journal.method not in ("exchange", "rename"):
+        raise ValueError(f"method {journal.method!r:.20}")
 
 
 def roll_forward(side: str) -> str:
@@ -169,53 +192,55 @@ def roll_forward(side: str) -> str:
         with RunLock(side, "finishing an interrupted setup"):
             return finish_pending(side)
     except CkptStoreError as error:
-        return f"an interrupted setup is pending in {side}, and cannot be finished by this user: {error}"
+        return f"an interrupted setup is pending in {side}, and cannot be finished: {error}"
 
 
 def finish_pending(side: str) -> str:
-    """roll_forward for a caller that holds the run's lock."""
+    """roll_forward for a caller that holds the run's lock. CommitUncertain where it can be neither finished nor taken back."""
     journal = pending(side)
     if journal is None:
         return ""
+    what = f"an interrupted {journal.action} of step {journal.step}"
     ours: dict[str, set[str]] = {}
     for move in journal.moves:
         ours.setdefault(move.slot, {""}).update((move.old, move.new))
     foreign = [move for move in journal.moves if identity(_at(side, move.slot)) not in ours[move.slot]]
     if foreign:
-        kept = os.path.join(side, f"given-up-{journal.moves[0].aside.partition('/')[0]}.json")
-        os.rename(os.path.join(side, JOURNAL), kept)
-        return (
-            f"an interrupted {journal.action} of step {journal.step} was given up: {foreign[0].part}/ has been written since; "
-            f"its stage is kept in {side}"
-        )
-    _finish(side, journal)
-    return f"an interrupted {journal.action} of step {journal.step} was finished: the slot holds it now"
+        _take_back(side, journal)
+        return f"{what} was given up: {foreign[0].part}/ has been written since; its stage is kept in {side}"
+    try:
+        _finish(side, journal)
+    except NotCommitted as error:
+        return f"{what} was taken back: {error}"
+    return f"{what} was finished: the slot holds it now"
 
 
 def _finish(side: str, journal: Journal) -> None:
-    touched = False
+    unconfirmed: OSError | None = None
     try:
         for number, move in enumerate(journal.moves):
             if _is_superseded(side, move, journal.moves[number + 1 :]):
                 continue
+            _publish_one(side, move, journal.method)
             try:
-                _publish_one(side, move, journal.method)
-            except OSError as error:
-                if touched or identity(_at(side, move.slot)) == move.new:
-                    raise
-                os.unlink(os.path.join(side, JOURNAL))
-                raise NotCommitted(
-                    f"replacing {_at(side, move.slot)}: {error.strerror}; it is as it was, and so is every other part"
-                ) from error
-            touched = True
+                _sync_around(side, move)
+            except OSError as error:  # visible all the same: go on, and keep the journal for what a power cut would do
+                unconfirmed = unconfirmed or error
+    except (OSError, CkptStoreError) as error:
+        _take_back(side, journal)
+        raise NotCommitted(
+            f"the slot could not be replaced: {_reason(error)}; it is as it was, and so is every other part"
+        ) from error
+    try:
+        if unconfirmed is not None:
+            raise unconfirmed
         for move in journal.moves:
             _set_aside(side, move)
         os.unlink(os.path.join(side, JOURNAL))
         side_folders.sync_folder(side)
-    except OSError as error:
-        where = error.filename or side
+    except (OSError, CkptStoreError) as error:
         raise CommitUncertain(
-            f"replacing the slot: {where}: {error.strerror}; the new one is in, the old one is kept, both are whole, "
+            f"replacing the slot: {_reason(error)}; the new one is in, the old one is kept, both are whole, "
             "and the disk has not confirmed it",
             hint=f"Any ckptstore command on this run finishes it (journal in {side}).",
         ) from error
@@ -228,6 +253,44 @@ def _finish(side: str, journal: Journal) -> None:
                 os.rmdir(os.path.join(side, name))
 
 
+def _take_back(side: str, journal: Journal) -> None:
+    """Put back what the moves replaced, last one first; the journal goes, the stage stays. What is foreign is not touched.
+
+    CommitUncertain where that fails, too: the journal stays, and the next command tries to finish.
+    """
+    try:
+        for move in reversed(journal.moves):
+            _take_back_one(side, move)
+            _sync_around(side, move)
+        for move in journal.moves:
+            # A slot that the trainer has made anew: what was in it before lies in the stage, which the next setup reuses.
+            if move.old and identity(_at(side, move.staged)) == move.old != move.new:
+                _set_aside(side, move)
+        os.unlink(os.path.join(side, JOURNAL))
+        side_folders.sync_folder(side)
+        for name in {move.aside.partition("/")[0] for move in journal.moves}:
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(side, name))
+    except (OSError, CkptStoreError) as error:
+        raise CommitUncertain(
+            f"a {journal.action} of step {journal.step} can be neither finished nor taken back: {_reason(error)}; "
+            "nothing was deleted",
+            hint=f"The next ckptstore command on this run tries again (journal in {side}).",
+        ) from error
+
+
+def _take_back_one(side: str, move: Move) -> None:
+    slot, staged, aside = _at(side, move.slot), _at(side, move.staged), _at(side, move.aside)
+    if move.new and identity(slot) == move.new:
+        if os.path.lexists(staged):
+            native.rename_exchange(staged, slot)
+            return
+        _make_parents(side, staged)
+        side_folders.rename_in(slot, staged)
+    if not os.path.lexists(slot) and os.path.lexists(aside):
+        side_folders.rename_in(aside, slot)
+
+
 def _is_superseded(side: str, move: Move, later: tuple[Move, ...]) -> bool:
     """Whether a crash came after a later move of the same slot: then this one is done, and must not be done again."""
     return any(other.slot == move.slot and identity(_at(side, move.slot)) == other.new for other in later)
@@ -237,47 +300,71 @@ def _at(side: str, relative: str) -> str:
     return os.path.normpath(os.path.join(side, relative))
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, CkptStoreError) or not isinstance(error, OSError):
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
 def _publish_one(side: str, move: Move, method: str) -> None:
-    """Steps 5 and 6 for one slot, from wherever a crash left them."""
+    """Step 5 for one slot, from wherever a crash left it."""
     slot, staged, aside = _at(side, move.slot), _at(side, move.staged), _at(side, move.aside)
-    if identity(slot) != move.new and not move.new:
-        os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
+    there = identity(slot)
+    if there == move.new:
+        return
+    refuse_no_folder(slot)
+    if not move.new:
+        _make_parents(side, aside)
         os.rename(slot, aside)
-    elif identity(slot) != move.new:
-        if identity(staged) != move.new:
-            raise CkptStoreError(
-                f"the new content for {slot} is neither there nor in {staged}",
-                hint=f"Nothing was deleted; look into {side}.",
-            )
-        if not os.path.lexists(slot):
-            os.makedirs(os.path.dirname(slot), exist_ok=True)
-            _rename_in(staged, slot)
-        elif method == "exchange":
-            native.rename_exchange(staged, slot)
-        elif not identity(slot):
-            shutil.rmtree(slot)  # empty folders: AReaL's helpers leave them
-            _rename_in(staged, slot)
-        else:
-            os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
-            os.rename(slot, aside)
-            side_folders.sync_folder(os.path.dirname(slot))
-            try:
-                _rename_in(staged, slot)
-            except OSError:
-                os.rename(aside, slot)
-                raise
-    side_folders.sync_folder(os.path.dirname(slot))
-    if os.path.isdir(os.path.dirname(staged)):
-        side_folders.sync_folder(os.path.dirname(staged))
+        return
+    if identity(staged) != move.new:
+        raise CkptStoreError(
+            f"the new content for {slot} is neither there nor in {staged}",
+            hint=f"Nothing was deleted; look into {side}.",
+        )
+    if not os.path.lexists(slot):
+        _make_parents(side, slot)
+        side_folders.rename_in(staged, slot)
+    elif method == "exchange":
+        native.rename_exchange(staged, slot)
+        if identity(slot) != move.new:
+            raise OSError(errno.EIO, "the file system says that it has exchanged two folders, and has not", slot)
+    elif not there:
+        side_folders.remove_empty(slot)  # AReaL's helpers leave such
+        side_folders.rename_in(staged, slot)
+    else:
+        _make_parents(side, aside)
+        os.rename(slot, aside)
+        side_folders.sync_folder(os.path.dirname(slot))
+        side_folders.rename_in(staged, slot)
 
 
-def _rename_in(staged: str, slot: str) -> None:
-    try:
-        native.rename_noreplace(staged, slot)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        os.rename(staged, slot)  # refused flags: the run's lock has to do
+def refuse_no_folder(slot: str) -> None:
+    """RefusedError for a slot that is a link or a file: renaming it away would lose what somebody made it for."""
+    if os.path.islink(slot) or (os.path.lexists(slot) and not os.path.isdir(slot)):
+        kind = "a link" if os.path.islink(slot) else "not a folder"
+        raise RefusedError(f"{slot} is {kind}, and is not replaced", hint="Move it away, or say --recover-dir.")
+
+
+def _make_parents(side: str, path: str) -> None:
+    """Make the folders above `path`, durable: ours are for their owner alone, the run's like the folder they are in."""
+    parent = os.path.dirname(path)
+    missing = []
+    while not os.path.isdir(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    for folder in reversed(missing):
+        os.mkdir(folder, 0o700)
+        side_folders.like(folder, os.stat(parent), mode=0o700 if parent == side else None)
+        side_folders.sync_folder(parent)
+        parent = folder
+
+
+def _sync_around(side: str, move: Move) -> None:
+    """Step 6: both names of a move."""
+    for path in (_at(side, move.slot), _at(side, move.staged)):
+        if os.path.isdir(os.path.dirname(path)):
+            side_folders.sync_folder(os.path.dirname(path))
 
 
 def _set_aside(side: str, move: Move) -> None:
@@ -286,10 +373,10 @@ def _set_aside(side: str, move: Move) -> None:
     if not os.path.isdir(staged):
         return
     if not identity(staged):
-        shutil.rmtree(staged)
+        side_folders.remove_empty(staged)
         return
-    os.makedirs(os.path.dirname(aside), mode=0o700, exist_ok=True)
-    os.rename(staged, aside)
+    _make_parents(side, aside)
+    side_folders.rename_in(staged, aside)
     side_folders.sync_folder(os.path.dirname(aside))
     side_folders.sync_folder(os.path.dirname(staged))
 

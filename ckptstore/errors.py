@@ -10,6 +10,7 @@ CkptStoreError
 ├── BusyError                                another setup, or the trainer itself, is at work; retryable
 ├── RefusedError                             possible, but would lose something or not resume: says which flag allows it
 ├── NothingToResumeError                     no checkpoint qualifies; exit 4
+├── TrainingHalted                           the circuit breaker stopped training, or keeps it from starting again
 ├── IntegrityError                           exit 3
 │   ├── ManifestError (ValueError)           a manifest that cannot be trusted
 │   ├── DigestMismatchError                  bytes are not those that the manifest records
@@ -86,6 +87,22 @@ class NothingToResumeError(CkptStoreError):
     """No checkpoint qualifies."""
 
     exit_code = 4
+
+
+class TrainingHalted(CkptStoreError):
+    """The circuit breaker stopped training at `step`, bad since `since_step` (global steps, -1: unknown).
+
+    `last_good_step` is the checkpoint to resume from (-1: none), `command` how. Can be pickled: Ray carries it home.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str = "", step: int = -1, since_step: int = -1, last_good_step: int = -1, command: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.step = step
+        self.since_step = since_step
+        self.last_good_step = last_good_step
+        self.command = command
 
 
 class IntegrityError(CkptStoreError):

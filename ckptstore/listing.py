@@ -13,7 +13,7 @@ from ckptstore import manifest as manifests
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
+from ckptstore.errors import CkptStoreError, ManifestError
 from ckptstore.formats import FormatError, dcp
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
@@ -97,7 +97,10 @@ def read_adopted(side: str) -> list[Checkpoint]:
     for step in sorted(int(name.removeprefix("globalstep")) for name in names if _ADOPTED.fullmatch(name)):
         store = adopted_folder(side, step)
         backend = LocalBackend(store)
-        tree = backend.tree(max_depth=5)
+        try:
+            tree = backend.tree(max_depth=5)
+        except CkptStoreError:
+            continue  # being removed, or another user keeps it to himself
         folders = sorted(entry.name for entry in tree[""].entries if stat.S_ISDIR(entry.mode))
         parts = [
             _with_dcp_holdings(backend, read_part(backend, name, name, tree))
@@ -116,7 +119,9 @@ def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folde
     ours = next((file for file in files if file.name == MANIFEST_NAME), None)
     if ours is not None:
         files.remove(ours)
-    signs = layout.read_signs(files)
+    unread = not files and ours is None and any(not finding.path for finding in findings)
+    # What an unreadable folder holds is unknown: it is not "empty".
+    signs = layout.Signs("unknown", (), ()) if unread else layout.read_signs(files)
     findings.extend(signs.findings)
     notes: list[str] = []
     status = worst([Status.COMPLETE, *(finding.status for finding in findings)])
@@ -183,10 +188,10 @@ def backend_for(backend: Backend, checkpoint: Checkpoint) -> Backend:
 
 
 def find_manifest(backend: Backend, folder: str) -> Manifest | None:
-    """The manifest in `folder`, None when there is none or it cannot be trusted."""
+    """The manifest in `folder`, None when there is none, or it cannot be read or trusted: `list` says which."""
     try:
         return read_manifest(backend, folder)
-    except (NotFoundError, ManifestError):
+    except CkptStoreError:
         return None
 
 
@@ -199,7 +204,9 @@ def _parts(backend: Backend, run: layout.RunTree, folders: dict[str, str]) -> It
 def _compare_siblings(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     """What other checkpoints of the run show to be missing: a part, or the tokenizer, which is written last."""
     whole = [checkpoint for checkpoint in checkpoints if checkpoint.status.usable]
-    names = {part.name for checkpoint in whole for part in checkpoint.parts}
+    # A critic without its twin proves nothing of the others: it is the odd one.
+    twins = [checkpoint for checkpoint in whole if any(part.name == layout.MAIN_PART for part in checkpoint.parts)]
+    names = {part.name for checkpoint in twins for part in checkpoint.parts}
     with_tokenizer = {part.name for checkpoint in whole for part in checkpoint.parts if "tokenizer" in part.holds}
     result = []
     for checkpoint in checkpoints:
@@ -245,6 +252,10 @@ def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Ch
     if len(ours) == len(parts) and len({manifest.step for manifest in ours}) == 1:
         first = ours[0]
         step, epoch, epoch_step = first.step, first.epoch, first.epoch_step
+        if any(manifest.origin == "convert" for manifest in ours):
+            # Made by setup out of an export: what it holds of an optimizer has never stepped.
+            parts = [dataclasses.replace(part, holds=tuple(h for h in part.holds if h != "optimizer")) for part in parts]
+            notes.append("made from an export: its optimizer state is fresh")
         if info is not None and info.step != step:
             notes.append(f"recover_info names step {info.step}, the slot holds {step}: AReaL would count from the wrong one")
     elif any(part.format not in RESUMABLE for part in parts):
@@ -274,14 +285,19 @@ def _with_dcp_holdings(backend: Backend, part: Part) -> Part:
         holds = dcp.load_metadata(reader(backend, part), metadata).holds
     except FormatError as error:
         finding = error.finding(metadata.name)
-        return dataclasses.replace(part, findings=(*part.findings, finding), status=worst([part.status, finding.status]))
-    return dataclasses.replace(part, holds=holds)
+    except CkptStoreError as error:
+        finding = Finding(metadata.name, f"cannot be read: {error}", Status.PARTIAL)
+    else:
+        return dataclasses.replace(part, holds=holds)
+    return dataclasses.replace(part, findings=(*part.findings, finding), status=worst([part.status, finding.status]))
 
 
 def _newest(run: layout.RunTree) -> tuple[str, int]:
     """The file that the trainer wrote last, for "is it still running?"; what we wrote does not count."""
     newest: tuple[int, str] = (0, "")
     for path, folder in run.folders.items():
+        if layout.SIDE in path.split("/"):  # a trial that is a mount of its own has our things inside
+            continue
         # What is older than our manifest in a slot or a recover_info is ours; what is newer, the trainer has saved since.
         written = path.rpartition("/")[2] in (layout.SLOT, layout.RECOVER_INFO)
         ours_ns = max((entry.mtime_ns for entry in folder.entries if entry.name == MANIFEST_NAME), default=0) if written else 0

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import threading
@@ -60,22 +61,32 @@ class RunLock:
             "started_at_s": time.time(),
         }
         self._descriptor = -1
+        self._written_bytes = 512
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="ckptstore-heartbeat", daemon=True)
 
     def __enter__(self) -> RunLock:
         try:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            with contextlib.suppress(PermissionError):  # root's setup must not lock out the user who trains
+                side = os.stat(os.path.dirname(self._path))
+                os.fchown(self._descriptor, side.st_uid, side.st_gid)
         except OSError as error:
             raise from_os_error(error, doing="locking", path=self._path) from error
         holder = read_holder(self._path)
-        if not self._take() or (holder and _alive_elsewhere(holder)):
+        try:
+            taken = self._take(holder)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        if not taken or (holder and _alive_elsewhere(holder)):
             os.close(self._descriptor)
             raise BusyError(
                 f"another ckptstore is at work on this run: {holder or 'it has not said who it is'}",
                 hint="Wait for it, or stop that process; a dead one's lock frees itself.",
             )
-        self._write()
+        with contextlib.suppress(OSError):  # what it says is a courtesy: on a full disk the lock holds all the same
+            self._write()
         self._heart.start()
         return self
 
@@ -91,7 +102,7 @@ class RunLock:
         """What to tell others from the next heartbeat on."""
         self._state |= {"doing": doing, "done_bytes": done_bytes, "total_bytes": total_bytes}
 
-    def _take(self) -> bool:
+    def _take(self, holder: Holder | None) -> bool:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,12 +110,15 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
                 raise from_os_error(error, doing="locking", path=self._path) from error
+            # No flock here: what the holder last said has to do.
+            return holder is None or holder.pid == os.getpid() or not _alive_here(holder)
         return True
 
     def _write(self) -> None:
         data = json.dumps(self._state | {"heartbeat_at_s": time.time()}).encode()
-        # One write over the old text, padded: readers never see half of it cut off.
-        os.pwrite(self._descriptor, data.ljust(512), 0)
+        # One write over the old text, padded: readers never see half of it cut off, nor the end of a longer one.
+        self._written_bytes = max(self._written_bytes, len(data))
+        os.pwrite(self._descriptor, data.ljust(self._written_bytes), 0)
 
     def _beat(self) -> None:
         while not self._stop.wait(min(HEARTBEAT_S, 1.0)):
@@ -116,10 +130,21 @@ def read_holder(path: str) -> Holder | None:
     """Who holds (or last held, and died) the lock at `path`; None when it is free or unreadable."""
     try:
         with open(path, "rb") as file:
-            state = json.loads(file.read(4096) or b"null")
-        return Holder(**state) if isinstance(state, dict) else None
-    except (OSError, ValueError, TypeError):
+            state = json.loads(file.read(65536) or b"null")
+        holder = Holder(**state) if isinstance(state, dict) else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    return holder if holder is not None and _is_plain(holder) else None
+
+
+def _is_plain(holder: Holder) -> bool:
+    numbers = (holder.done_bytes, holder.total_bytes, holder.started_at_s, holder.heartbeat_at_s)
+    return (
+        isinstance(holder.host, str)
+        and isinstance(holder.doing, str)
+        and type(holder.pid) is int
+        and all(type(number) in (int, float) and math.isfinite(number) and abs(number) < 1e18 for number in numbers)
+    )
 
 
 def busy(side: str) -> Holder | None:
@@ -145,6 +170,10 @@ def _opened(path: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _alive_here(holder: Holder) -> bool:
+    return os.path.exists(f"/proc/{holder.pid}") and time.time() - holder.heartbeat_at_s < STALE_S
 
 
 def _alive_elsewhere(holder: Holder) -> bool:

@@ -55,7 +55,7 @@ class Manifest:
     epoch: int
     epoch_step: int
     part: str
-    origin: str  #: seal (the trainer wrote the files), setup (we copied them into the slot)
+    origin: str  #: seal (the trainer wrote the files), setup and adopt (we copied them), convert (we made them)
     files: tuple[FileEntry, ...]
     chunk_bytes: int
     commit: str = field(default_factory=lambda: secrets.token_hex(16))  #: names this act of writing
@@ -75,7 +75,7 @@ class Manifest:
             "created_at": self.created_at,
             "epoch": self.epoch,
             "epoch_step": self.epoch_step,
-            "metrics": dict(self.metrics),
+            "metrics": {name: float(value) for name, value in self.metrics.items()},  # 1 and 1.0 would give two digests
             "origin": self.origin,
             "part": self.part,
             "source": self.source,
@@ -109,21 +109,28 @@ class Manifest:
     def inspect(self, files: Iterable[FileInfo]) -> Inspection:
         """Compare with what lies there now, by size, mtime and inode (level quick; reads nothing).
 
-        A missing file is damage. A file with another size or mtime, or one that is not listed, was written since by the
-        trainer: it voids the manifest, and proves no damage. Another inode alone is a copy that kept its times.
+        A missing file is damage, and so is another size at the same mtime. A file with another mtime, or one that is not
+        listed, was written since by the trainer: it voids the manifest, and proves no damage. Another inode alone is a
+        copy that kept its times.
         """
         present = {file.name: file for file in files}
         missing = [entry.path for entry in self.files if entry.path not in present]
         changed = [
             entry.path
             for entry in self.files
+            if (file := present.get(entry.path)) is not None and file.mtime_ns != entry.mtime_ns
+        ]
+        torn = [
+            entry.path
+            for entry in self.files
             if (file := present.get(entry.path)) is not None
-            and (file.mtime_ns != entry.mtime_ns or file.size_bytes != entry.size_bytes)
+            and file.mtime_ns == entry.mtime_ns
+            and file.size_bytes != entry.size_bytes
         ]
         moved = any(present[entry.path].inode != entry.inode for entry in self.files if entry.path in present)
         listed = {entry.path for entry in self.files}
         extra = [name for name in present if name not in listed and name != MANIFEST_NAME]
-        return Inspection(tuple(missing), tuple(changed), tuple(extra), moved)
+        return Inspection(tuple(missing), tuple(changed), tuple(extra), moved, tuple(torn))
 
 
 class Inspection(NamedTuple):
@@ -133,6 +140,7 @@ class Inspection(NamedTuple):
     changed: tuple[str, ...]
     extra: tuple[str, ...]
     moved: bool
+    torn: tuple[str, ...] = ()  #: another size, and the same time: nobody wrote there on purpose
 
     @property
     def void(self) -> bool:
@@ -141,10 +149,12 @@ class Inspection(NamedTuple):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """Damage: files that the manifest lists and that are gone, unless the trainer has saved since."""
+        """Damage: files that the manifest lists and that are gone or torn, unless the trainer has saved since."""
         if self.void:
             return ()
-        return tuple(Finding(path, "listed in the manifest, and missing", Status.PARTIAL) for path in self.missing)
+        missing = [Finding(path, "listed in the manifest, and missing", Status.PARTIAL) for path in self.missing]
+        torn = [Finding(path, "not as long as the manifest says, and not written since", Status.CORRUPT) for path in self.torn]
+        return (*missing, *torn)
 
     @property
     def note(self) -> str:
@@ -163,12 +173,22 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_names(names: Iterable[str]) -> None:
+    """ManifestError unless a manifest can list files of these names together: each is safe, and none is another one's alias."""
+    names = list(names)
+    for name in names:
+        if name == MANIFEST_NAME:
+            raise ManifestError(f"{name} cannot be listed in a manifest")
+        check_name(name)
+    _refuse_aliases(names)
+
+
 def parse(data: bytes) -> Manifest:
     """The manifest in `data`. ManifestError for anything that is not one; unknown fields are ignored."""
     document = _load(data)
     if document.get("format") != FORMAT:
         raise ManifestError(f"not a manifest: format is {document.get('format')!r:.60}, not {FORMAT!r}")
-    if document.get("version") != VERSION:
+    if type(document.get("version")) is not int or document["version"] != VERSION:
         raise ManifestError(
             f"manifest version {document.get('version')!r:.20}, and this ckptstore reads version {VERSION}",
             hint="Upgrade ckptstore.",
@@ -210,6 +230,7 @@ def vouches_for(data: bytes, files: Iterable[FileInfo]) -> bool:
         document = _load(data)
         recorded = {entry["path"]: (entry["bytes"], entry["mtime_ns"]) for entry in document["files"]}
         known = (document["format"], document["version"], document["digest"]) == (FORMAT, VERSION, ALGORITHM)
+        known = known and type(document["version"]) is int
     except (ManifestError, KeyError, TypeError):
         return False
     return known and recorded == {file.name: (file.size_bytes, file.mtime_ns) for file in files}
@@ -225,7 +246,8 @@ def _load(data: bytes) -> dict[str, Any]:
         document = _FAST.decode(text)
         # A repeated key leaves more `":` in the text than keys in the result; so does a quote inside a string, or a
         # field that we don't know: then the slow parser, which sees every key, decides. It costs twice the time.
-        if text.count('":') != _count_keys(document):
+        # White space before a colon would hide a key from that count.
+        if text.count('":') != _count_keys(document) or any(colon in text for colon in _SPACED_COLONS):
             document = _CAREFUL.decode(text)
     except ManifestError:
         raise
@@ -256,6 +278,7 @@ def _finite(text: str) -> float:
     return value
 
 
+_SPACED_COLONS = (" :", "\t:", "\r:", "\n:")
 _FAST = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 _CAREFUL = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 
@@ -263,7 +286,10 @@ _CAREFUL = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_co
 def _count_keys(document: Any) -> int:
     """Keys of the objects that a manifest is made of; -1 where it is made of something else."""
     try:
-        return len(document) + len(document["metrics"]) + sum(map(len, document["files"]))
+        metrics, files = document["metrics"], document["files"]
+        if type(metrics) is not dict or not all(type(file) is dict for file in files):
+            return -1  # the length of a text or a list is no number of keys
+        return len(document) + len(metrics) + sum(map(len, files))
     except (TypeError, KeyError):
         return -1
 
@@ -286,6 +312,8 @@ def _entry(entry: Any, chunk_bytes: int) -> FileEntry:
     if expected > MAX_CHUNKS or type(raw) is not list or len(raw) != (expected if expected > 1 else 0):
         raise ManifestError(f"manifest: {path!r} does not have the {expected} chunk digests of {size_bytes:,} bytes")
     whole = _crc(crc)
+    if not size_bytes and whole:
+        raise ManifestError(f"manifest: {path!r} is empty, and its CRC is not that of nothing")
     chunks = tuple(map(_crc, raw)) if raw else ((whole,) if expected else ())
     return FileEntry(path, size_bytes, mtime_ns, inode, whole, chunks)
 
@@ -313,10 +341,26 @@ def _str(document: Mapping[str, Any], key: str) -> str:
 def _metrics(value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or not all(type(item) in (int, float) for item in value.values()):
         raise ManifestError("manifest: `metrics` is not an object of numbers")
-    return {str(key): float(item) for key, item in value.items()}
+    try:
+        return {key: float(item) for key, item in value.items()}
+    except OverflowError:
+        raise ManifestError("manifest: a metric is out of range") from None
 
 
 def _refuse_aliases(paths: list[str]) -> None:
     """Two names that are one file on some file system (case, Unicode form) would overwrite each other there."""
-    if len({path.lower() if path.isascii() else unicodedata.normalize("NFC", path).casefold() for path in paths}) != len(paths):
+    keys = {path.lower() if path.isascii() else _folded(path) for path in paths}
+    if len(keys) != len(paths):
         raise ManifestError("manifest lists one file twice (names that differ only in case or Unicode form count as one)")
+    for key in keys:
+        if "/" in key and any(parent in keys for parent in _parents(key)):
+            raise ManifestError("manifest lists one name as a file and as a folder")
+
+
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
+
+
+def _parents(path: str) -> Iterable[str]:
+    while path := path.rpartition("/")[0]:
+        yield path

@@ -7,11 +7,13 @@ undo(backend)               swaps the slot that was set aside last back in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from ckptstore import commit, probe, room, running
 from ckptstore import side as side_folders
@@ -19,18 +21,21 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import Selection
 from ckptstore.errors import (
+    AccessError,
+    BusyError,
     CkptStoreError,
     IntegrityError,
     NoSpaceError,
     NotFoundError,
     RefusedError,
+    SourceChangedError,
     StorageError,
     from_os_error,
 )
 from ckptstore.frameworks.areal import layout, resume_state
-from ckptstore.listing import find_manifest, read_part, scan
+from ckptstore.listing import backend_for, find_manifest, folder_of, read_part, reader, scan
 from ckptstore.lock import RunLock
-from ckptstore.model import Checkpoint, Status
+from ckptstore.model import Checkpoint, FileInfo, Status
 from ckptstore.plan import ANY, CAREFUL, Options, Plan, plan, stage_key, trial_folder
 from ckptstore.staging import BLOCKING, place_trial, stage_info, stage_part, write_info
 from ckptstore.verify import Notify
@@ -68,7 +73,11 @@ def setup(
     first = plan(backend, selection, options, ignore_pending=True)
     if first.refusals:
         raise RefusedError("; ".join(first.refusals))
-    side_folders.make_side(first.side)
+    try:
+        side_folders.make_side(first.side)
+    except NoSpaceError as error:
+        error.hint = "; ".join(room.what_could_go(first)) or error.hint
+        raise
     with RunLock(first.side, f"setup of step {first.point.checkpoint.step}") as lock:
         rolled = commit.finish_pending(first.side)
 
@@ -85,6 +94,13 @@ def setup(
                 return Outcome(current, rolled=rolled)
             try:
                 outcome = _setup(backend, current, options, tell)
+            except NoSpaceError as error:
+                # Where only the server knows what is free, this is how we learn of it.
+                if not (options.replace and current.transfers and current.old_slot is not None):
+                    error.hint = "; ".join(room.what_could_go(current)) or error.hint
+                    raise
+                room.replace_old_slot(current)
+                continue
             except (IntegrityError, StorageError) as error:
                 source = _source_at_fault(error, current.point.checkpoint)
                 if not source:
@@ -103,8 +119,9 @@ def _source_at_fault(error: CkptStoreError, checkpoint: Checkpoint) -> bool:
 def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> Outcome:
     started = time.monotonic()
     checkpoint = current.point.checkpoint
-    medium = probe.probe(current.side)
     room.make_room(current, options)
+    medium = probe.probe(current.side)
+    before = {slot: commit.identity(slot) for slot in current.slots.values()}
     stage = side_folders.open_stage(current.side, stage_key(checkpoint))
     copied = reused = 0
     strategies: dict[str, int] = {}
@@ -120,12 +137,16 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
         infos = stage_info(current, stage) if current.info.action != "leave" else None
     except NoSpaceError as error:
         side_folders.discard(current.side, os.path.basename(stage.path))  # give the space back
-        error.hint = "; ".join(room.what_could_go(current)) or error.hint
         raise
     except (IntegrityError, StorageError) as error:
         if _source_at_fault(error, checkpoint):
             side_folders.discard(current.side, os.path.basename(stage.path))
         raise
+    except (NotFoundError, AccessError, RefusedError) as error:
+        if not (changed := _cannot_be_read(backend, checkpoint)):
+            raise
+        side_folders.discard(current.side, os.path.basename(stage.path))
+        raise SourceChangedError(f"{error} ({changed})", path=changed) from error
     try:
         side_folders.sync_folder(stage.path)
         side_folders.sync_folder(current.side)
@@ -144,6 +165,12 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
         )
     tell("replacing the slot", current.needed_bytes, current.needed_bytes)
     moves, aside = commit.plan_moves(current.side, stage.path, dict(current.slots) if current.transfers else {})
+    for move in moves:
+        if move.old != before[current.slots[move.part]]:
+            raise BusyError(
+                f"{current.slots[move.part]} was written while step {checkpoint.step} was copied: it was not replaced",
+                hint="Is the trainer running? When it is stopped, say setup again: what is copied is kept.",
+            )
     if infos is not None:
         info = os.path.join(current.listing.run.path, layout.RECOVER_INFO)
         moves = commit.guarded(current.side, moves, aside, info=info, blocking=infos[0], staged_info=infos[1])
@@ -162,23 +189,60 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
     )
 
 
+def _cannot_be_read(backend: Backend, checkpoint: Checkpoint) -> str:
+    """What of the source cannot be read, or is not what it was when it was listed; empty when all of it is there."""
+    source = backend_for(backend, checkpoint)
+    try:
+        tree = source.tree(max_depth=5)
+        for part in checkpoint.parts:
+            if read_part(source, part.name, folder_of(source, part), tree).files != part.files:
+                return part.path
+            for file in part.files:
+                reader(source, part)(file.name, 0, 1)
+    except CkptStoreError as error:
+        return str(error)
+    return ""
+
+
 def _discard_redundant(backend: Backend, current: Plan, *, keep: str) -> None:
-    """Of older set-aside slots, remove those that are our own copies of checkpoints that are still there, whole."""
-    whole = {part.path for c in current.listing.checkpoints if c.status.usable for part in c.parts}
+    """Of older set-aside slots, remove those that are our own copies of checkpoints that are still there, whole.
+
+    By then the new slot is in: nothing that goes wrong here matters.
+    """
+    whole = {part.path: part.files for c in current.listing.checkpoints if c.status.usable for part in c.parts}
     for old in side_folders.old_slots(current.side):
         if old.name == keep:
             continue
-        for name in old.parts:
-            if name == layout.RECOVER_INFO:
-                continue
-            inside = LocalBackend(os.path.join(old.path, name))
-            manifest = find_manifest(inside, "")
-            part = read_part(inside, name, "", inside.tree(max_depth=5))
-            source = os.path.join(current.listing.run.path, manifest.source) if manifest else ""
-            if manifest is None or manifest.origin != "setup" or part.status is not Status.COMMITTED or source not in whole:
-                break
-        else:
-            side_folders.discard(current.side, old.name)
+        with contextlib.suppress(CkptStoreError):
+            if _is_redundant(current, old, whole):
+                side_folders.discard(current.side, old.name)
+
+
+def _is_redundant(current: Plan, old: side_folders.OldSlot, whole: Mapping[str, tuple[FileInfo, ...]]) -> bool:
+    for name in old.parts:
+        if name == layout.RECOVER_INFO:
+            continue
+        inside = LocalBackend(os.path.join(old.path, name))
+        manifest = find_manifest(inside, "")
+        part = read_part(inside, name, "", inside.tree(max_depth=5))
+        if manifest is None or manifest.origin not in ("setup", "convert") or part.status is not Status.COMMITTED:
+            return False
+        source = whole.get(os.path.join(current.listing.run.path, manifest.source))
+        if not source:
+            return False
+        placed_ns = int(datetime.fromisoformat(manifest.created_at).timestamp()) * 1_000_000_000
+        converted = part.format != layout.read_signs(source).format
+        if max(file.mtime_ns for file in source) > placed_ns if converted else not _holds_all(part.files, source):
+            return False  # the trainer has written it again since
+    return True
+
+
+def _holds_all(files: Iterable[FileInfo], source: Iterable[FileInfo]) -> bool:
+    return {_look(file) for file in source} <= {_look(file) for file in files}
+
+
+def _look(file: FileInfo) -> tuple[str, int, int]:
+    return file.name, file.size_bytes, file.mtime_ns
 
 
 def undoable(backend: Backend, options: Options = CAREFUL) -> side_folders.OldSlot:

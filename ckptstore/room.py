@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import time
 
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import IntegrityError, NoSpaceError
+from ckptstore.errors import IntegrityError, NoSpaceError, from_os_error
 from ckptstore.listing import backend_for
 from ckptstore.model import Level
 from ckptstore.plan import Options, Plan, stage_key
@@ -33,18 +33,7 @@ def make_room(current: Plan, options: Options) -> None:
     if room():
         return
     if options.replace and current.old_slot is not None:
-        tested = verify(
-            backend_for(LocalBackend(current.listing.run.path), current.point.checkpoint),
-            current.point.checkpoint,
-            Level.FULL,
-        )
-        if not tested.ok:
-            raise IntegrityError(f"step {tested.checkpoint.step}: {tested.findings[0]}; the old slot was not removed")
-        for slot in current.slots.values():
-            if os.path.isdir(slot):
-                doomed = os.path.join(current.side, f"trash-{os.path.basename(os.path.dirname(slot))}-{time.time_ns():x}")
-                os.rename(slot, doomed)
-                shutil.rmtree(doomed)
+        replace_old_slot(current)
         if room():
             return
     free = shutil.disk_usage(current.side).free
@@ -54,6 +43,22 @@ def make_room(current: Plan, options: Options) -> None:
         path=current.side,
         hint="; ".join(what_could_go(current)) or "Free some space.",
     )
+
+
+def replace_old_slot(current: Plan) -> None:
+    """Remove the old slot, once every byte of the chosen checkpoint has been seen to be right."""
+    chosen = current.point.checkpoint
+    tested = verify(backend_for(LocalBackend(current.listing.run.path), chosen), chosen, Level.FULL)
+    if not tested.ok:
+        raise IntegrityError(f"step {chosen.step}: {tested.findings[0]}; the old slot was not removed")
+    for slot in current.slots.values():
+        if os.path.isdir(slot):
+            doomed = f"trash-{secrets.token_hex(8)}"
+            try:
+                os.rename(slot, os.path.join(current.side, doomed))
+            except OSError as error:
+                raise from_os_error(error, doing="removing", path=slot) from error
+            side_folders.discard(current.side, doomed)
 
 
 def what_could_go(current: Plan) -> list[str]:

@@ -49,13 +49,12 @@ def match(name: str, keys: Iterable[str]) -> str | None:
 
     `grpo_actor/task_reward/avg` is found as `ppo_actor/task_reward/avg` too, but never as `eval-rollout/task_reward/avg`.
     """
-    suffix = _suffix(name)
-    tail = "/" + suffix
+    tail = "/" + _suffix(name)
     found = []
     for key in keys:
         if key == name:
             return key
-        if key.endswith(tail) or key == suffix:
+        if isinstance(key, str) and (key.endswith(tail) or key == tail[1:]):
             found.append(key)
     if not _EVALUATION.match(name):
         found = [key for key in found if not _EVALUATION.match(key)]
@@ -355,8 +354,7 @@ class Watch:
         self.steps += 1
         if sign is Sign.GOOD:
             self.armed = True
-            self.streak = self.nonfinite = 0
-            self.since = -1
+            self.forgive()
             self.last_good = read(self.rule.metric)
         elif self.armed:
             if not self.streak:
@@ -365,6 +363,11 @@ class Watch:
             value = read(self.rule.metric)
             self.nonfinite += value is not None and not math.isfinite(value)
         return sign
+
+    def forgive(self) -> None:
+        """End the streak, as a good step would."""
+        self.streak = self.nonfinite = 0
+        self.since = -1
 
     @property
     def tripped(self) -> bool:

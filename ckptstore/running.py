@@ -18,8 +18,8 @@ def signs_of_life(listing: Listing, *, now_s: float | None = None) -> list[str]:
     now_s = time.time() if now_s is None else now_s
     signs = []
     for path, mtime_s in ((listing.newest_file, listing.newest_mtime_ns / 1e9), _newest_log(listing.run)):
-        if path and 0 <= now_s - mtime_s < RECENT_S:
-            signs.append(f"{path} was written {now_s - mtime_s:.0f} s ago")
+        if path and abs(now_s - mtime_s) < RECENT_S:  # a node's clock may be ahead of ours
+            signs.append(f"{path} was written {max(now_s - mtime_s, 0):.0f} s ago")
     signs.extend(f"process {pid} names this run: {command}" for pid, command in _processes(listing.run))
     return signs
 
@@ -49,5 +49,5 @@ def _processes(run: RunRef) -> Iterator[tuple[int, str]]:
             continue  # it has ended, or it is another user's
         if not os.path.basename(words[0]).startswith(_TRAINERS) or any("ckptstore" in word for word in words[:4]):
             continue
-        if names <= set(words) or any(run.path in word for word in words):
+        if names <= set(words) or any(f"{run.path}/" in f"{word}/" for word in words):  # trial1 is not trial10
             yield int(pid), " ".join(filter(None, words))[:120]

@@ -9,7 +9,7 @@ from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, IntegrityError, SourceChangedError
 from ckptstore.listing import find_manifest, folder_of
-from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.manifest import FileEntry, Manifest, check_names
 from ckptstore.model import Checkpoint, Part, Status
 from ckptstore.side import write_manifest
 from ckptstore.verify import check_part_structure
@@ -27,12 +27,19 @@ def seal(backend: Backend, checkpoint: Checkpoint, *, progress: native.Progress 
             f"step {checkpoint.step} is {checkpoint.status}: {reasons}",
             hint="Only whole checkpoints are sealed.",
         )
-    return [_seal_part(backend, checkpoint, part, progress) for part in checkpoint.parts]
+    manifests = [_describe(backend, checkpoint, part, progress) for part in checkpoint.parts]
+    for part in checkpoint.parts:
+        _refuse_changed(part)
+    for part, manifest in zip(checkpoint.parts, manifests, strict=True):
+        if find_manifest(backend, folder_of(backend, part)) != manifest:
+            write_manifest(part.path, manifest, model=os.stat(os.path.join(part.path, part.files[0].name)))
+    return manifests
 
 
-def _seal_part(backend: Backend, checkpoint: Checkpoint, part: Part, progress: native.Progress | None) -> Manifest:
+def _describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: native.Progress | None) -> Manifest:
     if part.status is Status.COMMITTED and (existing := find_manifest(backend, folder_of(backend, part))):
         return existing
+    check_names(file.name for file in part.files)
     if findings := check_part_structure(backend, part):
         raise IntegrityError(f"step {checkpoint.step}, {part.name}/{findings[0]}", hint="Only whole checkpoints are sealed.")
     specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in part.files]
@@ -41,7 +48,7 @@ def _seal_part(backend: Backend, checkpoint: Checkpoint, part: Part, progress: n
         if isinstance(result, CkptStoreError):
             raise result
         digests[name] = result
-    manifest = Manifest(
+    return Manifest(
         step=checkpoint.step,
         epoch=checkpoint.epoch,
         epoch_step=checkpoint.epoch_step,
@@ -53,13 +60,19 @@ def _seal_part(backend: Backend, checkpoint: Checkpoint, part: Part, progress: n
         chunk_bytes=native.CHUNK_BYTES,
         tool=f"ckptstore {ckptstore.__version__}",
     )
-    for file in part.files:  # between the digest and here the trainer may have begun to write again
-        info = os.stat(os.path.join(part.path, file.name), follow_symlinks=False)
-        if (info.st_size, info.st_mtime_ns, info.st_ino) != (file.size_bytes, file.mtime_ns, file.inode):
+
+
+def _refuse_changed(part: Part) -> None:
+    """Between the digest and here the trainer may have begun to write again."""
+    for file in part.files:
+        try:
+            info = os.stat(os.path.join(part.path, file.name), follow_symlinks=False)
+            changed = (info.st_size, info.st_mtime_ns, info.st_ino) != (file.size_bytes, file.mtime_ns, file.inode)
+        except OSError:
+            changed = True
+        if changed:
             raise SourceChangedError(
                 f"{part.path}/{file.name} was written while it was sealed",
                 path=file.name,
                 hint="Wait until the trainer has saved, then seal again.",
             )
-    write_manifest(part.path, manifest, model=os.stat(os.path.join(part.path, part.files[0].name)))
-    return manifest

@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptstore import native
@@ -63,6 +63,7 @@ def make_side(side: str) -> None:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(folder, 0o755)
                 like(folder, os.stat(path))
+                sync_folder(os.path.dirname(folder))  # an old slot is set aside in here: it must not get lost with the name
         if os.path.islink(side) or os.path.islink(os.path.dirname(side)):
             raise UsageError(f"{side} is a link, and ckptstore writes through none", hint="Remove the link.")
     except OSError as error:
@@ -109,10 +110,10 @@ def stages(side: str) -> list[tuple[str, str]]:
     found = []
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(side)):
-            if name.startswith("stage-"):
+            if name.startswith("stage-") and not os.path.islink(os.path.join(side, name)):
                 key = ""
                 with (
-                    contextlib.suppress(OSError, ValueError, TypeError),
+                    contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError),
                     open(os.path.join(side, name, STAGE_INFO)) as file,
                 ):
                     key = str(json.loads(file.read(65536))["key"])
@@ -121,15 +122,64 @@ def stages(side: str) -> list[tuple[str, str]]:
 
 
 def discard(side: str, name: str) -> None:
-    """Remove one of our folders in the side folder: renamed out of the way first, so that no half of it is ever used."""
+    """Remove something of ours in the side folder: renamed out of the way first, so that no half of it is ever used."""
     path, doomed = os.path.join(side, name), os.path.join(side, f"trash-{secrets.token_hex(8)}")
     try:
         os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        if os.path.isdir(doomed) and not os.path.islink(doomed):
+            shutil.rmtree(doomed)
+        else:
+            os.unlink(doomed)
     except FileNotFoundError:
         return
     except OSError as error:
         raise from_os_error(error, doing="removing", path=path) from error
+
+
+def keep_only(folder: str, names: Iterable[str]) -> None:
+    """Make a folder of ours writable again, and remove from it all that is not one of the files `names`. OSError as it comes."""
+    wanted = set(names)
+    above = {parent for name in wanted for parent in _parents(name)}
+    pending = [""]
+    while pending:
+        inside = pending.pop()
+        os.chmod(os.path.join(folder, inside), 0o700)
+        with os.scandir(os.path.join(folder, inside)) as entries:
+            found = list(entries)
+        for entry in found:
+            name = f"{inside}/{entry.name}" if inside else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if name in above:
+                    pending.append(name)
+                else:
+                    shutil.rmtree(entry.path)
+            elif name in wanted and entry.is_file(follow_symlinks=False):
+                os.chmod(entry.path, 0o600)
+            else:
+                os.unlink(entry.path)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition("/")[0]:
+        yield name
+
+
+def remove_empty(path: str) -> None:
+    """Remove a folder that holds folders at most: what AReaL's helpers leave. OSError where a file has come into it."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        os.rmdir(folder)
+
+
+def rename_in(staged: str, target: str) -> None:
+    """Rename to a name that nothing has (FileExistsError); where that cannot be asked for, the run's lock has to do."""
+    try:
+        native.rename_noreplace(staged, target)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), staged, None, target) from error
+        os.rename(staged, target)
 
 
 def remove_tree(path: str) -> None:
@@ -190,8 +240,9 @@ def _old_slots(side: str) -> Iterator[OldSlot]:
     with contextlib.suppress(OSError):
         for name in os.listdir(side):
             path = os.path.join(side, name)
-            if name.startswith("old-") and os.path.isdir(path):
-                yield OldSlot(name, path, tuple(sorted(os.listdir(path))), size_of(path), os.stat(path).st_ctime)
+            with contextlib.suppress(OSError):  # one that another user keeps to himself hides no other
+                if name.startswith("old-") and (parts := tuple(sorted(os.listdir(path)))):
+                    yield OldSlot(name, path, parts, size_of(path), os.stat(path).st_ctime)
 
 
 def size_of(path: str) -> int:
@@ -204,7 +255,22 @@ def size_of(path: str) -> int:
 
 
 def leftovers(side: str) -> Sequence[str]:
-    """Names of what dead writers left in the side folder: stages, trash, probes. Never an old slot."""
+    """Names of what dead writers left in the side folder: stages, trash, probes. Never an old slot.
+
+    While a journal is there, a stage is none of them: after an exchange it holds the old slot.
+    """
+    ours = ["trash-", "probe-", f"{JOURNAL}."]
+    if not os.path.lexists(os.path.join(side, JOURNAL)):
+        ours.append("stage-")
     with contextlib.suppress(OSError):
-        return sorted(name for name in os.listdir(side) if name.startswith(("stage-", "trash-", "probe-", f"{JOURNAL}.")))
+        names = os.listdir(side)
+        empty = [name for name in names if name.startswith("old-") and not any(_entries(os.path.join(side, name)))]
+        return sorted([name for name in names if name.startswith(tuple(ours))] + empty)
     return []
+
+
+def _entries(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return ["unknown"]

@@ -14,8 +14,8 @@ from ckptstore.errors import NotCommitted, SourceChangedError, from_os_error
 from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.listing import backend_for, find_manifest, folder_of, read_part
-from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import MANIFEST_NAME, Part
+from ckptstore.manifest import FileEntry, Manifest, check_names
+from ckptstore.model import MANIFEST_NAME, Part, Status
 from ckptstore.plan import Options, Plan, world_size
 from ckptstore.verify import Notify
 
@@ -42,6 +42,9 @@ def stage_part(
     recorded = find_manifest(source, folder_of(source, part))
     if recorded is not None and recorded.inspect(part.files).void:
         recorded = None
+    if recorded is None and part.status is Status.COMMITTED:
+        raise SourceChangedError(f"the manifest of {part.path} went away", path=part.path)
+    check_names(file.name for file in part.files)
     expected = {entry.path: entry.chunks for entry in recorded.files} if recorded else {}
     chunk_bytes = recorded.chunk_bytes if recorded else native.CHUNK_BYTES
     way = plan.transfers[part.name]
@@ -56,16 +59,18 @@ def stage_part(
         if way.how == "dcp":
             side_folders.remove_tree(target)  # a conversion starts over: only copies are continued
         os.makedirs(target, mode=0o700, exist_ok=True)
+        side_folders.keep_only(target, (file.name for file in part.files))
     except OSError as error:
         raise from_os_error(error, doing="creating", path=target) from error
     if way.how == "dcp":
-        from ckptstore.frameworks.areal import convert
+        from ckptstore.frameworks.areal import adamw, convert
 
         converted = convert.hf_to_dcp(
             part.path,
             target,
             part.files,
             optimizer="zero" if way.optimizer == "zero" else "none",
+            settings=adamw.from_config(options.config, part.name),
             expected=expected,
             chunk_bytes=chunk_bytes,
             progress=progress,
@@ -75,7 +80,8 @@ def stage_part(
         chunk_bytes = native.CHUNK_BYTES
     else:
         specs = [
-            native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode, expected.get(file.name))
+            # Without the inode: FUSE file systems make those up, and the engine looks for changes itself.
+            native.FileSpec(file.name, file.size_bytes, file.mtime_ns, expected=expected.get(file.name))
             for file in part.files
         ]
         copied = native.copy_files(
@@ -90,11 +96,17 @@ def stage_part(
         digests, written, reused = dict(copied.digests), copied.bytes_copied, copied.bytes_reused
         strategies = copied.strategies
         if way.how == "era-a":
-            from ckptstore.frameworks.areal import convert
+            from ckptstore.frameworks.areal import adamw, convert
 
-            digests |= convert.era_a_optimizer(part.path, target, part.files, world_size=world_size(options))
+            digests |= convert.era_a_optimizer(
+                part.path,
+                target,
+                part.files,
+                world_size=world_size(options),
+                settings=adamw.from_config(options.config, part.name),
+            )
     again = read_part(source, part.name, folder_of(source, part), source.tree(max_depth=5))
-    if again.files != part.files:
+    if [file._replace(inode=0) for file in again.files] != [file._replace(inode=0) for file in part.files]:
         raise SourceChangedError(f"{part.path} was written while it was copied", path=part.path)
     return Staged(_describe(plan, part, target, digests, chunk_bytes), written, reused, strategies)
 
@@ -197,7 +209,7 @@ def _describe(plan: Plan, part: Part, target: str, digests: Mapping[str, native.
         epoch=checkpoint.epoch,
         epoch_step=checkpoint.epoch_step,
         part=part.name,
-        origin="setup",
+        origin="setup" if plan.transfers[part.name].how == "copy" else "convert",
         files=tuple(entries),
         chunk_bytes=chunk_bytes,
         source=os.path.relpath(part.path, run) if part.path.startswith(f"{run}/") else part.path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ckptstore import native, recovery
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.choose import ResumePoint, Selection, resume_point
-from ckptstore.errors import AlreadyExistsError, IntegrityError, NotFoundError, from_os_error
+from ckptstore.errors import AlreadyExistsError, CommitUncertain, IntegrityError, NotFoundError, from_os_error
 from ckptstore.listing import Listing, find_manifest, folder_of, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level
@@ -96,10 +97,14 @@ class CheckpointStore:
         checkpoint = self.get(step)
         if not checkpoint.status.usable:
             raise IntegrityError(f"step {step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}")
-        draft = f"{target}.ckptstore-{os.getpid()}"
+        draft = f"{target}.ckptstore-{secrets.token_hex(8)}"
         results = {}
         try:
-            os.makedirs(draft, mode=0o700)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.mkdir(draft, 0o700)
+        except OSError as error:
+            raise from_os_error(error, doing="creating", path=draft) from error
+        try:
             for part in checkpoint.parts:
                 folder = os.path.join(draft, part.name)
                 os.mkdir(folder, 0o700)
@@ -110,12 +115,18 @@ class CheckpointStore:
                     native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode, expected.get(file.name))
                     for file in part.files
                 ]
-                results[part.name] = native.copy_files(part.path, folder, specs, progress=progress)
+                chunk_bytes = recorded.chunk_bytes if recorded and valid else native.CHUNK_BYTES
+                results[part.name] = native.copy_files(
+                    part.path, folder, specs, options=native.CopyOptions(chunk_bytes=chunk_bytes), progress=progress
+                )
             side_folders.sync_folder(draft)
-            native.rename_noreplace(draft, target)
-            side_folders.sync_folder(os.path.dirname(target))
+            side_folders.rename_in(draft, target)
         except OSError as error:
             raise from_os_error(error, doing="restoring to", path=target) from error
         finally:
             side_folders.remove_tree(draft)
+        try:
+            side_folders.sync_folder(os.path.dirname(target))
+        except OSError as error:
+            raise CommitUncertain(f"{target} is there, whole, and the disk has not confirmed it: {error.strerror}") from error
         return results

@@ -17,9 +17,9 @@ from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError, NotFoundError, SourceChangedError
 from ckptstore.formats import check_structure
-from ckptstore.listing import backend_for, find_manifest, folder_of, reader
+from ckptstore.listing import backend_for, find_manifest, folder_of, read_manifest, reader
 from ckptstore.manifest import Manifest
-from ckptstore.model import Checkpoint, Finding, Level, Part, Status, worst
+from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
 
 UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
 
@@ -69,6 +69,7 @@ def verify(
     for part in checkpoint.parts:
         manifest = find_manifest(backend, folder_of(backend, part))
         if level is not Level.QUICK:
+            part = _check_manifest(backend, checkpoint, part, manifest)
             part = _worsen(part, check_part_structure(backend, part))
         if level is Level.FULL:
             part = check_digests(part, manifest, progress=progress)
@@ -124,12 +125,21 @@ def check_digests(part: Part, manifest: Manifest | None, *, progress: native.Pro
         if file.kind == "file"
     ]
     chunk_bytes = manifest.chunk_bytes if manifest else native.CHUNK_BYTES
-    results = native.digest_files(part.path, specs, chunk_bytes=chunk_bytes, progress=progress)
+    try:
+        results = native.digest_files(part.path, specs, chunk_bytes=chunk_bytes, progress=progress)
+    except CkptStoreError as error:
+        return _worsen(part, [Finding("", f"cannot be read: {error}", Status.PARTIAL)])
     findings = [
         _finding(name, result)
         for name, result in results.items()
         if isinstance(result, CkptStoreError) and not (void and isinstance(result, DigestMismatchError))
     ]
+    if not void:  # the chunks say that the file is right: then it is the manifest that is wrong
+        findings += [
+            Finding(name, "its whole-file digest in the manifest is not that of its chunks", Status.CORRUPT)
+            for name, result in results.items()
+            if not isinstance(result, CkptStoreError) and name in expected and result.crc != expected[name].crc
+        ]
     notes = part.notes
     if manifest is None:
         notes = (*notes, UNSEALED)
@@ -142,6 +152,24 @@ def check_digests(part: Part, manifest: Manifest | None, *, progress: native.Pro
         else:
             notes = (*notes, UNSEALED)
     return _worsen(dataclasses.replace(part, notes=notes), findings)
+
+
+def _check_manifest(backend: Backend, checkpoint: Checkpoint, part: Part, manifest: Manifest | None) -> Part:
+    """`list` believes a manifest by its inventory; here all of it is read, and it must be this checkpoint's."""
+    if part.status is not Status.COMMITTED:
+        return part
+    if manifest is None:
+        try:
+            read_manifest(backend, folder_of(backend, part))
+            why = "it was just being written"
+        except CkptStoreError as error:
+            why = str(error)
+        notes = (*part.notes, f"its manifest does not count: {why}")
+        return dataclasses.replace(part, status=Status.COMPLETE, notes=notes)
+    if checkpoint.kind == "export" and manifest.step != checkpoint.step >= 0:
+        problem = f"is step {manifest.step}'s, and the folder's name says {checkpoint.step}: one of them is wrong"
+        return _worsen(part, [Finding(MANIFEST_NAME, problem, Status.CORRUPT)])
+    return part
 
 
 def _finding(name: str, error: CkptStoreError) -> Finding:

@@ -15,9 +15,11 @@ namespace {
 
 constexpr std::uint64_t kDefaultBlockBytes = 2 << 20;
 constexpr std::uint64_t kSmallFileBytes = 1 << 20;  // up to here O_DIRECT costs more than it saves
-constexpr std::size_t kFilesWorthASystemSync = 32;  // from here one syncfs is cheaper than a sync each
-// Files are synced together at the end, or when so many wait: every sync empties the disk's own cache, which stalls the
-// writes of the next file. Few enough for a process that is short of descriptors.
+constexpr std::size_t kFilesWorthASystemSync =
+    32;  // from here one syncfs is cheaper than a sync each
+// Files are synced together at the end, or when so many wait: every sync empties the disk's own
+// cache, which stalls the writes of the next file. Few enough for a process that is short of
+// descriptors.
 constexpr std::size_t kMostUnsyncedFiles = 64;
 
 /// One file being copied by several workers.
@@ -62,7 +64,8 @@ class Copier {
       total_bytes_ += files[i].bytes;
       small += files[i].bytes <= kSmallFileBytes;
       const std::string& name = files[i].name;
-      for (auto slash = name.find('/'); slash != std::string::npos; slash = name.find('/', slash + 1)) {
+      for (auto slash = name.find('/'); slash != std::string::npos;
+           slash = name.find('/', slash + 1)) {
         folders_.insert(name.substr(0, slash));
       }
     }
@@ -138,9 +141,9 @@ class Copier {
     task.begun = true;
     const DigestSpec& spec = files_[chunk.file];
     const bool small = spec.bytes <= kSmallFileBytes;
-    const bool direct_write =
-        options_.strategy == Strategy::kDirect || options_.strategy == Strategy::kWarm ||
-        (options_.strategy != Strategy::kBuffered && !small);
+    const bool direct_write = options_.strategy == Strategy::kDirect ||
+                              options_.strategy == Strategy::kWarm ||
+                              (options_.strategy != Strategy::kBuffered && !small);
     task.source.open(source_, spec, read_mode());
     task.destination.open(destination_, spec.name,
                           direct_write ? WriteMode::kDirect : WriteMode::kBuffered,
@@ -157,10 +160,13 @@ class Copier {
 
   ReadMode read_mode() const {
     switch (options_.strategy) {
-      case Strategy::kDirect: return ReadMode::kDirect;
+      case Strategy::kDirect:
+        return ReadMode::kDirect;
       case Strategy::kWarm:
-      case Strategy::kBuffered: return ReadMode::kCached;
-      default: return ReadMode::kAuto;
+      case Strategy::kBuffered:
+        return ReadMode::kCached;
+      default:
+        return ReadMode::kAuto;
     }
   }
 
@@ -221,7 +227,8 @@ class Copier {
            std::memcmp(bench.other->data(), bench.block.data(), bytes) == 0;
   }
 
-  /// Keeps the dirty pages of a buffered copy few: sends this range off and waits for the one before.
+  /// Keeps the dirty pages of a buffered copy few: sends this range off and waits for the one
+  /// before.
   void write_behind(Task& task, const Chunk& chunk, Bench& bench) {
     task.destination.write_back(chunk.offset, chunk.bytes, false);
     if (bench.behind_bytes != 0 && bench.behind_file == chunk.file) {

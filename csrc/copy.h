@@ -1,4 +1,5 @@
-// Copies files below one folder to another: one read, the digest on the way, one write, durable at the end.
+// Copies files below one folder to another: one read, the digest on the way, one write, durable at
+// the end.
 #pragma once
 
 #include <array>
@@ -21,14 +22,16 @@ enum class Strategy : unsigned char {
 inline constexpr std::size_t kStrategies = 4;
 
 struct CopyOptions {
-  unsigned threads = 0;           ///< 0: chosen here
-  std::uint64_t block_bytes = 0;  ///< of one write; 0: chosen here
-  std::uint64_t chunk_bytes = 0;  ///< a multiple of kAlignmentBytes
-  Strategy strategy = Strategy::kAuto;  ///< tried first; what the file system refuses falls back, as the result tells
+  unsigned threads = 0;                 ///< 0: chosen here
+  std::uint64_t block_bytes = 0;        ///< of one write; 0: chosen here
+  std::uint64_t chunk_bytes = 0;        ///< a multiple of kAlignmentBytes
+  Strategy strategy = Strategy::kAuto;  ///< tried first; what the file system refuses falls back,
+                                        ///< as the result tells
   bool durable = true;                  ///< everything on the disk before the return
-  bool verify_after_write = false;      ///< read everything again, from the disk (makes it durable first)
-  int nice = 0;                         ///< 0 to 19, for the worker threads alone
-  bool resume = false;                  ///< destination files may be there; what is right in them is kept
+  bool verify_after_write =
+      false;            ///< read everything again, from the disk (makes it durable first)
+  int nice = 0;         ///< 0 to 19, for the worker threads alone
+  bool resume = false;  ///< destination files may be there; what is right in them is kept
 };
 
 struct CopyResult {
@@ -38,9 +41,10 @@ struct CopyResult {
   std::array<std::uint64_t, kStrategies> bytes_by_strategy{};
 };
 
-/// Copies each of `files` from below `source` to below `destination`, both of which must be folders. Names must be
-/// relative and without . or .. components, and unique. Files are made 0600, folders 0700, times of change are kept.
-/// Throws the first error of error.h, std::bad_alloc, or what `progress` threw; what was written then stays.
+/// Copies each of `files` from below `source` to below `destination`, both of which must be
+/// folders. Names must be relative and without . or .. components, and unique. Files are made 0600,
+/// folders 0700, times of change are kept. Throws the first error of error.h, std::bad_alloc, or
+/// what `progress` threw; what was written then stays.
 CopyResult copy_files(const std::string& source, const std::string& destination,
                       const std::vector<DigestSpec>& files, const CopyOptions& options,
                       const Progress& progress);

@@ -14,7 +14,8 @@
 namespace ckptstore {
 namespace {
 
-// --- Arithmetic modulo the polynomial. Bit i of a word is the coefficient of x^(63 - i). --------------------------
+// --- Arithmetic modulo the polynomial. Bit i of a word is the coefficient of x^(63 - i).
+// --------------------------
 
 constexpr std::uint64_t kPolynomial = 0xAD93D23594C93659;  // without its x^64
 constexpr std::uint64_t kOne = std::uint64_t{1} << 63;     // the polynomial 1
@@ -54,7 +55,8 @@ constexpr std::uint64_t power_of_x(std::uint64_t exponent) {
   return result;
 }
 
-// --- Portable: eight tables, eight bytes a step, four places at once ----------------------------------------------
+// --- Portable: eight tables, eight bytes a step, four places at once
+// ----------------------------------------------
 
 constexpr std::size_t kTables = 8;
 
@@ -83,7 +85,8 @@ inline std::uint64_t little_endian(const unsigned char* from) {
   return word;
 }
 
-/// The register after eight more bytes, which were added to it. The sums are a tree: a chain would wait for each look-up.
+/// The register after eight more bytes, which were added to it. The sums are a tree: a chain would
+/// wait for each look-up.
 inline std::uint64_t eight_bytes_on(std::uint64_t word) {
   const auto at = [word](std::size_t i) {
     return kTable.entry[kTables - 1 - i][word >> (8 * i) & 0xFF];
@@ -102,7 +105,8 @@ std::uint64_t update_by_table(std::uint64_t state, const unsigned char* cursor, 
   return state;
 }
 
-/// The register, moved on by `bytes` zero bytes. The bits of the length are taken one by one: no exponent overflows.
+/// The register, moved on by `bytes` zero bytes. The bits of the length are taken one by one: no
+/// exponent overflows.
 std::uint64_t zeros_on(std::uint64_t state, std::uint64_t bytes) {
   for (std::size_t k = 3; bytes != 0; ++k, bytes >>= 1) {
     if (bytes & 1) state = multiply(kPowers.value[k], state);
@@ -133,10 +137,12 @@ std::uint64_t portable(std::uint64_t value, const void* data, std::size_t bytes)
   return ~update_by_table(state, cursor, bytes);
 }
 
-// --- Folding by carry-less multiplication -------------------------------------------------------------------------
+// --- Folding by carry-less multiplication
+// -------------------------------------------------------------------------
 
-// Moving a block of 128 bits d bits on takes x^(d + 64) for its low (earlier) half and x^d for its high half. One x less
-// in each: a carry-less product of two reflected words comes out one bit low, that is, times x.
+// Moving a block of 128 bits d bits on takes x^(d + 64) for its low (earlier) half and x^d for its
+// high half. One x less in each: a carry-less product of two reflected words comes out one bit low,
+// that is, times x.
 struct Multipliers {
   std::uint64_t low, high;
 };
@@ -146,12 +152,18 @@ constexpr Multipliers kMultipliers{power_of_x(8 * kDistanceBytes + 63),
 
 constexpr Multipliers multipliers_for(std::size_t distance_bytes) {
   switch (distance_bytes) {  // a vector, and eight vectors, of each width
-    case 16: return kMultipliers<16>;
-    case 32: return kMultipliers<32>;
-    case 64: return kMultipliers<64>;
-    case 128: return kMultipliers<128>;
-    case 256: return kMultipliers<256>;
-    default: return kMultipliers<512>;
+    case 16:
+      return kMultipliers<16>;
+    case 32:
+      return kMultipliers<32>;
+    case 64:
+      return kMultipliers<64>;
+    case 128:
+      return kMultipliers<128>;
+    case 256:
+      return kMultipliers<256>;
+    default:
+      return kMultipliers<512>;
   }
 }
 
@@ -165,8 +177,12 @@ inline constexpr std::size_t kVectorBytes = 16;
 inline Vector load(const unsigned char* from) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
 }
-inline void store(unsigned char* to, Vector v) { _mm_store_si128(reinterpret_cast<__m128i*>(to), v); }
-inline Vector zero_extend(std::uint64_t word) { return _mm_cvtsi64_si128(static_cast<long long>(word)); }
+inline void store(unsigned char* to, Vector v) {
+  _mm_store_si128(reinterpret_cast<__m128i*>(to), v);
+}
+inline Vector zero_extend(std::uint64_t word) {
+  return _mm_cvtsi64_si128(static_cast<long long>(word));
+}
 inline Vector exclusive_or(Vector a, Vector b) { return _mm_xor_si128(a, b); }
 inline Vector multipliers(std::size_t distance_bytes) {
   const Multipliers m = multipliers_for(distance_bytes);
@@ -269,7 +285,8 @@ inline Vector fold(Vector a, Vector m, Vector b) {
 std::vector<Crc64Implementation> usable_implementations() {
   std::vector<Crc64Implementation> usable;
 #if defined(__x86_64__)
-  // These builtins ask cpuid and, for the wide registers, XGETBV: the operating system must save them too.
+  // These builtins ask cpuid and, for the wide registers, XGETBV: the operating system must save
+  // them too.
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("vpclmulqdq") != 0;
   if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) {

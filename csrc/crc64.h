@@ -1,5 +1,5 @@
-// CRC-64/NVME: the digest of record. Reflected, polynomial 0xAD93D23594C93659, all ones in, all ones out.
-// Everything here is thread-safe and allocates nothing, except usable_implementations().
+// CRC-64/NVME: the digest of record. Reflected, polynomial 0xAD93D23594C93659, all ones in, all
+// ones out. Everything here is thread-safe and allocates nothing, except usable_implementations().
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,8 @@
 
 namespace ckptstore {
 
-/// The CRC of `bytes` bytes at `data` that follow bytes whose CRC is `value` (0: none). `data` needs no alignment.
+/// The CRC of `bytes` bytes at `data` that follow bytes whose CRC is `value` (0: none). `data`
+/// needs no alignment.
 using Crc64Function = std::uint64_t (*)(std::uint64_t value, const void* data, std::size_t bytes);
 
 struct Crc64Implementation {
@@ -17,7 +18,8 @@ struct Crc64Implementation {
   Crc64Function function;
 };
 
-/// Those that this processor and this operating system can run, fastest first; the last one runs everywhere.
+/// Those that this processor and this operating system can run, fastest first; the last one runs
+/// everywhere.
 std::vector<Crc64Implementation> usable_implementations();
 
 /// The CRC by the fastest usable implementation.

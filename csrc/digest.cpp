@@ -11,7 +11,7 @@ namespace ckptstore {
 namespace {
 
 constexpr std::uint64_t kPieceBytes = 128 << 10;  // with its source fits the second-level cache
-constexpr std::uint64_t kDefaultBlockBytes = 1 << 20;   // of one read past the page cache
+constexpr std::uint64_t kDefaultBlockBytes = 1 << 20;  // of one read past the page cache
 
 /// One file being digested by several workers.
 struct Task {
@@ -19,7 +19,8 @@ struct Task {
   bool opened = false;
   Source source;
   std::exception_ptr error;
-  std::atomic<std::size_t> first_bad{std::numeric_limits<std::size_t>::max()};  // chunk, or 0 on an error
+  std::atomic<std::size_t> first_bad{
+      std::numeric_limits<std::size_t>::max()};  // chunk, or 0 on an error
   std::atomic<std::size_t> chunks_left{0};
 };
 
@@ -104,8 +105,10 @@ class Digester {
     if (chunk.bytes == 0) return;
     const bool direct = task.source.prefers_direct(chunk.offset, chunk.bytes);
     std::uint64_t crc = 0;
-    // From the page cache, one small piece of memory is used over and over: it stays in the processor's cache.
-    const std::uint64_t step = direct ? buffer.size() : std::min<std::uint64_t>(kPieceBytes, buffer.size());
+    // From the page cache, one small piece of memory is used over and over: it stays in the
+    // processor's cache.
+    const std::uint64_t step =
+        direct ? buffer.size() : std::min<std::uint64_t>(kPieceBytes, buffer.size());
     for (std::uint64_t at = 0; at < chunk.bytes; at += step) {
       if (cancelled_) throw Cancelled();
       const std::uint64_t bytes = std::min(step, chunk.bytes - at);
@@ -126,8 +129,8 @@ class Digester {
     if (task.error) {
       outcome.error = task.error;
     } else if (task.first_bad != std::numeric_limits<std::size_t>::max()) {
-      outcome.error = std::make_exception_ptr(ChunkMismatch(
-          files_[i].name, task.first_bad * options_.chunk_bytes, options_.read_back));
+      outcome.error = std::make_exception_ptr(
+          ChunkMismatch(files_[i].name, task.first_bad * options_.chunk_bytes, options_.read_back));
     } else {
       outcome.digest.crc =
           combine_chunks(outcome.digest.chunks, files_[i].bytes, options_.chunk_bytes);

@@ -15,11 +15,13 @@
 namespace ckptstore {
 
 struct FileDigest {
-  std::uint64_t crc = 0;              ///< of the whole file; 0 for an empty one
-  std::vector<std::uint64_t> chunks;  ///< of each chunk in order, the last maybe short; none for an empty file
+  std::uint64_t crc = 0;  ///< of the whole file; 0 for an empty one
+  std::vector<std::uint64_t>
+      chunks;  ///< of each chunk in order, the last maybe short; none for an empty file
 };
 
-/// Called in the calling thread about ten times a second with the bytes done and those to do. What it throws cancels.
+/// Called in the calling thread about ten times a second with the bytes done and those to do. What
+/// it throws cancels.
 using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 
 /// A file to digest, and optionally the chunk CRCs that it should have.
@@ -53,27 +55,29 @@ class ChunkQueue {
 std::uint64_t combine_chunks(const std::vector<std::uint64_t>& chunks, std::uint64_t bytes,
                              std::uint64_t chunk_bytes);
 
-/// Reads `bytes` at `offset` into `to` and extends `crc` over them, piece by piece, so that each is digested while it is
-/// still in the processor's cache. The conditions are those of Source::read.
+/// Reads `bytes` at `offset` into `to` and extends `crc` over them, piece by piece, so that each is
+/// digested while it is still in the processor's cache. The conditions are those of Source::read.
 bool read_and_digest(Source& source, std::byte* to, std::size_t bytes, std::uint64_t offset,
                      bool direct, std::uint64_t& crc);
 
 struct DigestOptions {
-  unsigned threads = 0;            ///< 0: chosen here
-  std::uint64_t block_bytes = 0;   ///< 0: chosen here
-  std::uint64_t chunk_bytes = 0;   ///< > 0
+  unsigned threads = 0;           ///< 0: chosen here
+  std::uint64_t block_bytes = 0;  ///< 0: chosen here
+  std::uint64_t chunk_bytes = 0;  ///< > 0
   ReadMode mode = ReadMode::kAuto;
   int nice = 0;
-  bool read_back = false;          ///< these are files that we wrote: says so in a mismatch
+  bool read_back = false;  ///< these are files that we wrote: says so in a mismatch
 };
 
 /// What became of one file: its digest, or why there is none.
 struct DigestOutcome {
   FileDigest digest;
-  std::exception_ptr error;  ///< IoError, Refused, SourceChanged or ChunkMismatch (of the first bad chunk)
+  std::exception_ptr
+      error;  ///< IoError, Refused, SourceChanged or ChunkMismatch (of the first bad chunk)
 };
 
-/// Digests every file; what fails for one does not stop the others. Throws only what is not about one file.
+/// Digests every file; what fails for one does not stop the others. Throws only what is not about
+/// one file.
 std::vector<DigestOutcome> digest_files(const Root& root, const std::vector<DigestSpec>& files,
                                         const DigestOptions& options, const Progress& progress);
 

@@ -39,7 +39,8 @@ std::string size_difference(std::uint64_t now, std::uint64_t planned) {
 
 }  // namespace
 
-// --- Source --------------------------------------------------------------------------------------------------------
+// --- Source
+// --------------------------------------------------------------------------------------------------------
 
 void Source::open(const Root& root, const FileSpec& spec, ReadMode mode) {
   root_ = &root;
@@ -101,7 +102,8 @@ void Source::close() noexcept {
   direct_.reset();
 }
 
-// --- Destination ---------------------------------------------------------------------------------------------------
+// --- Destination
+// ---------------------------------------------------------------------------------------------------
 
 void Destination::open(const Root& root, const std::string& name, WriteMode mode, bool reuse) {
   root_ = &root;

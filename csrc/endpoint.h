@@ -1,5 +1,5 @@
-// The two ends of a copy: one file that is read, one that is written. Both choose by themselves between the page cache
-// and O_DIRECT, and fall back where the file system refuses it.
+// The two ends of a copy: one file that is read, one that is written. Both choose by themselves
+// between the page cache and O_DIRECT, and fall back where the file system refuses it.
 #pragma once
 
 #include <atomic>
@@ -22,10 +22,10 @@ struct Root {
 
 /// One file to read, and what the caller knows of it.
 struct FileSpec {
-  std::string name;            ///< below the root; neither absolute nor with . or .. in it
-  std::uint64_t bytes = 0;     ///< its size
-  std::int64_t mtime_ns = 0;   ///< 0: not known
-  std::uint64_t inode = 0;     ///< 0: not known
+  std::string name;           ///< below the root; neither absolute nor with . or .. in it
+  std::uint64_t bytes = 0;    ///< its size
+  std::int64_t mtime_ns = 0;  ///< 0: not known
+  std::uint64_t inode = 0;    ///< 0: not known
 };
 
 enum class ReadMode {
@@ -38,13 +38,13 @@ enum class ReadMode {
 class Source {
  public:
   Source() = default;
-  /// Throws Refused for anything but a regular file, SourceChanged where it is not the file of `spec`. `root` and `spec`
-  /// must outlive this.
+  /// Throws Refused for anything but a regular file, SourceChanged where it is not the file of
+  /// `spec`. `root` and `spec` must outlive this.
   void open(const Root& root, const FileSpec& spec, ReadMode mode);
 
-  /// Reads exactly `bytes` at `offset` (a multiple of kAlignmentBytes) into `to` (aligned, with room for
-  /// round_up(bytes)). `direct`: past the page cache where possible; returns whether it was. Throws SourceChanged at an
-  /// early end.
+  /// Reads exactly `bytes` at `offset` (a multiple of kAlignmentBytes) into `to` (aligned, with
+  /// room for round_up(bytes)). `direct`: past the page cache where possible; returns whether it
+  /// was. Throws SourceChanged at an early end.
   bool read(std::byte* to, std::size_t bytes, std::uint64_t offset, bool direct);
 
   /// Whether reading this range past the page cache is the better way.
@@ -63,25 +63,28 @@ class Source {
   const Root* root_ = nullptr;
   const FileSpec* spec_ = nullptr;
   ReadMode mode_ = ReadMode::kAuto;
-  struct stat before_ {};
+  struct stat before_{};
   UniqueFd cached_;
-  UniqueFd direct_;                     // none: refused, or not wanted
+  UniqueFd direct_;  // none: refused, or not wanted
   std::atomic<bool> direct_works_{false};
 };
 
 enum class WriteMode { kBuffered, kDirect };
 
-/// A regular file open for writing. write(), read() and write_back are thread-safe; the rest is not.
+/// A regular file open for writing. write(), read() and write_back are thread-safe; the rest is
+/// not.
 class Destination {
  public:
   Destination() = default;
-  /// Creates the file, which must not be there unless `reuse`; 0600. `root` and `name` must outlive this.
+  /// Creates the file, which must not be there unless `reuse`; 0600. `root` and `name` must outlive
+  /// this.
   void open(const Root& root, const std::string& name, WriteMode mode, bool reuse);
 
   /// Takes over all blocks of `source`; false where the file systems cannot.
   bool clone_from(const Source& source);
 
-  /// Room for `bytes`, so that a full disk shows before the work is done and parallel writes don't fragment.
+  /// Room for `bytes`, so that a full disk shows before the work is done and parallel writes don't
+  /// fragment.
   void allocate(std::uint64_t bytes);
 
   /// How much an earlier attempt left; 0 for a new file.
@@ -90,11 +93,13 @@ class Destination {
   /// Reads what an earlier attempt left, from the disk. Returns how many bytes were there.
   std::size_t read(std::byte* to, std::size_t bytes, std::uint64_t offset);
 
-  /// Writes `bytes` at `offset` (a multiple of kAlignmentBytes). `from` is aligned, with room for round_up(bytes): what
-  /// lies behind `bytes` is overwritten. Returns whether all went past the page cache.
+  /// Writes `bytes` at `offset` (a multiple of kAlignmentBytes). `from` is aligned, with room for
+  /// round_up(bytes): what lies behind `bytes` is overwritten. Returns whether all went past the
+  /// page cache.
   bool write(std::byte* from, std::size_t bytes, std::uint64_t offset);
 
-  /// Sends a buffered range on its way to the disk; with `wait`, waits for it and lets go of its pages.
+  /// Sends a buffered range on its way to the disk; with `wait`, waits for it and lets go of its
+  /// pages.
   void write_back(std::uint64_t offset, std::uint64_t bytes, bool wait);
 
   /// Cuts the file to its size and sets its time.

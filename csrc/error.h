@@ -1,4 +1,5 @@
-// What a job can fail with. module.cpp turns each into a description that native.py maps to errors.py.
+// What a job can fail with. module.cpp turns each into a description that native.py maps to
+// errors.py.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,8 @@
 
 namespace ckptstore {
 
-/// A system call failed for good. EINTR and short transfers are dealt with in file.cpp and never get here.
+/// A system call failed for good. EINTR and short transfers are dealt with in file.cpp and never
+/// get here.
 struct IoError : std::exception {
   IoError(std::string operation_, std::string path_, int code_)
       : operation(std::move(operation_)), path(std::move(path_)), code(code_) {}
@@ -27,7 +29,7 @@ struct ChunkMismatch : std::exception {
 
   std::string name;      ///< relative to the root
   std::uint64_t offset;  ///< first byte of the chunk
-  bool read_back;        ///< true: the destination, read again after it was written; false: the source
+  bool read_back;  ///< true: the destination, read again after it was written; false: the source
 };
 
 /// The source is not, or no longer, the file that was planned.

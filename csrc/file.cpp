@@ -25,14 +25,15 @@
 namespace ckptstore {
 namespace {
 
-// --- The seam: every system call that can fail a job, once ---------------------------------------------------------
-// Names are resolved by the dynamic linker, so that tests/native/faults.c can stand in front of each of them.
+// --- The seam: every system call that can fail a job, once
+// --------------------------------------------------------- Names are resolved by the dynamic
+// linker, so that tests/native/faults.c can stand in front of each of them.
 
 int call_openat(int root, const char* path, int flags, mode_t mode) {
   return ::openat64(root, path, flags, mode);
 }
 int call_openat2(int root, const char* path, int flags, mode_t mode) {
-  struct open_how how {};
+  struct open_how how{};
   how.flags = static_cast<std::uint64_t>(flags);
   how.mode = mode;
   how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS;
@@ -94,8 +95,7 @@ UniqueFd walk_beneath(int root, const std::string& relative, int flags, mode_t m
       errno = EXDEV;
       return UniqueFd();
     }
-    const int wanted =
-        last ? flags : O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+    const int wanted = last ? flags : O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
     const int from = folder ? folder.get() : root;
     UniqueFd next(retry_interrupted(
         [&] { return kSystem.openat(from, component.c_str(), wanted, last ? mode : 0); }));
@@ -109,7 +109,7 @@ UniqueFd walk_beneath(int root, const std::string& relative, int flags, mode_t m
 bool has_link(int root, const std::string& relative) {
   for (std::size_t end = 0; end != std::string::npos;) {
     end = relative.find('/', end + 1);
-    struct stat status {};
+    struct stat status{};
     if (::fstatat(root, relative.substr(0, end).c_str(), &status, AT_SYMLINK_NOFOLLOW) < 0) {
       return false;
     }
@@ -157,10 +157,10 @@ UniqueFd open_beneath(int root, const std::string& relative, int flags, mode_t m
   UniqueFd fd;
   bool walk = !openat2_works.load(std::memory_order_relaxed);
   if (!walk) {
-    fd = UniqueFd(retry_interrupted(
-        [&] { return kSystem.openat2(root, relative.c_str(), flags, mode); }));
-    // ENOSYS: an old kernel. EPERM: a container's seccomp filter, or truly forbidden; the walk will tell.
-    // EAGAIN: a rename elsewhere raced with the look-up; the walk does not mind.
+    fd = UniqueFd(
+        retry_interrupted([&] { return kSystem.openat2(root, relative.c_str(), flags, mode); }));
+    // ENOSYS: an old kernel. EPERM: a container's seccomp filter, or truly forbidden; the walk will
+    // tell. EAGAIN: a rename elsewhere raced with the look-up; the walk does not mind.
     if (!fd && errno == ENOSYS) openat2_works = false;
     walk = !fd && (errno == ENOSYS || errno == EPERM || errno == EAGAIN);
   }
@@ -176,7 +176,7 @@ UniqueFd open_beneath(int root, const std::string& relative, int flags, mode_t m
 }
 
 struct stat status_of(int fd, const std::string& path) {
-  struct stat status {};
+  struct stat status{};
   check(kSystem.fstat(fd, &status), "stat", path);
   return status;
 }
@@ -200,11 +200,11 @@ std::size_t read_at(int fd, void* to, std::size_t bytes, std::uint64_t offset,
   auto* cursor = static_cast<char*>(to);
   std::size_t done = 0;
   while (done < bytes) {
-    const ssize_t got = check(retry_interrupted([&] {
-                                return kSystem.pread(fd, cursor + done, bytes - done,
-                                                     signed_offset(offset + done));
-                              }),
-                              "read", path);
+    const ssize_t got =
+        check(retry_interrupted([&] {
+                return kSystem.pread(fd, cursor + done, bytes - done, signed_offset(offset + done));
+              }),
+              "read", path);
     if (got == 0) break;
     done += static_cast<std::size_t>(got);
   }
@@ -296,14 +296,16 @@ void sync_file_system(int fd, const std::string& path) {
 }
 
 bool sync_file_system_is_durable(int fd) {
-  struct statfs system {};
+  struct statfs system{};
   if (::fstatfs(fd, &system) < 0) return false;
-  constexpr unsigned long kExt = 0xEF53, kXfs = 0x58465342, kBtrfs = 0x9123683E, kTmpfs = 0x01021994;
+  constexpr unsigned long kExt = 0xEF53, kXfs = 0x58465342, kBtrfs = 0x9123683E,
+                          kTmpfs = 0x01021994;
   const auto type = static_cast<unsigned long>(system.f_type);
   if (type != kExt && type != kXfs && type != kBtrfs && type != kTmpfs) return false;
-  struct utsname kernel {};
+  struct utsname kernel{};
   int major = 0, minor = 0;
-  if (::uname(&kernel) < 0 || std::sscanf(kernel.release, "%d.%d", &major, &minor) != 2) return false;
+  if (::uname(&kernel) < 0 || std::sscanf(kernel.release, "%d.%d", &major, &minor) != 2)
+    return false;
   return major > 5 || (major == 5 && minor >= 8);
 }
 
@@ -343,9 +345,7 @@ bool is_cached(int fd, std::uint64_t offset, std::uint64_t bytes) noexcept {
   constexpr int kProbes = 4;
   for (int i = 0; i < kProbes; ++i) {
     char byte;
-    struct iovec vector {
-      &byte, 1
-    };
+    struct iovec vector{&byte, 1};
     const std::uint64_t at = offset + (bytes - 1) / kProbes * static_cast<std::uint64_t>(i);
     hits += kSystem.preadv2(fd, &vector, 1, signed_offset(at), RWF_NOWAIT) == 1;
   }
@@ -382,8 +382,8 @@ bool supports_direct(const std::string& folder) {
   UniqueFd plain(check(kSystem.openat(root.get(), name.c_str(), flags, 0600), "make", folder));
   bool works = false;
   {
-    UniqueFd direct(kSystem.openat(root.get(), name.c_str(),
-                                   O_RDWR | O_DIRECT | O_NOFOLLOW | O_CLOEXEC, 0));
+    UniqueFd direct(
+        kSystem.openat(root.get(), name.c_str(), O_RDWR | O_DIRECT | O_NOFOLLOW | O_CLOEXEC, 0));
     std::unique_ptr<void, decltype(&std::free)> block(
         std::aligned_alloc(kAlignmentBytes, kAlignmentBytes), std::free);
     if (direct && block) {

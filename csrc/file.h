@@ -1,5 +1,6 @@
-// Files by descriptor: everything the engine asks of the kernel. EINTR and short transfers are handled in file.cpp and
-// nowhere else. Every function that can fail throws IoError with the operation, the path given, and errno.
+// Files by descriptor: everything the engine asks of the kernel. EINTR and short transfers are
+// handled in file.cpp and nowhere else. Every function that can fail throws IoError with the
+// operation, the path given, and errno.
 #pragma once
 
 #include <sys/stat.h>
@@ -11,7 +12,8 @@
 
 namespace ckptstore {
 
-/// What O_DIRECT asks of offsets, lengths and memory: a multiple of every sector and page size in use.
+/// What O_DIRECT asks of offsets, lengths and memory: a multiple of every sector and page size in
+/// use.
 inline constexpr std::size_t kAlignmentBytes = 4096;
 
 inline constexpr std::uint64_t round_up(std::uint64_t bytes) {
@@ -42,22 +44,26 @@ class UniqueFd {
 /// Opens a folder by any path, links followed: for the roots that a caller names.
 UniqueFd open_folder(const std::string& path);
 
-/// Opens `relative` below the folder `root`, following no link anywhere and never leaving it. O_CLOEXEC is added.
-/// Throws Refused where a component is a link. `shown` is the path for messages.
+/// Opens `relative` below the folder `root`, following no link anywhere and never leaving it.
+/// O_CLOEXEC is added. Throws Refused where a component is a link. `shown` is the path for
+/// messages.
 UniqueFd open_beneath(int root, const std::string& relative, int flags, mode_t mode,
                       const std::string& shown);
 
 struct stat status_of(int fd, const std::string& path);
 
-/// Makes the folder `relative` below `root`, 0700; one that is there already is fine. Its parents must be there.
+/// Makes the folder `relative` below `root`, 0700; one that is there already is fine. Its parents
+/// must be there.
 void make_folder(int root, const std::string& relative, const std::string& shown);
 
-/// Reads until `bytes` or the end of the file; returns how many. Positioned: no descriptor's offset moves.
+/// Reads until `bytes` or the end of the file; returns how many. Positioned: no descriptor's offset
+/// moves.
 std::size_t read_at(int fd, void* to, std::size_t bytes, std::uint64_t offset,
                     const std::string& path);
 
-/// As read_at with a descriptor opened O_DIRECT: `to`, `bytes`, `offset` aligned. Returns what came before the end, the
-/// first misaligned short read or a refusal (EINVAL); sets `refused` in that last case.
+/// As read_at with a descriptor opened O_DIRECT: `to`, `bytes`, `offset` aligned. Returns what came
+/// before the end, the first misaligned short read or a refusal (EINVAL); sets `refused` in that
+/// last case.
 std::size_t read_direct(int fd, void* to, std::size_t bytes, std::uint64_t offset, bool& refused,
                         const std::string& path);
 
@@ -68,7 +74,8 @@ void write_at(int fd, const void* from, std::size_t bytes, std::uint64_t offset,
 std::size_t write_direct(int fd, const void* from, std::size_t bytes, std::uint64_t offset,
                          bool& refused, const std::string& path);
 
-/// Asks the file system for room, and sets the size; false where it cannot (the size is then set, sparse).
+/// Asks the file system for room, and sets the size; false where it cannot (the size is then set,
+/// sparse).
 bool allocate(int fd, std::uint64_t bytes, const std::string& path);
 void truncate(int fd, std::uint64_t bytes, const std::string& path);
 void set_mtime(int fd, const struct timespec& mtime, const std::string& path);
@@ -90,7 +97,8 @@ void write_back(int fd, std::uint64_t offset, std::uint64_t bytes, bool wait,
 void drop_cache(int fd, std::uint64_t offset, std::uint64_t bytes) noexcept;
 void expect_sequential(int fd) noexcept;
 
-/// Whether most of a range is in the page cache. `fd` must not be opened O_DIRECT. False where it cannot be known.
+/// Whether most of a range is in the page cache. `fd` must not be opened O_DIRECT. False where it
+/// cannot be known.
 bool is_cached(int fd, std::uint64_t offset, std::uint64_t bytes) noexcept;
 
 /// Shares all blocks of `source` with `destination` (FICLONE). False where the file systems cannot.

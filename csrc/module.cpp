@@ -1,6 +1,8 @@
-// The bindings of ckptstore._native, and nothing else. ckptstore/native.py is the only one that imports it.
+// The bindings of ckptstore._native, and nothing else. ckptstore/native.py is the only one that
+// imports it.
 //
-// Errors become NativeError(kind, what, path, number), which native.py turns into ckptstore.errors. Paths are bytes.
+// Errors become NativeError(kind, what, path, number), which native.py turns into ckptstore.errors.
+// Paths are bytes.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -44,7 +46,8 @@ void translate(std::exception_ptr error) {
   PyErr_SetObject(native_error, describe(error).ptr());
 }
 
-/// Wakes the interpreter from the waiting loop: signals first (Ctrl-C), then the caller's own function.
+/// Wakes the interpreter from the waiting loop: signals first (Ctrl-C), then the caller's own
+/// function.
 class Waker {
  public:
   explicit Waker(py::object progress) : progress_(std::move(progress)) {}
@@ -126,14 +129,15 @@ py::list digest_binding(const std::string& root, const py::iterable& files, unsi
 }
 
 py::object text(const std::string& name) {
-  PyObject* decoded = PyUnicode_DecodeUTF8(name.data(), static_cast<Py_ssize_t>(name.size()),
-                                           "surrogateescape");
+  PyObject* decoded =
+      PyUnicode_DecodeUTF8(name.data(), static_cast<Py_ssize_t>(name.size()), "surrogateescape");
   if (decoded == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(decoded);
 }
 
-/// An instance of `type`, a NamedTuple class, without the detour through its Python constructor. It is not tracked by
-/// the cycle collector: it holds text and numbers only, and there are hundreds of thousands.
+/// An instance of `type`, a NamedTuple class, without the detour through its Python constructor. It
+/// is not tracked by the cycle collector: it holds text and numbers only, and there are hundreds of
+/// thousands.
 py::object entry_to_python(PyTypeObject* type, const Entry& entry) {
   const auto made = py::reinterpret_steal<py::object>(type->tp_alloc(type, 6));
   if (!made) throw py::error_already_set();
@@ -210,8 +214,10 @@ std::uint64_t crc64_binding(const py::object& data, std::uint64_t value, const s
       if (implementation.name == name) function = implementation.function;
     }
   }
-  if (function == nullptr) throw py::value_error("no such implementation on this processor: " + name);
-  constexpr std::size_t kWorthReleasing = 4096;  // bytes; below it the lock costs more than the digest
+  if (function == nullptr)
+    throw py::value_error("no such implementation on this processor: " + name);
+  constexpr std::size_t kWorthReleasing =
+      4096;  // bytes; below it the lock costs more than the digest
   if (view.size() < kWorthReleasing) return function(value, view.data(), view.size());
   const py::gil_scoped_release released;
   return function(value, view.data(), view.size());

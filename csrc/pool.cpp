@@ -104,8 +104,8 @@ class Crew {
   const std::function<void()>& body_;
   std::mutex mutex_;
   std::condition_variable ended_;
-  unsigned running_ = 0;             // under mutex_
-  std::exception_ptr first_error_;   // under mutex_
+  unsigned running_ = 0;              // under mutex_
+  std::exception_ptr first_error_;    // under mutex_
   std::vector<std::thread> threads_;  // of the waiting thread alone
 };
 
@@ -130,8 +130,7 @@ void run_workers(unsigned threads, std::atomic<bool>& cancelled, const std::func
 
 unsigned default_threads() {
   cpu_set_t usable;
-  const int cores =
-      ::sched_getaffinity(0, sizeof usable, &usable) == 0 ? CPU_COUNT(&usable) : 4;
+  const int cores = ::sched_getaffinity(0, sizeof usable, &usable) == 0 ? CPU_COUNT(&usable) : 4;
   return static_cast<unsigned>(std::clamp(cores, 4, 32));
 }
 

@@ -8,15 +8,16 @@
 
 namespace ckptstore {
 
-/// Runs `body` on up to `threads` new threads at once (fewer where the system gives no more; none at all: in the calling
-/// thread) and waits for all. `tick` runs in the calling thread about every 100 ms meanwhile.
-/// The first exception of a body or of a tick sets `cancelled`, which bodies must look at; when all have ended it is
-/// thrown here. No exception leaves a thread. All signals are blocked in the workers.
+/// Runs `body` on up to `threads` new threads at once (fewer where the system gives no more; none
+/// at all: in the calling thread) and waits for all. `tick` runs in the calling thread about every
+/// 100 ms meanwhile. The first exception of a body or of a tick sets `cancelled`, which bodies must
+/// look at; when all have ended it is thrown here. No exception leaves a thread. All signals are
+/// blocked in the workers.
 void run_workers(unsigned threads, std::atomic<bool>& cancelled, const std::function<void()>& body,
                  const std::function<void()>& tick);
 
-/// How many threads to use where the caller does not say: enough requests in flight for a fast disk, and no more than
-/// the processors that this process may use, within bounds.
+/// How many threads to use where the caller does not say: enough requests in flight for a fast
+/// disk, and no more than the processors that this process may use, within bounds.
 unsigned default_threads();
 
 /// Memory fit for O_DIRECT. Throws std::bad_alloc.

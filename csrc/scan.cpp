@@ -26,7 +26,8 @@ struct Pending {
   int depth;
 };
 
-/// The folders still to be read. Workers take from it and add to it until none is left and none is at work.
+/// The folders still to be read. Workers take from it and add to it until none is left and none is
+/// at work.
 class Frontier {
  public:
   explicit Frontier(Pending root) { waiting_.push_back(std::move(root)); }
@@ -41,12 +42,17 @@ class Frontier {
     return true;
   }
 
-  void done(std::vector<Pending>& found) {
+  void add(std::vector<Pending>& found) {
+    if (found.empty()) return;
     const std::lock_guard lock(mutex_);
     for (auto& folder : found) waiting_.push_back(std::move(folder));
     found.clear();
-    --at_work_;
-    if (at_work_ == 0 || !waiting_.empty()) changed_.notify_all();
+    changed_.notify_all();
+  }
+
+  void done() {
+    const std::lock_guard lock(mutex_);
+    if (--at_work_ == 0) changed_.notify_all();
   }
 
   void end() {
@@ -89,7 +95,8 @@ class Scanner {
     try {
       while (frontier_.take(next)) {
         mine.push_back(read_folder(next, found));
-        frontier_.done(found);
+        frontier_.add(found);
+        frontier_.done();
       }
     } catch (...) {
       frontier_.end();
@@ -117,12 +124,13 @@ class Scanner {
       const ssize_t bytes = ::getdents64(fd.get(), listing, sizeof listing);
       if (bytes < 0) result.error = errno;
       if (bytes <= 0) break;
+      frontier_.add(found);  // of a large folder, so that the others need not wait for its end
       for (ssize_t at = 0; at < bytes;) {
         const auto* entry = reinterpret_cast<const struct dirent64*>(listing + at);
         at += entry->d_reclen;
         const char* name = entry->d_name;
         if (std::strcmp(name, ".") == 0 || std::strcmp(name, "..") == 0) continue;
-        struct stat status {};
+        struct stat status{};
         if (::fstatat(fd.get(), name, &status, AT_SYMLINK_NOFOLLOW) < 0) {
           if (errno != ENOENT) result.error = errno;
           continue;
@@ -132,8 +140,8 @@ class Scanner {
              std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec,
              status.st_ino, status.st_mode, status.st_uid});
         if (S_ISDIR(status.st_mode) && folder.depth < max_depth_) {
-          found.push_back(
-              {folder.path.empty() ? std::string(name) : folder.path + "/" + name, folder.depth + 1});
+          found.push_back({folder.path.empty() ? std::string(name) : folder.path + "/" + name,
+                           folder.depth + 1});
         }
       }
     }

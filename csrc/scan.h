@@ -26,8 +26,9 @@ struct Folder {
   std::vector<Entry> entries;  ///< in the order of the file system, without . and ..
 };
 
-/// Reads `root` and the folders below it, down to `max_depth` levels (0: the root alone), never through a link. Names that
-/// vanish meanwhile are left out. Throws IoError only for the root itself. The folders come in no order.
+/// Reads `root` and the folders below it, down to `max_depth` levels (0: the root alone), never
+/// through a link. Names that vanish meanwhile are left out. Throws IoError only for the root
+/// itself. The folders come in no order.
 std::vector<Folder> scan_tree(const std::string& root, int max_depth, unsigned threads,
                               const std::function<void()>& tick);
 

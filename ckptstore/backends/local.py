@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -48,6 +49,8 @@ class LocalBackend(Backend):
 
 def open_beneath(root: str, key: str) -> int:
     """A read-only descriptor of `root`/`key`, following no link below `root` (ELOOP). The caller closes it."""
+    if any(component in ("", ".", "..") for component in key.split("/")) or "\0" in key:
+        raise OSError(errno.ENOENT, "not a relative path of a file below the folder", key)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     *above, name = key.split("/")

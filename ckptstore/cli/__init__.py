@@ -27,8 +27,9 @@ After a crash:
 Run without arguments, it shows what `resume` would do, and changes nothing.
 
 \b
-Where the run is: -e EXPERIMENT -t TRIAL below --fileroot DIR ($CKPTSTORE_FILEROOT),
-or --config run.yaml (the trainer's own), or --run DIR.
+Where the run is, after the verb (nothing, where only one run fits):
+  -e EXPERIMENT -t TRIAL below --fileroot DIR or $CKPTSTORE_FILEROOT,
+  or --config run.yaml (the trainer's own), or --run DIR
 """
 
 EPILOG = "Exit codes: 0 fine, 1 failed, 2 usage, 3 damage found, 4 nothing to resume from, 130 interrupted."

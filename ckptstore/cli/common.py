@@ -66,7 +66,7 @@ class Verb(click.Command):
         titles = (WhichOption.group, "Options", TrainerOption.group, WhereOption.group)
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 groups[getattr(parameter, "group", "Options")].append(record)
         for title, records in groups.items():

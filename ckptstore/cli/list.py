@@ -86,7 +86,7 @@ def command(
     listing = scan(backend)
     shown = [
         checkpoint
-        for checkpoint in listing.checkpoints
+        for checkpoint in sorted([*listing.checkpoints, *listing.adopted], key=lambda one: (one.step, one.kind == "adopted"))
         if (before_step is None or checkpoint.step < before_step)
         and (max_step is None or checkpoint.step <= max_step)
         and (step is None or checkpoint.step == step)
@@ -187,7 +187,7 @@ def _row(checkpoint: Checkpoint, now_s: float) -> tuple[str, ...]:
         str(checkpoint.step) if checkpoint.step >= 0 else "?",
         str(checkpoint.log_step) if checkpoint.step >= 0 else "?",
         epoch,
-        safe(" ".join(part.name for part in checkpoint.parts)),
+        safe(" ".join(part.name for part in checkpoint.parts)) + (" (adopted)" if checkpoint.kind == "adopted" else ""),
         state(checkpoint.holds),
         checkpoint.format,
         str(checkpoint.file_count),

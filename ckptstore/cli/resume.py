@@ -216,16 +216,21 @@ def _print_command(cmd: Command, *, blocked: bool) -> None:
 
 
 def _lines(words: tuple[str, ...]) -> list[str]:
-    """The command for a shell; on a terminal broken at words, as a shell takes it."""
-    quoted = [safe(word if "<" in word else shlex.quote(word)) for word in words]
-    available = (width() or 1 << 30) - 6
-    lines = [quoted[0]]
-    for word in quoted[1:]:
-        # An option stays with its value.
-        if len(lines[-1]) + 1 + len(word) > available and not lines[-1].split()[-1].startswith("--"):
-            lines.append(f"  {word}")
+    """The command for a shell; on a terminal broken between words, an option never from its value."""
+    units: list[str] = []
+    for word in words:
+        quoted = safe(word if "<" in word else shlex.quote(word))
+        if units and units[-1].startswith("-") and " " not in units[-1]:
+            units[-1] += f" {quoted}"
         else:
-            lines[-1] += f" {word}"
+            units.append(quoted)
+    available = (width() or 1 << 30) - 6
+    lines = [units[0]]
+    for unit in units[1:]:
+        if len(lines[-1]) + 1 + len(unit) > available:
+            lines.append(f"  {unit}")
+        else:
+            lines[-1] += f" {unit}"
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 

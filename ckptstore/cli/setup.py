@@ -206,7 +206,7 @@ def print_plan(plan: Plan) -> None:
     if not plan.nothing_to_do:
         row("resume", _INFO[plan.info.action])
     if plan.nothing_to_do:
-        row("nothing", f"to do: {plan.nothing_to_do}")
+        row("slot", f"nothing to do: {plan.nothing_to_do}")
     else:
         free = "unknown (quota?)" if plan.free_bytes is None else size(plan.free_bytes)
         staged = f", {size(plan.reusable_bytes)} of it already staged" if plan.reusable_bytes else ""

@@ -11,7 +11,7 @@ from ckptstore.errors import NotFoundError, NothingToResumeError, UsageError
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Where
 from ckptstore.model import Checkpoint, Level
-from ckptstore.verify import Report, verify_all
+from ckptstore.verify import UNSEALED, Report, verify_all
 
 
 @click.command("verify", cls=Verb, short_help="Is it whole, and are its bytes those that were written?")
@@ -94,7 +94,9 @@ def _print(reports: list[Report]) -> None:
         echo(f"{name}{step:<9} {status(checkpoint.status)}  {safe(detail)}")
         findings(report.findings)
         for text in report.notes:
-            item("·", text)
+            if text != UNSEALED:
+                item("·", text)
+    unsealed = [report for report in reports if UNSEALED in report.notes]
     bad = [report for report in reports if not report.ok]
     summary = f"{len(reports) - len(bad)} of {len(reports)} whole at level {reports[0].level}"
     echo()
@@ -102,6 +104,9 @@ def _print(reports: list[Report]) -> None:
         echo(f"{click.style('✗', fg='red', bold=True)} {summary}")
     else:
         done(summary)
+    if unsealed:
+        item("·", f"{len(unsealed)} without a manifest: full proved their structure and that every byte can be read, not which")
+        item(" ", "bytes were written; `ckptstore seal --all` records that from now on")
 
 
 def _json(report: Report) -> dict[str, object]:

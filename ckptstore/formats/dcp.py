@@ -57,12 +57,13 @@ _ORDER = ("weights", "optimizer", "scheduler", "rng", "dataloader")
 
 
 class StorageItem(NamedTuple):
-    """Where one tensor chunk, or one pickled object, lies."""
+    """Where one tensor chunk, or one pickled object, lies. `chunk`: the chunk's offsets in its tensor, as far as recorded."""
 
     key: str
     file: str
     offset: int
     length: int
+    chunk: tuple[int, ...] | None = None
 
 
 class DcpTensor(NamedTuple):
@@ -151,12 +152,14 @@ def _item(index: Any, info: Any) -> StorageItem:
         raise FormatError("storage_data has a key that is no MetadataIndex")
     if not (isinstance(info, inert.Record) and info.made_by.full == _INFO):
         raise FormatError("storage_data has a value that is no _StorageInfo")
-    key = dict(_pairs(index.state)).get("fqn")
+    which = dict(_pairs(index.state))
+    key, chunk = which.get("fqn"), which.get("offset")
     place = dict(_pairs(info.state))
     offset, length = place.get("offset"), place.get("length")
     if not isinstance(key, str) or not _is_size(offset) or not _is_size(length):
         raise FormatError("storage_data has an entry without key, offset or length")
-    return StorageItem(key, check_safe_name(place.get("relative_path")), offset, length)
+    begin = None if chunk is None else _size(chunk)
+    return StorageItem(key, check_safe_name(place.get("relative_path")), offset, length, begin)
 
 
 def _size(value: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckptstore.formats.reading import FormatError
 
+PERSISTENT = "pickle.persistent_id"  #: to be allowed by who expects ids of things outside the pickle (torch's storages)
 MAX_VALUES = 12_000_000  #: bounds memory (about 1 GB at worst) where each byte of input makes an object
 _MARK = object()
 _NOTHING = object()  # an opcode that leaves no new value on the stack
@@ -208,6 +209,10 @@ def _build(machine: _Machine) -> Any:
     return target
 
 
+def _persistent(machine: _Machine) -> Any:
+    return Record(machine.named(*PERSISTENT.split(".")), machine.stack.pop())
+
+
 def _skip(machine: _Machine, size: int) -> Any:
     machine.take(size)
     return _NOTHING
@@ -254,6 +259,7 @@ _OPCODES: dict[int, Callable[[_Machine], Any]] = {
     0x52: lambda m: _call(m, 1),  # REDUCE
     0x81: lambda m: _call(m, 1),  # NEWOBJ
     0x92: lambda m: _call(m, 2),  # NEWOBJ_EX
+    0x51: _persistent,  # BINPERSID
     0x62: _build,
     0x71: lambda m: _put(m, 1),
     0x72: lambda m: _put(m, 4),

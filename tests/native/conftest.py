@@ -24,9 +24,7 @@ def random_bytes(size, seed=0):
 
 def independent_digest(data, chunk=CHUNK):
     crc = awscrt.checksums.crc64nvme
-    return native.Digest(
-        crc(data) if data else 0, tuple(crc(data[i : i + chunk]) for i in range(0, len(data), chunk))
-    )
+    return native.Digest(crc(data) if data else 0, tuple(crc(data[i : i + chunk]) for i in range(0, len(data), chunk)))
 
 
 def make_tree(root, contents):
@@ -60,9 +58,7 @@ def faults(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C compiler for the fault library")
     library = tmp_path_factory.mktemp("faults") / "faults.so"
-    subprocess.run(
-        [compiler, "-O2", "-Wall", "-shared", "-fPIC", HERE / "faults.c", "-o", library, "-ldl"], check=True
-    )
+    subprocess.run([compiler, "-O2", "-Wall", "-shared", "-fPIC", HERE / "faults.c", "-o", library, "-ldl"], check=True)
     return library
 
 
@@ -84,7 +80,7 @@ def run_python(code, *arguments, preload=None, prefix=(), env=(), **options):
     )
 
 
-SANITIZED = "san.so" in os.environ.get("LD_PRELOAD", "")
+SANITIZED = os.environ.get("CKPTSTORE_SANITIZED", "")  # address, thread, undefined
 unsanitized = pytest.mark.skipif(SANITIZED, reason="a sanitizer's runtime needs more than this limit")
 
 

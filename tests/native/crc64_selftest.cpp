@@ -1,8 +1,9 @@
-// Compares the CRC implementations with a bit-at-a-time one. Stand-alone, so that it can be cross-compiled and run under
-// an emulator: g++ -std=c++20 -O2 -static -I csrc tests/native/crc64_selftest.cpp -o selftest
-// Usage: selftest [NAME]   without a name: those that the processor says it has, and the folding loop at the width of
-// AVX-512 with its vector made of four; with one: that one, whatever the processor says (QEMU has VPCLMULQDQ on 256 bits
-// but does not say so).
+// Compares the CRC implementations with a bit-at-a-time one. Stand-alone, so that it can be
+// cross-compiled and run under an emulator: g++ -std=c++20 -O2 -static -I csrc
+// tests/native/crc64_selftest.cpp -o selftest Usage: selftest [NAME]   without a name: those that
+// the processor says it has, and the folding loop at the width of AVX-512 with its vector made of
+// four; with one: that one, whatever the processor says (QEMU has VPCLMULQDQ on 256 bits but does
+// not say so).
 #include <cstdio>
 #include <cstring>
 #include <string_view>
@@ -16,7 +17,8 @@ namespace {
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("sse4.1,pclmul")
-namespace four_in_one {  // the loop and the constants of vpclmul_avx512, with instructions that every processor has
+namespace four_in_one {  // the loop and the constants of vpclmul_avx512, with instructions that
+                         // every processor has
 struct Vector {
   pclmul::Vector part[4];
 };

@@ -1,10 +1,12 @@
-/* Stands in front of libc (LD_PRELOAD) and makes the nth matching call fail: gcc -O2 -shared -fPIC faults.c -o faults.so
+/* Stands in front of libc (LD_PRELOAD) and makes the nth matching call fail: gcc -O2 -shared -fPIC
+ * faults.c -o faults.so
  *
- * From the environment: FAULT=function:nth[+]:action, FAULT_PATH=substring of the file's path ("" any), FAULT_LOG=file that
- * gets a line at each hit. From the process itself: fault_arm(), fault_hits(), fault_calls().
- * nth counts from 1 over all threads; "+" means from there on. action: an errno number | short | lie | flip | kill.
- *   short  half of the bytes are moved        lie   claims to have done it, and does nothing
- *   flip   does it, and flips a bit of what was read        kill   SIGKILL before the call
+ * From the environment: FAULT=function:nth[+]:action, FAULT_PATH=substring of the file's path (""
+ * any), FAULT_LOG=file that gets a line at each hit. From the process itself: fault_arm(),
+ * fault_hits(), fault_calls(). nth counts from 1 over all threads; "+" means from there on. action:
+ * an errno number | short | lie | flip | kill. short  half of the bytes are moved        lie claims
+ * to have done it, and does nothing flip   does it, and flips a bit of what was read        kill
+ * SIGKILL before the call
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -28,7 +30,7 @@ static char function[32], wanted_path[256], log_path[256];
 static int nth, sticky, action;
 static atomic_int calls, hits;
 
-static int parse_action(const char *text) {
+static int parse_action(const char* text) {
   if (!strcmp(text, "short")) return SHORT;
   if (!strcmp(text, "lie")) return LIE;
   if (!strcmp(text, "flip")) return FLIP;
@@ -36,7 +38,7 @@ static int parse_action(const char *text) {
   return atoi(text);
 }
 
-void fault_arm(const char *name, int at, int and_after, const char *what, const char *path) {
+void fault_arm(const char* name, int at, int and_after, const char* what, const char* path) {
   action = 0; /* disarmed while it changes */
   snprintf(function, sizeof function, "%s", name);
   snprintf(wanted_path, sizeof wanted_path, "%s", path);
@@ -58,7 +60,7 @@ __attribute__((constructor)) static void from_environment(void) {
   }
 }
 
-static int path_matches(int fd, const char *path) {
+static int path_matches(int fd, const char* path) {
   char link[32], target[4096];
   if (!*wanted_path) return 1;
   if (path && strstr(path, wanted_path)) return 1;
@@ -70,7 +72,7 @@ static int path_matches(int fd, const char *path) {
 }
 
 /* What to do with this call: 0 let it pass. */
-static int strike(const char *name, int fd, const char *path) {
+static int strike(const char* name, int fd, const char* path) {
   if (!action || strcmp(name, function)) return 0;
   int saved = errno;
   int matches = path_matches(fd, path);
@@ -90,20 +92,20 @@ static int strike(const char *name, int fd, const char *path) {
 }
 
 #define REAL(name) ((__typeof__(&name))real(#name))
-static void *real(const char *name) { return dlsym(RTLD_NEXT, name); }
+static void* real(const char* name) { return dlsym(RTLD_NEXT, name); }
 
-ssize_t pread64(int fd, void *to, size_t bytes, off64_t offset) {
-  static ssize_t (*next)(int, void *, size_t, off64_t);
+ssize_t pread64(int fd, void* to, size_t bytes, off64_t offset) {
+  static ssize_t (*next)(int, void*, size_t, off64_t);
   if (!next) next = REAL(pread64);
   int what = strike("pread64", fd, NULL);
   if (what > 0) return -1;
   if (what == SHORT && bytes > 1) bytes = (bytes + 1) / 2;
   ssize_t got = next(fd, to, bytes, offset);
-  if (what == FLIP && got > 0) ((char *)to)[got / 2] ^= 4;
+  if (what == FLIP && got > 0) ((char*)to)[got / 2] ^= 4;
   return got;
 }
-ssize_t pwrite64(int fd, const void *from, size_t bytes, off64_t offset) {
-  static ssize_t (*next)(int, const void *, size_t, off64_t);
+ssize_t pwrite64(int fd, const void* from, size_t bytes, off64_t offset) {
+  static ssize_t (*next)(int, const void*, size_t, off64_t);
   if (!next) next = REAL(pwrite64);
   int what = strike("pwrite64", fd, NULL);
   if (what > 0) return -1;
@@ -123,16 +125,17 @@ ssize_t pwrite64(int fd, const void *from, size_t bytes, off64_t offset) {
   }
 WRAP(fsync, fd, NULL, (int fd), (fd))
 WRAP(syncfs, fd, NULL, (int fd), (fd))
-WRAP(fstat, fd, NULL, (int fd, struct stat *to), (fd, to))
+WRAP(fstat, fd, NULL, (int fd, struct stat* to), (fd, to))
 WRAP(fallocate64, fd, NULL, (int fd, int mode, off64_t at, off64_t bytes), (fd, mode, at, bytes))
 WRAP(ftruncate64, fd, NULL, (int fd, off64_t bytes), (fd, bytes))
 WRAP(futimens, fd, NULL, (int fd, const struct timespec times[2]), (fd, times))
-WRAP(mkdirat, fd, path, (int fd, const char *path, mode_t mode), (fd, path, mode))
-WRAP(unlinkat, fd, path, (int fd, const char *path, int flags), (fd, path, flags))
-WRAP(sync_file_range, fd, NULL, (int fd, off64_t at, off64_t bytes, unsigned flags), (fd, at, bytes, flags))
-WRAP(renameat2, fd, from, (int fd, const char *from, int to_fd, const char *to, unsigned flags),
+WRAP(mkdirat, fd, path, (int fd, const char* path, mode_t mode), (fd, path, mode))
+WRAP(unlinkat, fd, path, (int fd, const char* path, int flags), (fd, path, flags))
+WRAP(sync_file_range, fd, NULL, (int fd, off64_t at, off64_t bytes, unsigned flags),
+     (fd, at, bytes, flags))
+WRAP(renameat2, fd, from, (int fd, const char* from, int to_fd, const char* to, unsigned flags),
      (fd, from, to_fd, to, flags))
-WRAP(rename, -1, from, (const char *from, const char *to), (from, to))
+WRAP(rename, -1, from, (const char* from, const char* to), (from, to))
 
 int close(int fd) {
   static int (*next)(int);
@@ -145,9 +148,9 @@ int close(int fd) {
   }
   return next(fd);
 }
-int openat64(int fd, const char *path, int flags, ...) {
-  static int (*next)(int, const char *, int, ...);
-  if (!next) next = (int (*)(int, const char *, int, ...))real("openat64");
+int openat64(int fd, const char* path, int flags, ...) {
+  static int (*next)(int, const char*, int, ...);
+  if (!next) next = (int (*)(int, const char*, int, ...))real("openat64");
   va_list rest;
   va_start(rest, flags);
   mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;
@@ -159,7 +162,7 @@ int ioctl(int fd, unsigned long request, ...) {
   if (!next) next = (int (*)(int, unsigned long, ...))real("ioctl");
   va_list rest;
   va_start(rest, request);
-  void *argument = va_arg(rest, void *);
+  void* argument = va_arg(rest, void*);
   va_end(rest);
   return strike("ioctl", fd, NULL) > 0 ? -1 : next(fd, request, argument);
 }
@@ -171,7 +174,7 @@ long syscall(long number, ...) { /* openat2 has no wrapper of its own in libc */
   long a[6];
   for (int i = 0; i < 6; ++i) a[i] = va_arg(rest, long);
   va_end(rest);
-  if (number == SYS_openat2 && strike("openat2", (int)a[0], (const char *)a[1]) > 0) return -1;
+  if (number == SYS_openat2 && strike("openat2", (int)a[0], (const char*)a[1]) > 0) return -1;
   if (number == 451 && strike("cachestat", (int)a[0], NULL) > 0) return -1;
   return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }

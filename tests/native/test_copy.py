@@ -20,7 +20,7 @@ from ckptstore.errors import (
     UsageError,
 )
 
-from .conftest import CHUNK, assert_same, independent_digest, make_tree, mounted, random_bytes, run_python
+from .conftest import CHUNK, SANITIZED, assert_same, independent_digest, make_tree, mounted, random_bytes, run_python
 
 BLOCK = 16 << 10
 STRATEGIES = ["auto", "clone", "direct", "warm", "buffered"]
@@ -275,7 +275,7 @@ def test_only_regular_files_are_read(roots, kind):
         pytest.skip("making a device needs root")
     _special(kind, roots[0] / "f")
     start = time.monotonic()
-    with pytest.raises(RefusedError, match="regular file|symbolic link"):
+    with pytest.raises(RefusedError, match=r"regular file|symbolic link"):
         native.copy_files(*roots, [native.FileSpec("f", 1)])
     assert time.monotonic() - start < 5
     outcome = native.digest_files(roots[0], [native.FileSpec("f", 1)])["f"]
@@ -309,7 +309,7 @@ def test_a_link_in_the_destination_is_not_written_through(roots, tmp_path, resum
 
 
 def test_source_is_not_what_was_planned(roots):
-    (spec,) = make_tree(roots[0], {"f": b"12345"})
+    (_spec,) = make_tree(roots[0], {"f": b"12345"})
     status = (roots[0] / "f").stat()
     good = native.FileSpec("f", 5, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
     native.copy_files(*roots, [good])
@@ -408,7 +408,7 @@ def test_ctrl_c_stops_within_a_second(roots):
     word, late, threads = done.stdout.split()
     assert word == "stopped"
     assert float(late) < 1.0
-    assert int(threads) == 1
+    assert int(threads) == (2 if SANITIZED == "thread" else 1)  # ThreadSanitizer has one of its own
 
 
 def test_no_descriptor_or_thread_is_left(roots):

@@ -37,7 +37,7 @@ def test_default_chunks(tmp_path):
 
 def test_one_outcome_a_file(tmp_path):
     data = random_bytes(6 * CHUNK)
-    contents = {name: data for name in ("good", "bad", "short", "long", "changed")}
+    contents = dict.fromkeys(("good", "bad", "short", "long", "changed"), data)
     make_tree(tmp_path, contents)
     chunks = independent_digest(data).chunks
     bad = bytearray(data)

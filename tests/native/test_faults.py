@@ -46,7 +46,9 @@ def state():
 
 def sweep(faults, tmp_path, function, actions, *, strategy="auto", sticky=False, where="destination"):
     """Return {action: [what became of the copy with the 1st, 2nd, … call failing]}."""
-    code = COMMON + """
+    code = (
+        COMMON
+        + """
 import json
 function, actions, strategy, sticky, where = sys.argv[3], sys.argv[4].split(), sys.argv[5], sys.argv[6] == "1", sys.argv[7]
 fresh()
@@ -78,6 +80,7 @@ for action in actions:
     assert_same(source, destination, specs)
 print(json.dumps(outcomes))
 """
+    )
     done = run_python(
         code, faults, tmp_path, function, " ".join(map(str, actions)), strategy, int(sticky), where, preload=faults
     )
@@ -91,7 +94,9 @@ ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT]
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "from there on"])
 @pytest.mark.parametrize("strategy", ["auto", "buffered"])
 def test_pwrite(faults, tmp_path, strategy, sticky):
-    got = sweep(faults, tmp_path, "pwrite64", [*ERRORS, "short", errno.EINTR][: 3 if sticky else 5], strategy=strategy, sticky=sticky)
+    got = sweep(
+        faults, tmp_path, "pwrite64", [*ERRORS, "short", errno.EINTR][: 3 if sticky else 5], strategy=strategy, sticky=sticky
+    )
     assert len(got["5"]) > 30
     assert set(got["5"]) == {"StorageError"}
     assert set(got["28"]) == set(got["122"]) == {"NoSpaceError"}
@@ -116,7 +121,7 @@ def test_direct_io_refused_on_the_way(faults, tmp_path, function):
 
 
 def test_fsync_is_final(faults, tmp_path):
-    got = sweep(faults, tmp_path, "fsync", ERRORS + [errno.EINTR])
+    got = sweep(faults, tmp_path, "fsync", [*ERRORS, errno.EINTR])
     assert len(got["5"]) == 5  # three files, one folder, the root
     assert set(got["5"]) == set(got["4"]) == {"StorageError"}
     assert set(got["28"]) == {"NoSpaceError"}
@@ -164,7 +169,9 @@ def test_without_openat2(faults, tmp_path):
     assert "StorageError" in got["24"]
 
 
-LINKS_WITHOUT_OPENAT2 = COMMON + """
+LINKS_WITHOUT_OPENAT2 = (
+    COMMON
+    + """
 arm("openat2", 1, 38, b"", True)
 (source / "link").symlink_to("d")
 (source / "file-link").symlink_to("big")
@@ -182,6 +189,7 @@ scan = native.scan_tree(source)
 assert "link" not in scan and "d" in scan, scan.keys()
 assert library.fault_hits() > 0
 """
+)
 
 
 def test_no_link_is_followed_without_openat2(faults, tmp_path):
@@ -194,7 +202,9 @@ def test_without_cachestat(faults, tmp_path):
     assert set(got["38"]) == set(got["1"]) == {"ok"}
 
 
-LIE = COMMON + """
+LIE = (
+    COMMON
+    + """
 for nth in (1, 3, 20):
     fresh()
     arm("pwrite64", nth, "lie")
@@ -215,6 +225,7 @@ for nth in (1, 3, 20):
         raise SystemExit("a lost write went unseen")
     disarm()
 """
+)
 
 
 def test_lost_write_is_seen(faults, tmp_path):
@@ -222,7 +233,9 @@ def test_lost_write_is_seen(faults, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-FLIP = COMMON + """
+FLIP = (
+    COMMON
+    + """
 for nth in (1, 2, 9, 30):
     fresh()
     arm("pread64", nth, "flip", b"source/")
@@ -234,6 +247,7 @@ for nth in (1, 2, 9, 30):
         assert library.fault_hits() == 0, nth
     disarm()
 """
+)
 
 
 def test_bit_flipped_while_reading_is_seen(faults, tmp_path):
@@ -241,7 +255,9 @@ def test_bit_flipped_while_reading_is_seen(faults, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-COUNT = COMMON + """
+COUNT = (
+    COMMON
+    + """
 fresh()
 arm("fsync", 1, 5)
 try:
@@ -252,6 +268,7 @@ else:
     raise SystemExit("ignored")
 assert library.fault_calls() == 1, "fsync was called again after it failed"
 """
+)
 
 
 def test_fsync_is_not_retried(faults, tmp_path):
@@ -259,7 +276,9 @@ def test_fsync_is_not_retried(faults, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-MANY = COMMON + """
+MANY = (
+    COMMON
+    + """
 small = {f"s/{i}": random_bytes(100 + i) for i in range(200)}
 specs = make_tree(source, small)
 def calls(function, action=0):
@@ -280,6 +299,7 @@ try:
 except errors.StorageError:
     print("final")
 """
+)
 
 
 def test_many_small_files_are_synced_at_once(faults, tmp_path):

@@ -1,0 +1,78 @@
+"""The state of an AdamW that has not stepped yet, as AReaL's FSDP engine keeps it in its recover checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptstore.config import RunConfig
+from ckptstore.formats.dcp_writer import Item, KeyPath, ObjectItem, TensorItem
+from ckptstore.formats.pickling import Value
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """The optimizer's settings: AReaL's defaults. What a checkpoint says of them beats the run's configuration."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    fused: bool | None = True
+    initial_lr: float | None = None  #: that of the schedule; None: lr
+
+    def group(self, params: Sequence[str] | Sequence[int]) -> dict[str, Value]:
+        """The one parameter group. It has every key that some torch from 2.6 to 2.14 asks for: loaders ignore more."""
+        return {
+            "lr": self.lr,
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+            "amsgrad": False,
+            "maximize": False,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": self.fused,
+            "decoupled_weight_decay": True,  # from 2.7 on
+            "initial_lr": self.lr if self.initial_lr is None else self.initial_lr,  # set by any LR schedule
+            "params": list(params),
+        }
+
+
+def from_config(config: RunConfig | None, part: str) -> AdamW:
+    """The settings that the run's YAML gives (`actor.optimizer:`, `critic.optimizer:`), AReaL's defaults for the rest.
+
+    They must come from there: what the slot says of the learning rate beats the YAML once it is loaded.
+    """
+    if config is None:
+        return AdamW()
+    block = f"{'critic' if part == 'critic' else 'actor'}.optimizer"
+
+    def number(name: str, default: float) -> float:
+        value = config.get(f"{block}.{name}")
+        return float(value) if type(value) in (int, float) else default
+
+    default = AdamW()
+    return AdamW(
+        lr=number("lr", default.lr),
+        betas=(number("beta1", default.betas[0]), number("beta2", default.betas[1])),
+        eps=number("eps", default.eps),
+        weight_decay=number("weight_decay", default.weight_decay),
+    )
+
+
+def entries(settings: AdamW, parameters: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[tuple[KeyPath, Item]]:
+    """What a DCP checkpoint holds for these parameters (name → dtype and shape): moments of zeros, no step taken."""
+    for name, (dtype, shape) in parameters.items():
+        state = ("dcp", "optim", "state", name)
+        yield (*state, "step"), TensorItem("float32", (), None)
+        yield (*state, "exp_avg"), TensorItem(dtype, shape, None)
+        yield (*state, "exp_avg_sq"), TensorItem(dtype, shape, None)
+    for key, value in settings.group(list(parameters)).items():
+        yield ("dcp", "optim", "param_groups", 0, key), ObjectItem(value)
+
+
+def empty_state(settings: AdamW, count: int) -> Value:
+    """What `optimizer.state_dict()` is for `count` parameters before the first step."""
+    return {"state": {}, "param_groups": [settings.group(range(count))]}

@@ -1,0 +1,152 @@
+"""Adoption: a slot becomes a step of its own beside the run, whole or not at all."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from ckptstore import adopt, native, recovery
+from ckptstore.backends import open_backend
+from ckptstore.choose import Selection
+from ckptstore.errors import AlreadyExistsError, IntegrityError, RefusedError, SourceChangedError
+from ckptstore.listing import scan
+from ckptstore.model import Status
+from tests import trees
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return trees.make_run(tmp_path, steps=[46, 93, 140], slot="era_a", slot_step=150, recover_info=150, logs=False)
+
+
+def side(run: Path) -> Path:
+    return run.parent / ".ckptstore" / run.name
+
+
+def same(a: Path, b: Path) -> bool:
+    names = sorted(path.name for path in a.iterdir() if path.name != "ckptstore.manifest.json")
+    kept = sorted(path.name for path in b.iterdir() if path.name != "ckptstore.manifest.json")
+    return names == kept and all(filecmp.cmp(a / name, b / name, shallow=False) for name in names)
+
+
+def test_adopted_step_equals_the_slot_and_lies_beside_the_run(run: Path) -> None:
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    checkpoint = adopt.adopt(open_backend(run))
+    assert (checkpoint.step, checkpoint.kind, checkpoint.status) == (150, "adopted", Status.COMMITTED)
+    store = side(run) / "adopted" / "globalstep150"
+    assert same(run / "default/recover_checkpoint", store / "default")
+    assert same(run / "recover_info", store / "recover_info")
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before  # the trial is AReaL's: untouched
+    assert [name for name in os.listdir(side(run)) if name.startswith("stage-")] == []
+
+
+def test_two_parts_are_one_step(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path, steps=[46], parts=("default", "critic"), slot="era_a", recover_info=150)
+    checkpoint = adopt.adopt(open_backend(run))
+    assert [part.name for part in checkpoint.parts] == ["default", "critic"]
+    assert scan(open_backend(run)).adopted[0].status is Status.COMMITTED
+
+
+def test_adopting_twice_is_refused(run: Path) -> None:
+    adopt.adopt(open_backend(run))
+    with pytest.raises(AlreadyExistsError, match="150"):
+        adopt.adopt(open_backend(run))
+
+
+def test_a_slot_newer_than_recover_info_is_torn(run: Path) -> None:
+    os.utime(run / "default/recover_checkpoint/model.safetensors")
+    with pytest.raises(IntegrityError, match="newer than recover_info"):
+        adopt.adopt(open_backend(run))
+    assert not (side(run) / "adopted").exists()
+
+
+def test_a_slot_without_recover_info_has_no_step(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path, steps=[46], slot="era_a")
+    with pytest.raises(RefusedError, match="step cannot be known"):
+        adopt.adopt(open_backend(run))
+
+
+def test_a_truncated_shard_is_not_adopted(run: Path) -> None:
+    shard = run / "default/recover_checkpoint/model.safetensors"
+    info = shard.stat()
+    trees.truncate(shard)
+    os.utime(shard, ns=(info.st_atime_ns, info.st_mtime_ns))
+    with pytest.raises(IntegrityError, match="torn"):
+        adopt.adopt(open_backend(run))
+
+
+def test_a_save_during_adoption_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer overwrites a file after it was copied and before the last look."""
+    real = native.copy_files
+
+    def copy_then_save(source, destination, files, **rest):  # type: ignore[no-untyped-def]
+        result = real(source, destination, files, **rest)
+        if "recover_info" in str(source):
+            (run / "default/recover_checkpoint/config.json").write_text("{}")
+        return result
+
+    monkeypatch.setattr(native, "copy_files", copy_then_save)
+    with pytest.raises(SourceChangedError):
+        adopt.adopt(open_backend(run))
+    assert os.listdir(side(run) / "adopted") == [] if (side(run) / "adopted").exists() else True
+    assert scan(open_backend(run)).adopted == ()
+
+
+def test_setup_takes_an_adopted_step_with_its_own_recover_info(run: Path) -> None:
+    """The slot is lost to a later, torn save: setup brings the adopted step back, optimizer and data cursor included."""
+    store = Path(adopt.adopt(open_backend(run)).store)
+    info = {name.name: name.read_bytes() for name in (run / "recover_info").iterdir()}
+    trees.truncate(run / "default/recover_checkpoint/model.safetensors")
+    (run / "recover_info/step_info.json").write_text('{"epoch": 4')
+    for path in run.rglob("*"):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    outcome = recovery.setup(open_backend(run), Selection())
+    assert outcome.plan.point.checkpoint.kind == "adopted"
+    assert same(run / "default/recover_checkpoint", store / "default")
+    assert {name: (run / "recover_info" / name).read_bytes() for name in info} == info
+    listing = scan(open_backend(run))
+    assert listing.slot is not None
+    assert (listing.slot.step, listing.slot.status) == (150, Status.COMMITTED)
+
+
+def test_optimizer_state_beats_slightly_newer_weights(run: Path) -> None:
+    """An adopted step with optimizer state is chosen over an export up to 20 steps newer, and the export is named."""
+    adopt.adopt(open_backend(run))
+    trees.write_model(trees.checkpoint(run, 163), seed=163)
+    trees.set_age(run, 3600)
+    listing = scan(open_backend(run))
+    from ckptstore.choose import resume_point
+
+    point = resume_point(open_backend(run), listing, Selection(max_step=163))
+    assert point.checkpoint.step == 150
+    assert point.alternative is not None
+    assert point.alternative.step == 163
+    assert resume_point(open_backend(run), listing, Selection(max_step=163, prefer="newest")).checkpoint.step == 163
+
+
+def test_watch_adopts_each_save_and_keeps_the_newest(run: Path) -> None:
+    """Saves at 150, 160, 170 with keep=2: 160 and 170 stay, and each was adopted once."""
+    backend = open_backend(run)
+    stop = threading.Event()
+    later = [160, 170]
+
+    def next_save(seconds: float) -> None:
+        if not later:
+            stop.set()
+            return
+        step = later.pop(0)
+        trees.write_recover_info(run, step)
+
+    seen = [c.step for c in adopt.watch(backend, keep=2, stop=stop.is_set, wait=next_save)]
+    assert seen == [150, 160, 170]
+    assert [c.step for c in scan(backend).adopted] == [160, 170]
+
+
+def test_prune_keeps_at_least_one(run: Path) -> None:
+    adopt.adopt(open_backend(run))
+    assert adopt.prune(open_backend(run), keep=0) == []
+    assert [c.step for c in scan(open_backend(run)).adopted] == [150]
