@@ -19,6 +19,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from operator import index
 from typing import Any, Literal
 
 from ckptstore import halt, health, pins, tripping
@@ -131,6 +132,7 @@ class CircuitBreaker:
             raise self._trip.error()
         if not self.enabled:
             return
+        step = index(step)  # numpy's integers too
         if not self._started:
             self._start(step)
         found = self._read(stats)

@@ -108,6 +108,11 @@ def plan_moves(side: str, stage: str, slots: dict[str, str]) -> tuple[tuple[Move
     return moves, aside
 
 
+def leave_empty(side: str, part: str, slot: str, stage: str, aside: str) -> Move:
+    """The move that takes a slot away and puts nothing in its place."""
+    return Move(part, os.path.relpath(slot, side), f"{stage}/{part}", f"{aside}/{part}", "", identity(slot))
+
+
 def guarded(side: str, moves: tuple[Move, ...], aside: str, *, info: str, blocking: str, staged_info: str) -> tuple[Move, ...]:
     """`moves` between two more: `blocking` becomes `info` (recover_info) first, `staged_info` last ("" leaves none).
 

@@ -19,7 +19,7 @@ from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.manifest import Manifest
-from ckptstore.model import MANIFEST_NAME, Checkpoint, FileInfo, Finding, Part, ReadAt, Status, worst
+from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, FileInfo, Finding, Part, ReadAt, Status, worst
 from ckptstore.native import Folder
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
@@ -254,8 +254,11 @@ def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Ch
         step, epoch, epoch_step = first.step, first.epoch, first.epoch_step
         if any(manifest.origin == "convert" for manifest in ours):
             # Made by setup out of an export: what it holds of an optimizer has never stepped.
-            parts = [dataclasses.replace(part, holds=tuple(h for h in part.holds if h != "optimizer")) for part in parts]
-            notes.append("made from an export: its optimizer state is fresh")
+            parts = [
+                dataclasses.replace(part, holds=tuple(FRESH_OPTIMIZER if h == "optimizer" else h for h in part.holds))
+                for part in parts
+            ]
+            notes.append("made from an export")
         if info is not None and info.step != step:
             notes.append(f"recover_info names step {info.step}, the slot holds {step}: AReaL would count from the wrong one")
     elif any(part.format not in RESUMABLE for part in parts):

@@ -151,6 +151,19 @@ def _is_run(path: str) -> bool:
     return bool(tree.exports or tree.slots)
 
 
+def named_run(where: Where) -> RunRef:
+    """The run that `where` names, whether it is there or not; what was not said is empty, the user is the current one."""
+    config = load(where.config, where.overrides) if where.config else None
+    if where.run:
+        return run_ref(where.run)
+    fileroot = where.fileroot or os.environ.get(FILEROOT_VARIABLE, "") or (config.text("cluster.fileroot") if config else "")
+    fileroot = os.path.abspath(fileroot) if fileroot else ""
+    user = where.user or current_user()
+    experiment = where.experiment or (config.text("experiment_name") if config else "")
+    trial = where.trial or (config.text("trial_name") if config else "")
+    return RunRef(os.path.join(fileroot, "checkpoints", user, experiment, trial), fileroot, user, experiment, trial)
+
+
 def _fileroot(where: Where, config: RunConfig | None) -> tuple[str, str]:
     """The fileroot and where it was said. Only the usual places must exist to count."""
     said = [

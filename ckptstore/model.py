@@ -11,6 +11,8 @@ from typing import NamedTuple
 MANIFEST_NAME = "ckptstore.manifest.json"
 DRAFT_PREFIX = ".ckptstore.manifest."  #: of a manifest being written; a crash may leave one, it counts as nothing
 
+FRESH_OPTIMIZER = "fresh optimizer"  #: what a slot holds that was made from weights alone: moments of zeros
+
 #: Reads `length` bytes of file `name` (relative to the part) from `offset`; a shorter answer means the file ends there.
 ReadAt = Callable[[str, int, int], bytes]
 
@@ -74,7 +76,7 @@ class Part:
     path: str  #: the folder, absolute
     files: tuple[FileInfo, ...]
     format: str  #: hf, hf-sharded, hf-bin, lora, hf+optim, dcp, mixed, empty or unknown
-    holds: tuple[str, ...]  #: of weights, optimizer, scheduler, rng, dataloader, tokenizer, config
+    holds: tuple[str, ...]  #: of weights, optimizer or fresh optimizer, scheduler, rng, dataloader, tokenizer, config
     status: Status
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()  #: worth knowing, harmless: "saved since by the trainer"

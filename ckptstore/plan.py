@@ -14,7 +14,7 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import ResumePoint, Selection, resume_point
 from ckptstore.config import RunConfig
-from ckptstore.errors import AlreadyExistsError, BusyError, NotFoundError, UsageError
+from ckptstore.errors import AlreadyExistsError, BusyError, NotFoundError, RefusedError, UsageError
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.era import Era
 from ckptstore.frameworks.areal.era import of as era_of
@@ -68,6 +68,7 @@ class Plan:
     info: InfoPlan
     refusals: tuple[str, ...]  #: why setup would not do it; empty when it would
     nothing_to_do: str  #: why there is nothing to do; empty when there is
+    new_trial: str = ""  #: the folder of the trial to be made; empty when it is the run's own slot
 
     @property
     def restoration(self) -> Restoration:
@@ -100,7 +101,7 @@ def plan(
     era = _era(listing, options, old, point.checkpoint)
     transfers = {part.name: _transfer(part, era, options) for part in point.checkpoint.parts}
     info = _info(backend, listing, point.checkpoint, options)
-    in_slot = "" if options.new_trial else _in_slot(backend, point, old, transfers)
+    in_slot = "" if options.new_trial else _in_slot(backend, point, old, slots, transfers)
     nothing_to_do = in_slot if in_slot and info.action in ("keep", "leave") and not info.refusal else ""
     return Plan(
         listing=listing,
@@ -117,6 +118,7 @@ def plan(
         info=info,
         refusals=() if nothing_to_do else tuple(_refusals(listing, slots, old, {} if in_slot else transfers, info, options)),
         nothing_to_do=nothing_to_do,
+        new_trial=trial_folder(listing, options) if options.new_trial else "",
     )
 
 
@@ -172,7 +174,11 @@ def slots_for(listing: Listing, checkpoint: Checkpoint, options: Options) -> dic
                 + ", ".join(part.name for part in checkpoint.parts),
                 hint="Leave it out: each part has a slot of its own.",
             )
-        return {checkpoint.parts[0].name: os.path.abspath(options.recover_dir)}
+        slot = os.path.abspath(options.recover_dir)
+        kept = [listing.run.path, *(part.path for other in listing.checkpoints for part in other.parts)]
+        if inside := next((path for path in kept if os.path.commonpath([slot, path]) == slot), ""):
+            raise UsageError(f"--recover-dir {slot} would replace {inside}", hint="Name a folder of its own.")
+        return {checkpoint.parts[0].name: slot}
     return {part.name: os.path.join(trial_folder(listing, options), part.name, layout.SLOT) for part in checkpoint.parts}
 
 
@@ -215,6 +221,11 @@ def _refusals(
     options: Options,
 ) -> list[str]:
     refusals = []
+    for slot in slots.values() if transfers else ():
+        try:
+            commit.refuse_no_folder(slot)
+        except RefusedError as error:
+            refusals.append(f"{error} ({error.hint})")
     if not options.force and not options.new_trial and (signs := running.signs_of_life(listing)):
         refusals.append(f"the trainer seems to be running ({signs[0]}): stop it, or say --force")
     if old is not None and transfers and not options.as_is:
@@ -229,10 +240,16 @@ def _refusals(
     return refusals
 
 
-def _in_slot(backend: Backend, point: ResumePoint, old: Checkpoint | None, transfers: Mapping[str, Transfer]) -> str:
+def _in_slot(
+    backend: Backend,
+    point: ResumePoint,
+    old: Checkpoint | None,
+    slots: Mapping[str, str],
+    transfers: Mapping[str, Transfer],
+) -> str:
     """Why the slot need not be filled: it holds the chosen checkpoint already. Empty when it must be."""
     chosen = point.checkpoint
-    if chosen.kind == "slot":
+    if all(part.path == slots[part.name] for part in chosen.parts):
         how = "every digest verified" if chosen.status is Status.COMMITTED else "as the trainer saved it"
         return f"the slot already holds step {chosen.step}, {how}"
     if old is None or old.step != chosen.step or old.step < 0 or old.status is not Status.COMMITTED:

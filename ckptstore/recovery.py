@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -33,7 +33,7 @@ from ckptstore.errors import (
     from_os_error,
 )
 from ckptstore.frameworks.areal import layout, resume_state
-from ckptstore.listing import backend_for, find_manifest, folder_of, read_part, reader, scan
+from ckptstore.listing import Listing, backend_for, find_manifest, folder_of, read_part, reader, scan
 from ckptstore.lock import RunLock
 from ckptstore.model import Checkpoint, FileInfo, Status
 from ckptstore.plan import ANY, CAREFUL, Options, Plan, plan, stage_key, trial_folder
@@ -135,7 +135,7 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
                 strategies[name] = strategies.get(name, 0) + count
             pins[part.name] = staged.manifest.sha256
         infos = stage_info(current, stage) if current.info.action != "leave" else None
-    except NoSpaceError as error:
+    except NoSpaceError:
         side_folders.discard(current.side, os.path.basename(stage.path))  # give the space back
         raise
     except (IntegrityError, StorageError) as error:
@@ -269,6 +269,11 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
         slots = {part: main if options.recover_dir else os.path.join(run, part, layout.SLOT) for part in parts}
         medium = probe.probe(side)
         moves, aside = commit.plan_moves(side, old.path, slots)
+        if not options.recover_dir:
+            moves += tuple(
+                commit.leave_empty(side, part, os.path.join(run, part, layout.SLOT), old.name, aside)
+                for part in _placed_beside(backend, listing, parts)
+            )
         found = find_manifest(LocalBackend(os.path.join(old.path, parts[0])), "") if parts else None
         step = found.step if found else -1
         if layout.RECOVER_INFO in old.parts or (not options.recover_dir and listing.recover_info is not None):
@@ -285,6 +290,19 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
             )
         commit.publish(side, commit.Journal("undo", step, medium.method, moves, created_at=commit.now()))
         return step, os.path.join(side, aside)
+
+
+def _placed_beside(backend: Backend, listing: Listing, parts: Sequence[str]) -> list[str]:
+    """Slots that the setup to be undone filled where there was none before: they belong to its step, not to the old one."""
+    found = {
+        part.name: find_manifest(backend, folder_of(backend, part)) for part in (listing.slot.parts if listing.slot else ())
+    }
+    steps = {manifest.step for name in parts if (manifest := found.get(name)) is not None}
+    return [
+        name
+        for name, manifest in found.items()
+        if name not in parts and manifest is not None and manifest.origin == "setup" and manifest.step in steps
+    ]
 
 
 def _main_slot(backend: Backend, options: Options) -> str:

@@ -346,7 +346,8 @@ class Watch:
 
     def look(self, read: Read, step: int) -> Sign:
         """Take in one step. A bad step before the rule is armed is reported as bad, and does not count."""
-        sign = self.rule.judge(read, self.memory)
+        rule = self.rule
+        sign = rule.judge(read, self.memory)
         if sign is Sign.SILENT:
             self.silent += 1
             return sign
@@ -354,13 +355,14 @@ class Watch:
         self.steps += 1
         if sign is Sign.GOOD:
             self.armed = True
-            self.forgive()
-            self.last_good = read(self.rule.metric)
+            self.last_good = read(rule.metric)
+            if self.streak:
+                self.forgive()
         elif self.armed:
             if not self.streak:
                 self.since = step
             self.streak += 1
-            value = read(self.rule.metric)
+            value = read(rule.metric)
             self.nonfinite += value is not None and not math.isfinite(value)
         return sign
 
@@ -401,8 +403,8 @@ def default_rules(metric: str = REWARD, threshold: int = 10, arm: Arm | str = Ar
 
 
 def server_rule(metric: str) -> Rule:
-    """Bad where a metric says that the inference server is dead: it is zero, or far below what it used to be."""
-    return Zero(metric=metric) | Collapse(metric=metric, drop=0.7, warmup_steps=5)
+    """Bad where a metric says that the inference server is dead: it is far below what it used to be."""
+    return Collapse(metric=metric, drop=0.7, warmup_steps=5)
 
 
 def parse(specs: Any) -> tuple[Rule, ...]:

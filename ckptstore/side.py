@@ -137,7 +137,7 @@ def discard(side: str, name: str) -> None:
 
 
 def keep_only(folder: str, names: Iterable[str]) -> None:
-    """Make a folder of ours writable again, and remove from it all that is not one of the files `names`. OSError as it comes."""
+    """Make a folder of ours writable again, and remove all of it that is not one of the files `names`. OSError as it comes."""
     wanted = set(names)
     above = {parent for name in wanted for parent in _parents(name)}
     pending = [""]

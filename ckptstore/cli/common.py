@@ -56,6 +56,7 @@ class Trainer:
     world_size: int
     steps_per_epoch: int
     write_frequencies: bool
+    new_trial: str = ""
 
 
 class Verb(click.Command):
@@ -122,6 +123,7 @@ _TRAINER = _compose(
         help="Its trainer processes, where the YAML does not tell.",
     ),
     _trainer("--steps-per-epoch", type=click.IntRange(1), default=None, metavar="N", help="Where the run does not tell."),
+    _trainer("--new-trial", default="", metavar="NAME", help="A fresh trial instead of the slot: the old one is untouched."),
     _trainer(
         "--write-frequencies", is_flag=True, help="How often to save: the YAML's, even over the trainer's own recover_info."
     ),
@@ -188,9 +190,10 @@ def trainer_options(function: Function) -> Function:
         world_size: int | None,
         steps_per_epoch: int | None,
         write_frequencies: bool,
+        new_trial: str,
         **rest: Any,
     ) -> Any:
-        trainer = Trainer(areal_dir, areal_version, world_size or 0, steps_per_epoch or 0, write_frequencies)
+        trainer = Trainer(areal_dir, areal_version, world_size or 0, steps_per_epoch or 0, write_frequencies, new_trial)
         return function(*args, trainer=trainer, **rest)
 
     return _TRAINER(wrapper)

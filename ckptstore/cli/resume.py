@@ -8,7 +8,8 @@ import pwd
 import re
 import shlex
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -24,7 +25,7 @@ from ckptstore.cli.common import (
     selection_options,
     trainer_options,
 )
-from ckptstore.cli.render import echo, field, heading, item, print_json, run_json, safe, width
+from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
 from ckptstore.cli.setup import do_setup, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
@@ -37,8 +38,10 @@ from ckptstore.frameworks.areal.launch import (
 )
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.saving import describe
-from ckptstore.locate import Located, Where, current_user, relative_fileroot
+from ckptstore.fresh import is_fresh
+from ckptstore.locate import Located, Where, current_user, named_run, relative_fileroot
 from ckptstore.plan import plan as make_plan
+from ckptstore.supervise import run_confirmed
 
 _ENVIRONMENT = re.compile(r"[A-Z_][A-Z0-9_]*=")
 
@@ -57,6 +60,7 @@ class ElsewhereError(RefusedError):
 @click.option("--plan", "plan_only", is_flag=True, help="Only show it: ask nothing, change nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--exec", "execute", is_flag=True, help="Run the command at the end.")
+@click.option("--or-start", is_flag=True, help="With --exec: start fresh where the run left no trace.")
 @click.option("--force", is_flag=True, help="Although the trainer seems to be running.")
 @click.option("--as-is", is_flag=True, help="Although AReaL could not resume from it: another format, no recover_info.")
 @JSON
@@ -71,6 +75,7 @@ def command(
     plan_only: bool = False,
     yes: bool = False,
     execute: bool = False,
+    or_start: bool = False,
     force: bool = False,
     as_is: bool = False,
     as_json: bool = False,
@@ -81,6 +86,7 @@ def command(
     On a terminal it asks before it replaces the slot; without one it only plans, unless --yes. CMD is your own training
     command: it gets what makes it resume.
     """
+    yes = yes or or_start  # a pod's start command has nobody to ask
     asking = is_interactive() and not (as_json or yes or plan_only)
     if execute and plan_only:
         raise UsageError("--exec runs the command, and --plan changes nothing: give one")
@@ -89,9 +95,14 @@ def command(
     if execute and not yes and not asking:
         raise UsageError("--exec replaces the slot, and there is no terminal to ask on", hint="Say --yes to mean it.")
     overrides, own = _split(words)
-    located, backend = open_run(
-        dataclasses.replace(where, overrides=overrides), as_json=as_json, read_only=not (yes or asking) or plan_only
-    )
+    where = dataclasses.replace(where, overrides=overrides)
+    if or_start:
+        if not execute or not own:
+            raise UsageError("--or-start starts a command: say --exec --or-start -- CMD…")
+        if _may_start_fresh(where):
+            echo("no trace of the run in any place that was named: starting fresh")
+            _execute(Command(own))
+    located, backend = open_run(where, as_json=as_json, read_only=not (yes or asking) or plan_only)
     config = located.config or logged_config(located.run)
     _refuse_strangers(located, config, own)
     installation = find_installation(trainer.areal_dir, trainer.areal_version)
@@ -99,7 +110,10 @@ def command(
     with explaining_gaps(located, backend, selection):
         plan = make_plan(backend, selection, options)
     blockers, overrides = plan.restoration.blockers, plan.restoration.overrides
-    cmd = resume_command(located.run, installation, config=config, script=script, command=own, overrides=overrides)
+    run = located.run
+    if options.new_trial:
+        run = dataclasses.replace(run, trial=options.new_trial, path=plan.new_trial)
+    cmd = resume_command(run, installation, config=config, script=script, command=own, overrides=overrides)
     cmd = _as_this_user(located, cmd)
     if execute and cmd.placeholders:
         raise UsageError("--exec cannot run a command with gaps", hint="; ".join(cmd.placeholders))
@@ -128,8 +142,26 @@ def command(
         _print_command(cmd, blocked=bool(blockers))
     if execute and (yes or not plan.nothing_to_do or _confirm("Run it?")):
         sys.stdout.flush()
-        _execute(cmd)
+        started, environment = _split_environment(cmd.words)
+        return run_confirmed(
+            started,
+            expected_step=plan.point.checkpoint.step + 1,
+            logs=run.logs,
+            environment=environment,
+            say=note,
+        )
     return 0
+
+
+def _may_start_fresh(where: Where) -> bool:
+    """Whether no place that was named holds a trace of the run. Names must be known: a guess could miss the run."""
+    names = named_run(where)
+    if not names.fileroot or not names.experiment or not names.trial:
+        raise UsageError(
+            "--or-start must know the run that it would start",
+            hint="Say --fileroot, -e and -t, or --config with the trainer's YAML.",
+        )
+    return is_fresh(names.fileroot, names.user, names.experiment, names.trial)
 
 
 def _document(located: Located, document: dict[str, Any], cmd: Command) -> dict[str, Any]:
@@ -234,14 +266,18 @@ def _lines(words: tuple[str, ...]) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def _execute(cmd: Command) -> None:
+def _split_environment(words: Sequence[str]) -> tuple[list[str], dict[str, str] | None]:
+    """NAME=VALUE words at the front, as a shell reads them, and the command behind them."""
+    count = next((n for n, word in enumerate(words) if not _ENVIRONMENT.match(word)), len(words))
+    given = dict(word.split("=", 1) for word in words[:count])
+    return list(words[count:]), {**os.environ, **given} if given else None
+
+
+def _execute(cmd: Command) -> NoReturn:
     """Become the training."""
-    words = list(cmd.words)
-    if _ENVIRONMENT.match(words[0]):
-        words = ["env", *words]
+    words, environment = _split_environment(cmd.words)
+    sys.stdout.flush()
     try:
-        os.execvp(words[0], words)
+        os.execvpe(words[0], words, environment or dict(os.environ))
     except OSError as error:
-        raise UsageError(
-            f"--exec: {words[0]}: {error.strerror}", hint="The slot is set up; run the command yourself."
-        ) from error
+        raise UsageError(f"--exec: {words[0]}: {error.strerror}", hint="Run the command yourself.") from error

@@ -136,6 +136,7 @@ def command(
 def setup_options(trainer: Trainer, config: RunConfig | None, installation: Installation, **flags: Any) -> Options:
     """The library's options for what the command line says."""
     return Options(
+        new_trial=trainer.new_trial,
         write_frequencies=trainer.write_frequencies,
         steps_per_epoch=trainer.steps_per_epoch,
         world_size=trainer.world_size,
@@ -216,7 +217,7 @@ def print_plan(plan: Plan) -> None:
             named = f"step {old.step}" if old.step >= 0 else "unknown step"
             row("old slot", f"{named}, {old.format}, {size(old.size_bytes)}: kept in {plan.side}; setup --undo swaps it back")
         else:
-            row("old slot", "none")
+            row("old slot", "untouched: the new trial has its own" if plan.new_trial else "none")
     for refusal in plan.refusals:
         item("✗", f"refused: {refusal}", fg="red")
     print_notes(plan)
@@ -281,7 +282,8 @@ def print_outcome(outcome: Outcome) -> None:
         print_skipped(plan)
         done(f"nothing to do: {plan.nothing_to_do}")
         return
-    done(f"{steps(plan.point.checkpoint)} is in the slot")
+    where = f"the new trial {os.path.basename(plan.new_trial)}" if plan.new_trial else "the slot"
+    done(f"{steps(plan.point.checkpoint)} is in {where}")
     row("why", plan.point.why)
     rate = outcome.copied_bytes / outcome.seconds / 1e9 if outcome.seconds > 0 else 0.0
     reused = f"; {size(outcome.reused_bytes)} were staged already" if outcome.reused_bytes else ""

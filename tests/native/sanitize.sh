@@ -31,12 +31,14 @@ esac
 recover=
 [[ $kind == undefined ]] && recover=-fno-sanitize-recover=all
 cd "$work"
+echo "building with -fsanitize=$kind"
 CKPTSTORE_CXXFLAGS="-O1 -g -fsanitize=$kind -fno-omit-frame-pointer $recover" \
   "$python" setup.py -q build_ext --inplace >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
 
-# The runtime must be the first library of the process. Leaks are Python's own habit at exit. TSan's die_after_fork is
+# The runtime must be the first library of the process, and libstdc++ be there when it looks for __cxa_throw. Leaks are Python's own habit at exit. TSan's die_after_fork is
 # off because some tests fork. CKPTSTORE_SANITIZED tells the tests which limits make no sense under a sanitizer.
-export LD_PRELOAD=$(g++ -print-file-name=$library)
+LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so.6)"
+export LD_PRELOAD
 # Reports go to files: a test runner swallows what a dying process says. Any file is a failure.
 reports=$work/report
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$reports

@@ -1,7 +1,9 @@
 """CRC-64/NVME: every implementation against the published check value, awscrt's, and the laws of a CRC."""
 
+import os
 import random
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -93,9 +95,13 @@ def _selftest(tmp_path, compiler, *command):
         pytest.skip(f"no {compiler} or no {runner} here (Debian: g++-aarch64-linux-gnu, qemu-user)")
     binary = tmp_path / "selftest"
     flags = ["-std=c++20", "-O2", "-static", "-I", ROOT / "csrc"]
-    subprocess.run([compiler, *flags, HERE / "crc64_selftest.cpp", "-o", binary], check=True)
+    environment = {"PATH": os.environ["PATH"]}  # without a sanitizer's LD_PRELOAD
+    command_line = [compiler, *flags, HERE / "crc64_selftest.cpp", "-o", binary]
+    subprocess.run(command_line, check=True, env=environment)
     command = [binary if word == "{}" else word for word in command or ("{}",)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if runner and done.returncode == -signal.SIGILL:
+        pytest.skip(f"this {runner} does not know {command[-1]}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ckptstore.frameworks.areal.era import Era
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.target import InfoPlan, Transfer
-from ckptstore.model import Checkpoint
+from ckptstore.model import FRESH_OPTIMIZER, Checkpoint
 
 _FIRST_WITH_DCP = (0, 4)
 _OPTIMIZER_SHARD = re.compile(r"optim_world_size_([0-9]{1,6})_rank_[0-9]+\.pt")
@@ -36,12 +36,13 @@ def restoration(
 ) -> Restoration:
     """What AReaL restores once the plan is done. `present` is the recover_info that lies there now.
 
-    No transfers: the slot holds the checkpoint already.
+    No transfers: `checkpoint` is the slot, which holds it already.
     """
     restored = [f"weights of step {checkpoint.step} ({', '.join(part.name for part in checkpoint.parts)})"]
     lost: list[str] = []
     blockers: list[str] = []
-    optimizer = next((way.optimizer for way in transfers.values()), "kept" if "optimizer" in checkpoint.holds else "none")
+    there = "kept" if "optimizer" in checkpoint.holds else "zero" if FRESH_OPTIMIZER in checkpoint.holds else "none"
+    optimizer = next((way.optimizer for way in transfers.values()), there)
     if optimizer == "kept":
         restored.append("optimizer state (Adam moments and step count)")
     elif optimizer == "zero":

@@ -82,6 +82,8 @@ def synthesize(
         frequencies = _frequencies(config, block) if config is not None else None
         old = _stored_frequencies(stored.get(name))
         if frequencies is None:
+            if old is None and block == "evaluator":
+                old = (None, None, None)  # AReaL's default: no evaluation
             if old is None:
                 raise RefusedError(
                     f"nothing tells how often the run saves ({block}: in its YAML, or an older recover_info), and AReaL "
@@ -135,8 +137,8 @@ _Frequencies = tuple[int | None, int | None, int | None]  # epochs, steps, secon
 
 def _frequencies(config: RunConfig, block: str) -> _Frequencies | None:
     values = tuple(config.get(f"{block}.freq_{unit}") for unit in ("epochs", "steps", "secs"))
-    if block != "evaluator" and all(value is None for value in values):
-        return None
+    if all(value is None for value in values) and (block != "evaluator" or config.get(block) is None):
+        return None  # the YAML does not tell; that nothing is evaluated is common, that nothing is saved is not
     epochs, steps, seconds = (value if type(value) is int else None for value in values)
     return epochs, steps, seconds
 
