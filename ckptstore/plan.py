@@ -73,7 +73,8 @@ class Plan:
     @property
     def restoration(self) -> Restoration:
         """What the trainer restores once this is done, and what not."""
-        return restoration(self.point.checkpoint, self.transfers, self.info, self.era, present=self.listing.recover_info)
+        placed = self.old_slot if not self.transfers and self.old_slot is not None else self.point.checkpoint
+        return restoration(placed, self.transfers, self.info, self.era, present=self.listing.recover_info)
 
 
 def plan(

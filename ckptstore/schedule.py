@@ -6,6 +6,7 @@ as many as configured have passed since this count's own last save; unset means 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -60,7 +61,7 @@ class SaveSchedule:
             raise UsageError(f"{block}: {error.message}") from error
 
     def check(self, *, epochs: int = 0, steps: int = 1) -> bool:
-        """Count what has been done since the last check, and tell whether to save now. `epochs`: 1 after an epoch's last step."""
+        """Count what was done since the last check, and tell whether to save now. `epochs`: 1 after an epoch's last step."""
         self._epochs += epochs
         self._steps += steps
         self._checks += 1
@@ -145,7 +146,7 @@ class Advice:
 
 
 def best_interval_s(save_s: float, mtbf_s: float) -> float:
-    """Seconds of training between saves that waste the least time, when a save blocks `save_s` and failures come `mtbf_s` apart.
+    """Seconds of training between saves that waste the least time, if a save blocks `save_s` and failures are `mtbf_s` apart.
 
     Daly's higher-order estimate; for short saves it is Young's sqrt(2 · save_s · mtbf_s).
     """
@@ -188,7 +189,7 @@ def measured_step_s(ledger: Ledger) -> float | None:
     records = ledger.branches[-1][-500:] if ledger.branches else ()
     paces = [
         (after.at_s - before.at_s) / (after.step - before.step)
-        for before, after in zip(records, records[1:], strict=False)
+        for before, after in itertools.pairwise(records)
         if after.at_s > before.at_s > 0
     ]
     return statistics.median(paces) if paces else None

@@ -81,7 +81,7 @@ def run_python(code, *arguments, preload=None, prefix=(), env=(), **options):
 
 
 SANITIZED = os.environ.get("CKPTSTORE_SANITIZED", "")  # address, thread, undefined
-unsanitized = pytest.mark.skipif(SANITIZED, reason="a sanitizer's runtime needs more than this limit")
+unsanitized = pytest.mark.skipif(bool(SANITIZED), reason="a sanitizer's runtime needs more than this limit")
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ export UBSAN_OPTIONS=print_stacktrace=1:log_path=$reports
 export PYTHONPATH=$work
 export CKPTSTORE_SANITIZED=$kind
 status=0
-"$python" -m pytest "$work/tests/native" -q -p no:cacheprovider -x -c "$work/pyproject.toml" --rootdir "$work" "$@" || status=$?
+"$python" -m pytest "$work/tests/native" -q -p no:cacheprovider -c "$work/pyproject.toml" --rootdir "$work" "$@" || status=$?
 if compgen -G "$reports.*" >/dev/null; then
   unset LD_PRELOAD
   head -n 60 "$reports".* >&2
