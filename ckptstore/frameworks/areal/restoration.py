@@ -51,7 +51,7 @@ def restoration(
         lost.append("optimizer state (Adam's moments and step count): there is none")
     lost.append("position of the learning-rate schedule, RNG states (AReaL's FSDP engine does not save them)")
     if planned.action in ("keep", "write"):
-        own = "the trainer's own recover_info" if planned.action == "keep" else "a recover_info made for this step"
+        own = "the recover_info of this step is there" if planned.action == "keep" else "a recover_info made for this step"
         restored.append(f"step counter (goes on at global step {checkpoint.step + 1}), save timers: {own}")
         order = lost if any("starts again" in note for note in planned.notes) else restored
         order += [note for note in planned.notes if note.startswith("data order")]
