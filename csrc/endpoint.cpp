@@ -46,6 +46,7 @@ void Source::open(const Root& root, const FileSpec& spec, ReadMode mode) {
   root_ = &root;
   spec_ = &spec;
   mode_ = mode;
+  if (spec.memory != nullptr) return;
   // O_NONBLOCK: a pipe without a writer must not hang the job.
   cached_ = open_beneath(root.fd.get(), spec.name, O_RDONLY | O_NONBLOCK, 0, shown());
   before_ = status_of(cached_.get(), shown());
@@ -72,6 +73,10 @@ bool Source::prefers_direct(std::uint64_t offset, std::uint64_t bytes) const {
 }
 
 bool Source::read(std::byte* to, std::size_t bytes, std::uint64_t offset, bool direct) {
+  if (spec_->memory != nullptr) {
+    std::memcpy(to, spec_->memory + offset, bytes);
+    return false;
+  }
   std::size_t done = 0;
   if (direct && direct_works_.load(std::memory_order_relaxed)) {
     bool refused = false;
@@ -87,6 +92,7 @@ bool Source::read(std::byte* to, std::size_t bytes, std::uint64_t offset, bool d
 }
 
 void Source::check_unchanged() const {
+  if (spec_->memory != nullptr) return;
   const struct stat now = status_of(cached_.get(), shown());
   if (now.st_size != before_.st_size) {
     throw SourceChanged(spec_->name,
@@ -95,6 +101,10 @@ void Source::check_unchanged() const {
   if (!same_time(now.st_mtim, before_.st_mtim) || !same_time(now.st_ctim, before_.st_ctim)) {
     throw SourceChanged(spec_->name, "was written or replaced while it was read");
   }
+}
+
+struct timespec Source::mtime() const {
+  return spec_->memory != nullptr ? timespec{0, UTIME_NOW} : before_.st_mtim;
 }
 
 void Source::close() noexcept {

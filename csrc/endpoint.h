@@ -26,6 +26,7 @@ struct FileSpec {
   std::uint64_t bytes = 0;    ///< its size
   std::int64_t mtime_ns = 0;  ///< 0: not known
   std::uint64_t inode = 0;    ///< 0: not known
+  const std::byte* memory = nullptr;  ///< where its bytes are, if it is no file: only its name and size count then
 };
 
 enum class ReadMode {
@@ -34,7 +35,7 @@ enum class ReadMode {
   kDirect,  ///< past the page cache, after clean pages are let go of: reads the disk
 };
 
-/// A regular file open for reading. read() is thread-safe; the rest is not.
+/// A regular file open for reading, or bytes in memory. read() is thread-safe; the rest is not.
 class Source {
  public:
   Source() = default;
@@ -53,7 +54,9 @@ class Source {
   /// Throws SourceChanged if the file was touched since open().
   void check_unchanged() const;
 
-  struct timespec mtime() const { return before_.st_mtim; }
+  /// What the copy's time of change is to be; for memory it says "now", as utimensat understands it.
+  struct timespec mtime() const;
+  /// -1 for memory.
   int fd() const { return cached_.get(); }
   void close() noexcept;
 

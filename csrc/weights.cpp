@@ -74,7 +74,7 @@ using F8E4M3 = Small<std::uint8_t, 8, 3, 7, 0x7F, false>;  // no infinity: that 
 template <class Format>
 constexpr typename Format::Raw magnitude(typename Format::Raw raw) {
   using Raw = typename Format::Raw;
-  return static_cast<Raw>(raw & static_cast<Raw>(~Raw{0} >> 1));
+  return static_cast<Raw>(raw & (std::numeric_limits<Raw>::max() >> 1));
 }
 
 template <class Format>
