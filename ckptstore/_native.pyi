@@ -6,7 +6,10 @@ from typing import TypeVar
 
 from typing_extensions import Buffer
 
-_File = tuple[bytes, int, int, int, Sequence[int] | None]
+_File = (
+    tuple[bytes, int, int, int, Sequence[int] | None]
+    | tuple[bytes, int, int, int, Sequence[int] | None, Buffer]  # its bytes are in memory
+)
 _Digest = tuple[int, tuple[int, ...]]
 _Failure = tuple[str, str, bytes, int]
 _Progress = Callable[[int, int], object]

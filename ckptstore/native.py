@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
@@ -128,11 +128,41 @@ def copy_files(
     """
     options = options or CopyOptions()
     _check_chunks(options.chunk_bytes)
+    specs = [_plain(spec, options.chunk_bytes) for spec in _unique(files)]
+    return _run_copy(source, destination, specs, options, progress)
+
+
+def write_files(
+    destination: Path,
+    contents: Mapping[str, Buffer],
+    *,
+    options: CopyOptions | None = None,
+    progress: Progress | None = None,
+) -> CopyResult:
+    """Write files below a folder from memory (any contiguous buffers): digested on the way, as copy_files otherwise.
+
+    The buffers must not be written to meanwhile. What ends up on the disk has the digests returned even so.
+    """
+    options = options or CopyOptions()
+    _check_chunks(options.chunk_bytes)
+    specs: list[tuple[bytes, int, int, int, Sequence[int] | None, Buffer]] = []
+    for name, data in contents.items():
+        encoded, *_ = _plain(FileSpec(name, 0), options.chunk_bytes)
+        specs.append((encoded, 0, 0, 0, None, data))
+    return _run_copy(destination, destination, specs, options, progress)
+
+
+def _run_copy(
+    source: Path,
+    destination: Path,
+    specs: Sequence[_native._File],
+    options: CopyOptions,
+    progress: Progress | None,
+) -> CopyResult:
     if options.strategy not in _native.STRATEGIES:
         raise UsageError(f"no copy strategy {options.strategy!r}; there are {', '.join(_native.STRATEGIES)}")
     if min(options.threads, options.block_bytes, options.nice) < 0:
         raise UsageError("threads, block_bytes and nice must not be negative")
-    specs = [_plain(spec, options.chunk_bytes) for spec in _unique(files)]
     start = time.monotonic()
     try:
         digests, copied, reused, by_strategy = _native.copy_files(
@@ -152,7 +182,7 @@ def copy_files(
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
     return CopyResult(
-        digests={spec.name: Digest(*digest) for spec, digest in zip(files, digests, strict=True)},
+        digests={os.fsdecode(spec[0]): Digest(*digest) for spec, digest in zip(specs, digests, strict=True)},
         bytes_copied=copied,
         bytes_reused=reused,
         seconds=time.monotonic() - start,

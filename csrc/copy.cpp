@@ -150,7 +150,8 @@ class Copier {
                           options_.resume);
     const bool may_clone =
         options_.strategy == Strategy::kClone || options_.strategy == Strategy::kAuto;
-    if (may_clone && clone_works_ && spec.memory == nullptr && !options_.resume && spec.bytes != 0) {
+    if (may_clone && clone_works_ && spec.memory == nullptr && !options_.resume &&
+        spec.bytes != 0) {
       task.cloned = task.destination.clone_from(task.source);
       if (!task.cloned) clone_works_ = false;  // these two roots will not learn it
     }

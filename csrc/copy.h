@@ -44,7 +44,8 @@ struct CopyResult {
 /// Copies each of `files` from below `source` to below `destination`, both of which must be
 /// folders. Names must be relative and without . or .. components, and unique. Files are made 0600,
 /// folders 0700, times of change are kept. Throws the first error of error.h, std::bad_alloc, or
-/// what `progress` threw; what was written then stays.
+/// what `progress` threw; what was written then stays. Files in memory must not be written to
+/// meanwhile; what ends up on the disk has the digests returned even so.
 CopyResult copy_files(const std::string& source, const std::string& destination,
                       const std::vector<DigestSpec>& files, const CopyOptions& options,
                       const Progress& progress);

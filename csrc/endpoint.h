@@ -26,7 +26,8 @@ struct FileSpec {
   std::uint64_t bytes = 0;    ///< its size
   std::int64_t mtime_ns = 0;  ///< 0: not known
   std::uint64_t inode = 0;    ///< 0: not known
-  const std::byte* memory = nullptr;  ///< where its bytes are, if it is no file: only its name and size count then
+  const std::byte* memory =
+      nullptr;  ///< where its bytes are, if it is no file: only its name and size count then
 };
 
 enum class ReadMode {
@@ -54,7 +55,8 @@ class Source {
   /// Throws SourceChanged if the file was touched since open().
   void check_unchanged() const;
 
-  /// What the copy's time of change is to be; for memory it says "now", as utimensat understands it.
+  /// What the copy's time of change is to be; for memory it says "now", as utimensat understands
+  /// it.
   struct timespec mtime() const;
   /// -1 for memory.
   int fd() const { return cached_.get(); }

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -61,19 +62,44 @@ class Waker {
   py::object progress_;
 };
 
-std::vector<DigestSpec> specs_from(const py::iterable& files) {
-  std::vector<DigestSpec> specs;
-  for (const auto& item : files) {
-    const auto fields = py::reinterpret_borrow<py::tuple>(item);
-    DigestSpec& spec = specs.emplace_back();
-    spec.name = fields[0].cast<std::string>();
-    spec.bytes = fields[1].cast<std::uint64_t>();
-    spec.mtime_ns = fields[2].cast<std::int64_t>();
-    spec.inode = fields[3].cast<std::uint64_t>();
-    if (!fields[4].is_none()) spec.expected = fields[4].cast<std::vector<std::uint64_t>>();
+/// A borrowed view of contiguous bytes.
+class BufferView {
+ public:
+  explicit BufferView(const py::object& object) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
   }
-  return specs;
-}
+  ~BufferView() { PyBuffer_Release(&view_); }
+  BufferView(const BufferView&) = delete;
+  BufferView& operator=(const BufferView&) = delete;
+  const void* data() const { return view_.buf; }
+  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
+
+ private:
+  Py_buffer view_{};
+};
+
+/// The files of a job, and the memory that some of them are in: held until this goes.
+struct Files {
+  explicit Files(const py::iterable& files) {
+    for (const auto& item : files) {
+      const auto fields = py::reinterpret_borrow<py::tuple>(item);
+      DigestSpec& spec = specs.emplace_back();
+      spec.name = fields[0].cast<std::string>();
+      spec.bytes = fields[1].cast<std::uint64_t>();
+      spec.mtime_ns = fields[2].cast<std::int64_t>();
+      spec.inode = fields[3].cast<std::uint64_t>();
+      if (!fields[4].is_none()) spec.expected = fields[4].cast<std::vector<std::uint64_t>>();
+      if (fields.size() < 6) continue;
+      const BufferView& view = views.emplace_back(fields[5]);
+      static constexpr std::byte kNothing{};
+      spec.bytes = view.size();
+      spec.memory = view.size() == 0 ? &kNothing : static_cast<const std::byte*>(view.data());
+    }
+  }
+
+  std::vector<DigestSpec> specs;
+  std::deque<BufferView> views;
+};
 
 py::tuple to_python(const FileDigest& digest) {
   py::tuple chunks(digest.chunks.size());
@@ -85,7 +111,7 @@ py::tuple copy_binding(const std::string& source, const std::string& destination
                        const py::iterable& files, unsigned threads, std::uint64_t block_bytes,
                        std::uint64_t chunk_bytes, unsigned strategy, bool durable,
                        bool verify_after_write, int nice, bool resume, py::object progress) {
-  const auto specs = specs_from(files);
+  const Files named(files);
   CopyOptions options;
   options.threads = threads;
   options.block_bytes = block_bytes;
@@ -99,7 +125,7 @@ py::tuple copy_binding(const std::string& source, const std::string& destination
   CopyResult result;
   {
     const py::gil_scoped_release released;
-    result = copy_files(source, destination, specs, options, std::cref(waker));
+    result = copy_files(source, destination, named.specs, options, std::cref(waker));
   }
   py::list digests;
   for (const auto& digest : result.digests) digests.append(to_python(digest));
@@ -109,7 +135,7 @@ py::tuple copy_binding(const std::string& source, const std::string& destination
 
 py::list digest_binding(const std::string& root, const py::iterable& files, unsigned threads,
                         std::uint64_t chunk_bytes, bool direct, int nice, py::object progress) {
-  const auto specs = specs_from(files);
+  const Files named(files);
   DigestOptions options;
   options.threads = threads;
   options.chunk_bytes = chunk_bytes;
@@ -119,7 +145,7 @@ py::list digest_binding(const std::string& root, const py::iterable& files, unsi
   std::vector<DigestOutcome> outcomes;
   {
     const py::gil_scoped_release released;
-    outcomes = digest_files(Root(root), specs, options, std::cref(waker));
+    outcomes = digest_files(Root(root), named.specs, options, std::cref(waker));
   }
   py::list result;
   for (const auto& outcome : outcomes) {
@@ -189,22 +215,6 @@ py::dict scan_binding(const std::string& root, int max_depth, unsigned threads,
   }
   return result;
 }
-
-/// A borrowed view of contiguous bytes.
-class BufferView {
- public:
-  explicit BufferView(const py::object& object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  }
-  ~BufferView() { PyBuffer_Release(&view_); }
-  BufferView(const BufferView&) = delete;
-  BufferView& operator=(const BufferView&) = delete;
-  const void* data() const { return view_.buf; }
-  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
-
- private:
-  Py_buffer view_{};
-};
 
 std::uint64_t crc64_binding(const py::object& data, std::uint64_t value, const std::string& name) {
   const BufferView view(data);

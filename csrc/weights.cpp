@@ -21,70 +21,86 @@ namespace {
 
 constexpr std::size_t kPieceBytes = 4 << 20;     // of one read
 constexpr std::size_t kStrideBytes = 128 << 10;  // digested, then judged, while it is in the cache
-constexpr std::size_t kLanes = 16;               // sums kept apart, so that they can be vectorised
 static_assert(kPieceBytes % kStrideBytes == 0 && kStrideBytes % kZeroBlockBytes == 0);
 
-// A format: its raw integer, the magnitude of infinity (all above are NaN), and its value, which
-// need not be right for what is not finite.
+/// A vector register's worth of numbers. GCC and Clang do with one what they do with a number, in
+/// whatever registers the target has.
+template <class Number, std::size_t kCount>
+using Pack [[gnu::vector_size(sizeof(Number) * kCount)]] = Number;
+
+// A format: its stored integer, the integer and the number that one computes with, and the
+// magnitude of infinity (all above are NaN). to_value() takes one or a pack, by reference since
+// packs have no stable calling convention, and need not be right for what is not finite.
 struct F64 {
+  using Stored = std::uint64_t;
   using Raw = std::uint64_t;
   using Value = double;
   static constexpr Raw kInfinity = 0x7FF0'0000'0000'0000;
   static constexpr bool kHasInfinity = true;
-  static Value value(Raw raw) { return std::bit_cast<double>(raw); }
+  template <class ValueOrPack, class RawOrPack>
+  [[gnu::always_inline]] static void to_value(const RawOrPack& raw, ValueOrPack& value) {
+    value = __builtin_bit_cast(ValueOrPack, raw);
+  }
 };
 
 struct F32 {
+  using Stored = std::uint32_t;
   using Raw = std::uint32_t;
   using Value = float;
   static constexpr Raw kInfinity = 0x7F80'0000;
   static constexpr bool kHasInfinity = true;
-  static Value value(Raw raw) { return std::bit_cast<float>(raw); }
+  template <class ValueOrPack, class RawOrPack>
+  [[gnu::always_inline]] static void to_value(const RawOrPack& raw, ValueOrPack& value) {
+    value = __builtin_bit_cast(ValueOrPack, raw);
+  }
 };
 
 struct Bf16 {
-  using Raw = std::uint16_t;
+  using Stored = std::uint16_t;
+  using Raw = std::uint32_t;
   using Value = float;
   static constexpr Raw kInfinity = 0x7F80;
   static constexpr bool kHasInfinity = true;
-  static Value value(Raw raw) { return std::bit_cast<float>(std::uint32_t{raw} << 16); }
+  template <class ValueOrPack, class RawOrPack>
+  [[gnu::always_inline]] static void to_value(const RawOrPack& raw, ValueOrPack& value) {
+    value = __builtin_bit_cast(ValueOrPack, raw << 16);
+  }
 };
 
 /// A small format with `kMantissa` bits of mantissa: its bits are moved to a float's places, and
 /// the difference of the biases is multiplied away, which makes subnormal numbers right as well.
-template <class RawType, unsigned kBits, unsigned kMantissa, unsigned kBias, RawType kInf,
-          bool kInfs>
+template <class StoredType, unsigned kMantissa, unsigned kBias, std::uint32_t kInf, bool kInfs>
 struct Small {
-  using Raw = RawType;
+  using Stored = StoredType;
+  using Raw = std::uint32_t;
   using Value = float;
   static constexpr Raw kInfinity = kInf;
   static constexpr bool kHasInfinity = kInfs;
-  static Value value(Raw raw) {
-    constexpr std::uint32_t kSign = std::uint32_t{1} << (kBits - 1);
-    const std::uint32_t bits = (raw & (kSign - 1)) << (23 - kMantissa) | (raw & kSign)
-                                                                             << (32 - kBits);
-    return std::bit_cast<float>(bits) * std::bit_cast<float>((127 + 127 - kBias) << 23);
+  template <class ValueOrPack, class RawOrPack>
+  [[gnu::always_inline]] static void to_value(const RawOrPack& raw, ValueOrPack& value) {
+    constexpr unsigned kBits = 8 * sizeof(Stored);
+    constexpr Raw kSign = Raw{1} << (kBits - 1);
+    const RawOrPack bits = (raw & (kSign - 1)) << (23 - kMantissa) | (raw & kSign) << (32 - kBits);
+    value = __builtin_bit_cast(ValueOrPack, bits) * std::bit_cast<float>((127 + 127 - kBias) << 23);
   }
 };
 
-using F16 = Small<std::uint16_t, 16, 10, 15, 0x7C00, true>;
-using F8E5M2 = Small<std::uint8_t, 8, 2, 15, 0x7C, true>;
-using F8E4M3 = Small<std::uint8_t, 8, 3, 7, 0x7F, false>;  // no infinity: that place is NaN
+using F16 = Small<std::uint16_t, 10, 15, 0x7C00, true>;
+using F8E5M2 = Small<std::uint8_t, 2, 15, 0x7C, true>;
+using F8E4M3 = Small<std::uint8_t, 3, 7, 0x7F, false>;  // no infinity: that place is NaN
 
 template <class Format>
-constexpr typename Format::Raw magnitude(typename Format::Raw raw) {
-  using Raw = typename Format::Raw;
-  return static_cast<Raw>(raw & (std::numeric_limits<Raw>::max() >> 1));
-}
+constexpr typename Format::Raw kMagnitude =
+    std::numeric_limits<typename Format::Stored>::max() >> 1;
 
+/// Numbers looked at together: a register of words, each of which holds one number or several.
+/// Their sums stay apart, and are added in the end: one order on every machine.
 template <class Format>
-typename Format::Raw load(const std::byte* data, std::size_t index) {
-  typename Format::Raw raw;
-  std::memcpy(&raw, data + index * sizeof raw, sizeof raw);
-  return raw;
-}
+constexpr std::size_t kWords = 32 / sizeof(typename Format::Raw);
+template <class Format>
+constexpr std::size_t kLanes = 32 / sizeof(typename Format::Stored);
 
-/// What the fast look at a block finds.
+/// What the fast look at some numbers finds.
 struct Look {
   bool finite;
   bool zero;
@@ -92,41 +108,35 @@ struct Look {
   double min, max;     // only if finite
 };
 
+/// `count` is a multiple of the lanes, and not 0.
 template <class Format>
 [[gnu::always_inline]] inline Look look_body(const std::byte* data, std::size_t count) {
-  using Value = typename Format::Value;
-  using Raw = typename Format::Raw;
-  Raw nonfinite[kLanes] = {}, nonzero[kLanes] = {};
-  Value sum[kLanes] = {}, low[kLanes], high[kLanes];
-  std::fill_n(low, kLanes, std::numeric_limits<Value>::infinity());
-  std::fill_n(high, kLanes, -std::numeric_limits<Value>::infinity());
-  std::size_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      const Raw raw = load<Format>(data, i + lane);
-      const Raw size = magnitude<Format>(raw);
-      const Value value = Format::value(raw);
-      nonfinite[lane] = static_cast<Raw>(nonfinite[lane] | (size >= Format::kInfinity ? 1 : 0));
-      nonzero[lane] = static_cast<Raw>(nonzero[lane] | size);
-      sum[lane] += value * value;
-      low[lane] = value < low[lane] ? value : low[lane];
-      high[lane] = value > high[lane] ? value : high[lane];
+  using Raws = Pack<typename Format::Raw, kWords<Format>>;
+  using Values = Pack<typename Format::Value, kWords<Format>>;
+  constexpr unsigned kBits = 8 * sizeof(typename Format::Stored);
+  constexpr unsigned kWordBits = 8 * sizeof(typename Format::Raw);
+  Raws largest{};
+  Values sum{}, low = Values{} + std::numeric_limits<typename Format::Value>::infinity(),
+                high = -low;
+  for (std::size_t i = 0; i < count; i += kLanes<Format>) {
+    Raws words;
+    std::memcpy(&words, data + i * sizeof(typename Format::Stored), sizeof words);
+    for (unsigned shift = 0; shift < kWordBits; shift += kBits) {
+      const Raws raw = (words >> shift) & (~typename Format::Raw{0} >> (kWordBits - kBits));
+      const Raws size = raw & kMagnitude<Format>;
+      Values value;
+      Format::to_value(raw, value);
+      largest = size > largest ? size : largest;
+      sum += value * value;
+      low = value < low ? value : low;
+      high = value > high ? value : high;
     }
   }
   Look look{true, true, 0, std::numeric_limits<double>::infinity(),
             -std::numeric_limits<double>::infinity()};
-  for (; i < count; ++i) {
-    const Raw raw = load<Format>(data, i);
-    const Value value = Format::value(raw);
-    nonfinite[0] = static_cast<Raw>(nonfinite[0] | (magnitude<Format>(raw) >= Format::kInfinity));
-    nonzero[0] = static_cast<Raw>(nonzero[0] | magnitude<Format>(raw));
-    sum[0] += value * value;
-    low[0] = value < low[0] ? value : low[0];
-    high[0] = value > high[0] ? value : high[0];
-  }
-  for (std::size_t lane = 0; lane < kLanes; ++lane) {
-    look.finite = look.finite && nonfinite[lane] == 0;
-    look.zero = look.zero && nonzero[lane] == 0;
+  for (std::size_t lane = 0; lane < kWords<Format>; ++lane) {
+    look.finite = look.finite && largest[lane] < Format::kInfinity;
+    look.zero = look.zero && largest[lane] == 0;
     look.sum_squares += static_cast<double>(sum[lane]);
     look.min = std::min(look.min, static_cast<double>(low[lane]));
     look.max = std::max(look.max, static_cast<double>(high[lane]));
@@ -159,21 +169,24 @@ Look look(const std::byte* data, std::size_t count) {
   return look_portable<Format>(data, count);
 }
 
-/// The slow way, number by number: for blocks with something that is not finite, and for those
-/// whose squares are out of a float's range.
+/// The slow way, number by number: for what is not finite, for squares out of a float's range, and
+/// for the few numbers at a region's end.
 template <class Format>
 void add_exactly(WeightStats& stats, const std::byte* data, std::size_t count,
                  std::uint64_t first) {
   for (std::size_t i = 0; i < count; ++i) {
-    const auto raw = load<Format>(data, i);
-    const auto size = magnitude<Format>(raw);
+    typename Format::Stored stored;
+    std::memcpy(&stored, data + i * sizeof stored, sizeof stored);
+    const typename Format::Raw raw = stored, size = raw & kMagnitude<Format>;
     if (size >= Format::kInfinity) {
       const bool infinite = Format::kHasInfinity && size == Format::kInfinity;
       ++(infinite ? stats.infinite : stats.nan);
       stats.first_nonfinite = std::min(stats.first_nonfinite, first + i);
       continue;
     }
-    const double value = Format::value(raw);
+    typename Format::Value narrow;
+    Format::to_value(raw, narrow);
+    const double value = narrow;
     stats.sum_squares += value * value;
     stats.min = std::min(stats.min, value);
     stats.max = std::max(stats.max, value);
@@ -183,13 +196,16 @@ void add_exactly(WeightStats& stats, const std::byte* data, std::size_t count,
 /// Adds `bytes` bytes that begin `before` bytes into the region, a multiple of the zero block.
 template <class Format>
 void add(WeightStats& stats, const std::byte* data, std::size_t bytes, std::uint64_t before) {
-  constexpr std::size_t kItem = sizeof(typename Format::Raw);
+  constexpr std::size_t kItem = sizeof(typename Format::Stored);
   constexpr bool kNarrow = sizeof(typename Format::Value) == sizeof(float);
+  stats.count += bytes / kItem;
   for (std::size_t at = 0; at < bytes; at += kZeroBlockBytes) {
     const std::size_t here = std::min<std::size_t>(kZeroBlockBytes, bytes - at);
-    const std::size_t count = here / kItem;
+    const std::size_t count = here / kItem / kLanes<Format> * kLanes<Format>;
+    const std::uint64_t first = (before + at) / kItem;
+    add_exactly<Format>(stats, data + at + count * kItem, here / kItem - count, first + count);
+    if (count == 0) continue;
     const Look seen = look<Format>(data + at, count);
-    stats.count += count;
     if (seen.zero && here == kZeroBlockBytes) {
       ++stats.zero_blocks;
       stats.first_zero_block = std::min(stats.first_zero_block, before + at);
@@ -197,7 +213,7 @@ void add(WeightStats& stats, const std::byte* data, std::size_t bytes, std::uint
     const bool in_range =
         !kNarrow || seen.zero || (seen.sum_squares > 1e-30 && seen.sum_squares < 1e37);
     if (!seen.finite || !in_range) {
-      add_exactly<Format>(stats, data + at, count, (before + at) / kItem);
+      add_exactly<Format>(stats, data + at, count, first);
       continue;
     }
     stats.sum_squares += seen.sum_squares;

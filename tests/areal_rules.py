@@ -145,7 +145,7 @@ def auto_recover_passes(trial: Path) -> bool:
     if not (trial / "recover_info").exists():
         return False
     try:
-        step, *_ = _read_recover_info(trial)
+        step, *_ = read_recover_info(trial)
     except InvalidRecoverInfo:
         return False
     if step.epoch < 0:
@@ -204,7 +204,7 @@ def load(
     engines = {part: Engine(tensors, seed=999, with_optimizer=not skip_optimizer) for part in parts}
     loaded: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        step, controls, stats_logger, dataloader = _read_recover_info(trial)
+        step, controls, stats_logger, dataloader = read_recover_info(trial)
         if isinstance(dataloader, list) and len(dataloader) != world_size:
             # An AssertionError there, which becomes this
             raise InvalidRecoverInfo(f"dataloader states of {len(dataloader)} ranks, and there are {world_size}")
@@ -235,7 +235,7 @@ def load(
     )
 
 
-def _read_recover_info(trial: Path) -> tuple[StepInfo, dict[str, Any], Any, Any]:
+def read_recover_info(trial: Path) -> tuple[StepInfo, dict[str, Any], Any, Any]:
     """All six files. A file that cannot be parsed is InvalidRecoverInfo; keys of the controls are looked at later."""
     folder = trial / "recover_info"
     try:

@@ -340,6 +340,33 @@ def test_era_a_needs_the_world_size_and_gets_a_shard_for_each_rank(tmp_path: Pat
     run.assert_resumes(run.start_after(outcome), 93)
 
 
+def test_a_new_trial_resumes_and_the_old_one_stays(tmp_path: Path, era: str) -> None:
+    run = make_run(tmp_path, era, parts=("default", "critic"), yaml=YAML)
+    run.export(93)
+    run.save_slot(140)
+    before = contents(run.trial)
+    outcome = run.setup(Selection(step=93), config=load(str(tmp_path / "run.yaml")), world_size=1, new_trial="again")
+    assert contents(run.trial) == before
+    skip_optimizer = bool(outcome.plan.restoration.overrides)
+    fresh = areal_rules.start(run.trial.with_name("again"), era=era, parts=run.parts, skip_optimizer=skip_optimizer)
+    run.assert_resumes(fresh, 93)
+    run.assert_resumes(run.start(), 140)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a kept recover_info is not compared with the number of ranks")
+def test_another_number_of_ranks_never_starts_fresh(tmp_path: Path, era: str) -> None:
+    run = make_run(tmp_path, era, world_size=2)
+    run.save_slot(100)
+    adopt(run.backend)
+    run.save_slot(140)
+    run.world_size = 4
+    try:
+        outcome = run.setup(Selection(step=100), world_size=4)
+    except RefusedError:
+        return  # era A: its optimizer shards are of two ranks
+    run.assert_resumes(run.start_after(outcome), 100)
+
+
 def test_what_cannot_resume_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path, "C", yaml=YAML)
     trees.write_lora(run.trial / "default" / trees.folder_name(93))

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Builds the extension with one sanitizer into a temporary copy of the package, and runs the native tests on it.
-# usage: tests/native/sanitize.sh address|thread|undefined [pytest arguments]
+# usage: tests/native/sanitize.sh [address|thread|undefined|all] [pytest arguments]
 #        CKPTSTORE_PLANT=1: plants a bug of that kind first; the run must then fail (the proof that it would see one).
 set -euo pipefail
-kind=${1:?address, thread or undefined}
-shift
+kind=${1:-all}
+[[ $# -gt 0 ]] && shift
+if [[ $kind == all ]]; then
+  for each in address undefined thread; do "$0" "$each" "$@"; done
+  exit 0
+fi
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 work=$(mktemp -d)
@@ -15,7 +19,7 @@ rm -f "$work"/ckptstore/_native*.so
 
 if [[ -n ${CKPTSTORE_PLANT:-} ]]; then
   case $kind in
-    address)   sed -i 's/std::memset(from + bytes, 0, padded - bytes)/std::memset(from + bytes, 0, padded - bytes + 4096 * 4)/' "$work/csrc/endpoint.cpp" ;;
+    address)   sed -i 's/chunks\[chunk->index\]/chunks[chunk->index + 1]/' "$work/csrc/copy.cpp" ;;
     thread)    sed -i 's/std::atomic<std::uint64_t> reused_{0}/std::uint64_t reused_{0}/; s/done_.fetch_add(bytes, std::memory_order_relaxed)/reused_ += 1/' "$work/csrc/copy.cpp" ;;
     undefined) sed -i 's/word >> (8 \* i)/word >> (64 + 8 * i)/' "$work/csrc/crc64.cpp" ;;
   esac

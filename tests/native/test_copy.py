@@ -218,6 +218,44 @@ def test_resume_after_a_failure(roots):
     assert result.bytes_reused + result.bytes_copied == 6 * BIG
 
 
+# --- from memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_write_from_memory(roots, strategy):
+    contents = {f"d{s % 3}/f{s}": random_bytes(s) for s in SIZES}
+    buffers = {name: (bytes, bytearray, memoryview)[i % 3](data) for i, (name, data) in enumerate(contents.items())}
+    before = time.time_ns()
+    result = native.write_files(roots[1], buffers, options=options(strategy=strategy, verify_after_write=True))
+    assert result.digests == {name: independent_digest(data) for name, data in contents.items()}
+    assert "clone" not in result.strategies
+    assert "direct" not in result.strategies
+    for name, data in contents.items():
+        assert (roots[1] / name).read_bytes() == data
+        assert (roots[1] / name).stat().st_mtime_ns >= before - 20_000_000
+
+
+def test_write_from_memory_holds_and_lets_go_of_the_buffer(roots):
+    data = bytearray(random_bytes(BIG))
+    native.write_files(roots[1], {"f": data})
+    data.append(1)  # BufferError while somebody holds it
+    with pytest.raises(AlreadyExistsError):
+        native.write_files(roots[1], {"f": data})
+    data.append(1)
+    result = native.write_files(roots[1], {"f": data}, options=options(resume=True))
+    assert result.bytes_reused > BIG - CHUNK
+    assert (roots[1] / "f").read_bytes() == data
+
+
+def test_write_from_memory_refuses(roots):
+    with pytest.raises(BufferError):
+        native.write_files(roots[1], {"f": memoryview(b"abcdef")[::2]})
+    with pytest.raises(UsageError):
+        native.write_files(roots[1], {"../f": b"x"})
+    with pytest.raises(NotFoundError):
+        native.write_files(roots[1] / "nowhere", {"f": b"x"})
+
+
 # --- refusals and changes ------------------------------------------------------------------------------------------
 
 

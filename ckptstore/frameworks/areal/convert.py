@@ -18,10 +18,10 @@ from ckptstore.formats import dcp_writer, streaming, torchzip
 from ckptstore.formats.dcp_writer import Item, KeyPath, Origin, TensorItem
 from ckptstore.frameworks.areal import adamw, hf_export
 from ckptstore.frameworks.areal.adamw import AdamW
-from ckptstore.frameworks.areal.dcp_export import ConvertResult, dcp_to_hf
+from ckptstore.frameworks.areal.dcp_export import SHARD_BYTES, ConvertResult, dcp_to_hf
 from ckptstore.model import FileInfo
 
-__all__ = ["AdamW", "ConvertResult", "dcp_to_hf", "era_a_optimizer", "hf_to_dcp"]
+__all__ = ["SHARD_BYTES", "AdamW", "ConvertResult", "dcp_to_hf", "era_a_optimizer", "hf_to_dcp"]
 
 Path = str | os.PathLike[str]
 

@@ -1,0 +1,169 @@
+"""From pytest-benchmark's JSON to docs/performance.md and docs/performance.svg."""
+
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+GB = 1e9
+INTRODUCTION = """# Performance
+
+Made by `{command}` (benchmarks/report.py writes this page; do not edit it by hand).
+
+Contenders take turns in the same run; the first turn of each is dropped; figures are medians, with the slowest and the
+fastest run in brackets. *Warm*: the source is in the page cache; *cold*: it was dropped from it. *Durable*: on the disk
+when the clock stops (file contents and names). *Digested*: every byte is checked against, or yields, a digest. CPU
+seconds are those of the process: what the kernel writes back later for buffered tools is not in them. Memory is what the
+tool's process used at most, for ckptstore what it added to the process that called it. Every run's result was checked.
+
+"""
+
+
+@dataclass
+class Row:
+    """One contender in one table, over all its turns."""
+
+    name: str
+    ours: bool
+    durable: bool
+    digested: bool
+    speeds: list[float]  # GB/s
+    cpu_s_per_gb: float
+    peak_mib: float
+
+    @property
+    def speed(self) -> float:
+        return statistics.median(self.speeds)
+
+
+def tables_of(figures: dict) -> dict[str, list[Row]]:
+    """Group the runs by table and contender, without each one's first turn."""
+    runs = defaultdict(list)
+    for benchmark in figures["benchmarks"]:
+        info = benchmark["extra_info"]
+        if "contender" in info:
+            runs[info["group"], info["contender"]].append(info)
+    tables = defaultdict(list)
+    for (group, name), infos in runs.items():
+        counted = [info for info in infos if info["turn"] != 0] or infos
+        first = counted[0]
+        tables[group].append(
+            Row(
+                name,
+                first["ours"],
+                first["durable"],
+                first["digested"],
+                [info["moved_bytes"] / GB / info["seconds"] for info in counted],
+                statistics.median(info["cpu_s"] / (info["moved_bytes"] / GB) for info in counted),
+                max(info["peak_bytes"] for info in counted) / (1 << 20),
+            )
+        )
+    return tables
+
+
+def limit_of(group: str, rows: list[Row]) -> Row | None:
+    """What the others are measured by in this table."""
+    if group.startswith("digest, warm"):
+        wanted = "cat >/dev/null"
+    elif group.startswith("digest, cold"):
+        wanted = "fio read"
+    else:
+        wanted = "fio read and write at once" if group.endswith("cold") else "fio write"
+    return next((row for row in rows if row.name == wanted), None)
+
+
+def table(group: str, rows: list[Row]) -> str:
+    limit = limit_of(group, rows)
+    in_memory = "in memory" in group
+    lines = [f"## {group[0].upper()}{group[1:]}", ""]
+    head = ["", "GB/s"]
+    if limit:
+        head.append(f"× {limit.name}")
+    if not in_memory:
+        head += ["CPU-s/GB", "MiB", "durable", "digested"]
+    lines.append("| " + " | ".join(head) + " |")
+    lines.append("|" + " --- |" + " ---: |" * (len(head) - 1))
+    for row in sorted(rows, key=lambda row: -row.speed):
+        name = f"**{row.name}**" if row.ours else row.name
+        speed = f"{row.speed:.2f}"
+        if len(row.speeds) > 1:
+            speed += f" ({min(row.speeds):.2f}–{max(row.speeds):.2f})"
+        cells = [name, speed]
+        if limit:
+            cells.append(f"{row.speed / limit.speed:.2f}")
+        if not in_memory:
+            memory = f"{row.peak_mib:.0f}" if row.peak_mib else ""
+            cells += [f"{row.cpu_s_per_gb:.2f}", memory]
+            cells += ["yes" if flag else "no" for flag in (row.durable, row.digested)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def machine(figures: dict) -> str:
+    info = figures["machine_info"]
+    cpu = info.get("cpu", {})
+    facts = [
+        f"{cpu.get('brand_raw', 'unknown processor')}, {info.get('cores', '?')} cores, AVX-512: "
+        f"{'yes' if info.get('avx512') else 'no'}, CRC path: {info.get('crc64', '?')}",
+        f"{info.get('memory_bytes', 0) / GB:.0f} GB memory, kernel {info.get('release', '?')}",
+        f"{info.get('file_system', '?')}; {info.get('size', '?')} a run; load average at the start "
+        + ", ".join(f"{load:.1f}" for load in info.get("load", [])),
+        f"{figures['datetime'][:16].replace('T', ' ')}, commit {figures['commit_info'].get('id', '?')[:12]}"
+        + (" with changes" if figures["commit_info"].get("dirty") else ""),
+    ]
+    return "\n".join(f"- {fact}" for fact in facts) + "\n\n"
+
+
+def picture(tables: dict[str, list[Row]], path: Path) -> bool:
+    """Bars of the copy, digest and save tables; the best of ours and all of theirs, longest on top."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "ckptstore"  # the same figures give the same file
+    shown = [group for group in tables if "in memory" not in group or "KiB" in group and "1024" in group]
+    columns = 2
+    lines = -(-len(shown) // columns)
+    heights = [max(len(tables[g]) for g in shown[i * columns : (i + 1) * columns]) for i in range(lines)]
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(13, 0.29 * sum(heights) + 0.8 * lines),
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for group, axis in zip(shown, axes.flat, strict=False):
+        rows = sorted(tables[group], key=lambda row: row.speed)
+        colours = ["#2a6fdb" if row.ours else "#444444" if row is limit_of(group, rows) else "#b9bec7" for row in rows]
+        labels = [row.name + ("" if not row.durable or row.name.startswith("fio") else "  ●") for row in rows]
+        bars = axis.barh(labels, [row.speed for row in rows], color=colours, height=0.72)
+        axis.bar_label(bars, [f"{row.speed:.2f}" for row in rows], padding=3, fontsize=8)
+        axis.set_title(group, loc="left", fontsize=10, fontweight="bold")
+        axis.set_xlim(0, max(row.speed for row in rows) * 1.12)
+        axis.tick_params(axis="y", labelsize=8, length=0)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.supxlabel("GB/s, median   (blue: ckptstore, always digested · black: what the disk can do · ● durable)", fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return True
+
+
+def write(source: Path, page: Path) -> None:
+    figures = json.loads(source.read_text())
+    tables = tables_of(figures)
+    info = figures["machine_info"]
+    command = f"./run bench --size {info.get('size', '')}"
+    text = INTRODUCTION.format(command=command) + machine(figures)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    drawing = page.with_suffix(".svg")
+    if picture(tables, drawing):
+        text += f"![Speeds of all contenders]({drawing.name})\n\n"
+    page.write_text(text + "\n".join(table(group, rows) for group, rows in tables.items()))
