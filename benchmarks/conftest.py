@@ -122,7 +122,7 @@ def measure_fio(path: Path, size_bytes: int, source_bytes: int, mode: str) -> Us
     jobs = []
     if mode in ("read", "both"):
         sizes = [f"--size={source_bytes // MIB * MIB}", f"--io_size={size_bytes // MIB * MIB}"]
-        jobs += ["--name=read", f"--filename={path}.read", "--rw=read", "--readonly", *sizes, *common]
+        jobs += ["--name=read", f"--filename={path}.read", "--rw=read", *sizes, *common]
     if mode in ("write", "both"):
         write = ["--rw=write", "--end_fsync=1", f"--size={size_bytes // MIB * MIB}"]
         jobs += ["--name=write", f"--filename={path}.write", *write, *common]

@@ -71,7 +71,10 @@ def _limit(name, mode):
 LIMITS = [_limit("fio write", "write"), _limit("fio read and write at once", "both")]
 
 SUMS = "(cd $SRC && find . -type f -print0 | xargs -0 {sum}) >$DST.sums; (cd $DST && {sum} --quiet -c $DST.sums); rm $DST.sums"
-DD = "cd $SRC; find . -type d -exec mkdir -p $DST/{} ';'; find . -type f -exec dd if={} of=$DST/{} bs=8M iflag=fullblock oflag=direct conv=fsync status=none ';'"
+DD = (
+    "cd $SRC; find . -type d -exec mkdir -p $DST/{} ';'; find . -type f -exec"
+    " dd if={} of=$DST/{} bs=8M iflag=fullblock oflag=direct conv=fsync status=none ';'"
+)
 
 COPIERS = [
     _engine("ckptstore"),

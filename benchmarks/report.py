@@ -125,7 +125,7 @@ def picture(tables: dict[str, list[Row]], path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "ckptstore"  # the same figures give the same file
-    shown = [group for group in tables if "in memory" not in group or "KiB" in group and "1024" in group]
+    shown = [group for group in tables if "in memory" not in group or ("KiB" in group and "1024" in group)]
     columns = 2
     lines = -(-len(shown) // columns)
     heights = [max(len(tables[g]) for g in shown[i * columns : (i + 1) * columns]) for i in range(lines)]

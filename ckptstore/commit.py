@@ -171,16 +171,17 @@ def _check(journal: Journal) -> None:
     texts = [journal.action, journal.method, journal.created_at]
     for move in journal.moves:
         texts += [move.part, move.slot, move.staged, move.aside, move.new, move.old]
+    if not all(isinstance(text, str) for text in texts) or type(journal.step) is not int:
+        raise ValueError("a field has the wrong type")
+    if journal.method not in ("exchange", "rename"):
+        raise ValueError(f"method {journal.method!r:.20}")
+    for move in journal.moves:
         check_name(move.part), check_name(move.staged), check_name(move.aside)
         # The slot lies in the trial beside the side folder, or beside the side folder's own: two levels up at most.
         components = move.slot.split("/")
         inside = components[min(components.count(".."), 2) :]
         if not inside or any(component in ("", ".", "..") for component in inside) or "\0" in move.slot:
             raise ValueError(f"{move.slot!r:.80} cannot be a slot")
-    if not all(isinstance(text, str) for text in texts) or type(journal.step) is not int:
-        raise ValueError("a field has the wrong type")
-    if journal.method not in ("exchange", "rename"):
-        raise ValueError(f"method {journal.method!r:.20}")
 
 
 def roll_forward(side: str) -> str:

@@ -356,3 +356,53 @@ def _plain(spec: FileSpec, chunk_bytes: int) -> tuple[bytes, int, int, int, Sequ
             f"{name!r}: {len(spec.expected)} chunk digests do not cover {spec.size_bytes} bytes in chunks of {chunk_bytes}"
         )
     return os.fsencode(name), spec.size_bytes, spec.mtime_ns, spec.inode, spec.expected
+
+
+WEIGHT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+"""Number formats that `scan_weights` knows, by safetensors' names, and the bytes of a number; in the engine's order."""
+
+
+class Region(NamedTuple):
+    """Numbers in a file: `length` bytes from `offset` on, whole numbers of type `dtype` (of WEIGHT_DTYPES)."""
+
+    name: str
+    offset: int
+    length: int
+    dtype: str
+
+
+class WeightStats(NamedTuple):
+    """What a region's numbers are like. Positions are -1 where there is none; sums, min and max are of the finite ones."""
+
+    count: int
+    nan: int
+    infinite: int
+    first_nonfinite: int  #: index of the number
+    zero_blocks: int  #: of 4096 bytes each, all zero
+    first_zero_block: int  #: bytes from the region's start
+    sum_squares: float
+    min: float
+    max: float
+    crc: int
+
+
+def scan_weights(
+    root: Path, regions: Sequence[Region], *, threads: int = 0, progress: Progress | None = None
+) -> list[WeightStats | CkptStoreError]:
+    """Look at the numbers in files below a folder: one read, in parallel, a few MiB of memory a thread.
+
+    Where a region fails, its error stands in its place. Raises only what is not about one region, UsageError for a region
+    that is none.
+    """
+    kinds = list(WEIGHT_DTYPES)
+    plain = []
+    for region in regions:
+        if region.dtype not in WEIGHT_DTYPES or region.length % WEIGHT_DTYPES[region.dtype] or min(region[1:3]) < 0:
+            raise UsageError(f"not a range of numbers: {region}")
+        name, *_ = _plain(FileSpec(region.name, 0), CHUNK_BYTES)
+        plain.append((name, region.offset, region.length, kinds.index(region.dtype)))
+    try:
+        found = _native.scan_weights(os.fsencode(root), plain, threads=threads, progress=progress)
+    except _native.NativeError as error:
+        raise _error_of(*error.args) from None
+    return [WeightStats(*item) if len(item) == 10 else _error_of(*item) for item in found]

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_weights.h"
 #include "copy.h"
 #include "crc64.h"
 #include "digest.h"
@@ -267,5 +268,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("sync_path", sync_path, py::arg("path"), py::call_guard<py::gil_scoped_release>());
   module.def("supports_direct", supports_direct, py::arg("folder"),
              py::call_guard<py::gil_scoped_release>());
+  bind_weights(module);
   module.attr("STRATEGIES") = py::make_tuple("clone", "direct", "warm", "buffered", "auto");
 }

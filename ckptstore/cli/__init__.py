@@ -39,7 +39,7 @@ class _Verbs(click.Group):
     """Imports a verb's module only when it is used: `list` must start in a blink."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return [*VERBS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     With --json an error is a JSON document on stdout as well.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is our verb's module in here
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no ✓ must not end a setup
@@ -110,7 +110,7 @@ def _report(message: str, facts: Sequence[str] = (), hint: str = "", *, exit_cod
     from ckptstore.cli.render import print_json, problem
 
     if as_json:
-        print_json({"error": message, "facts": list(facts), "hint": hint, "exit_code": exit_code})
+        print_json({"error": message, "facts": [*facts], "hint": hint, "exit_code": exit_code})
     if exit_code == 130:
         click.echo(f"\n{message}", err=True)
     else:

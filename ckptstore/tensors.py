@@ -1,0 +1,237 @@
+"""Where the numbers of a part lie: each tensor of its safetensors, .pt/.bin and DCP files, without torch, nothing unpickled."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ckptstore.formats import FormatError, dcp, inert, safetensors
+from ckptstore.formats.reading import not_regular, read_exactly
+from ckptstore.model import FileInfo, ReadAt
+from ckptstore.native import WEIGHT_DTYPES
+
+MAX_CODE_BYTES = 256 << 20
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_OPTIMIZER_FILE = re.compile(r"(?:^|/)(?:optim|optimizer)[^/]*$")
+_OPTIMIZER_KEY = re.compile(r"(?:^|[./])(?:optims?|optimizers?|optim(?:izer)?_state)(?:[./]|$)")
+_TORCH = {  # torch's names, of dtypes and of the storages of old
+    **dict.fromkeys(("float64", "double", "DoubleStorage"), "F64"),
+    **dict.fromkeys(("float32", "float", "FloatStorage"), "F32"),
+    **dict.fromkeys(("float16", "half", "HalfStorage"), "F16"),
+    **dict.fromkeys(("bfloat16", "BFloat16Storage"), "BF16"),
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+_UNSIGHTLY = ("float8_", "float4_", "float6_", "complex", "F8_", "F4", "F6_", "C64")  #: numbers that are not scanned
+
+
+class Place(NamedTuple):
+    """One tensor, or one chunk of one. `key` has no prefix of the format; `optimizer`: it is no weight."""
+
+    key: str
+    file: str
+    offset: int
+    length: int
+    dtype: str  #: of native.WEIGHT_DTYPES
+    optimizer: bool
+
+
+class Places(NamedTuple):
+    """All that can be scanned, and what is not, as sentences."""
+
+    found: tuple[Place, ...]
+    not_scanned: tuple[str, ...]
+
+
+def places(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Places:
+    """The tensors in a part's files. Damage makes a file "not scanned": `verify` says what is wrong with it."""
+    found: list[Place] = []
+    missed: list[str] = []
+    for name, info in files.items():
+        base = name.rpartition("/")[2]
+        if base.endswith(".safetensors"):
+            look = _safetensors
+        elif base == dcp.METADATA_NAME:
+            look = _dcp
+        elif base.endswith(_TORCH_SUFFIXES) and base != "training_args.bin":
+            look = _torch_file
+        else:
+            continue
+        try:
+            if (problem := not_regular(info)) is not None:
+                raise FormatError(problem.problem)
+            here = list(look(read_at, info))
+        except FormatError as error:
+            missed.append(f"{name}: {error.problem}")
+            continue
+        strange = sorted({place.dtype for place in here if place.dtype.startswith(_UNSIGHTLY) and place.dtype not in WEIGHT_DTYPES})
+        if strange:
+            missed.append(f"{name}: numbers of type {', '.join(strange)}")
+        found += [place for place in here if place.dtype in WEIGHT_DTYPES and place.length]
+    # Several keys may share one place (aliased optimizer moments, tied weights): it is read once.
+    unique = {(place.file, place.offset, place.length): place for place in reversed(found)}
+    return Places(tuple(sorted(unique.values(), key=lambda place: (place.file, place.offset))), tuple(missed))
+
+
+def _safetensors(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
+    tensors = safetensors.read_header(read_at, info.name, info.size_bytes)
+    begin = 8 + int.from_bytes(read_exactly(read_at, info.name, 0, 8), "little")
+    optimizer = _OPTIMIZER_FILE.search(info.name) is not None
+    for key, tensor in tensors.items():
+        yield Place(key, info.name, begin + tensor.begin, tensor.end - tensor.begin, tensor.dtype, optimizer)
+
+
+def _dcp(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
+    metadata = dcp.load_metadata(read_at, info)
+    folder = info.name.removesuffix(dcp.METADATA_NAME)
+    for item in metadata.items:
+        tensor = metadata.tensors.get(item.key)
+        if tensor is None:
+            continue
+        file = folder + item.file
+        window = _Window(read_at, file, item.offset, item.length)
+        dtype = _TORCH.get(tensor.dtype, tensor.dtype)
+        # An item is an archive of one tensor, which holds exactly one storage.
+        for offset, length in _storages(window).values():
+            place = Place(_plain_key(item.key), file, offset, length, dtype, _OPTIMIZER_KEY.search(item.key) is not None)
+            yield _whole(place)
+
+
+def _plain_key(key: str) -> str:
+    # AReaL wraps the state in {"dcp": {"model": …}}; exports have the bare names.
+    return key.removeprefix("dcp.model.")
+
+
+def _torch_file(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
+    window = _Window(read_at, info.name, 0, info.size_bytes)
+    storages = _storages(window)
+    optimizer = _OPTIMIZER_FILE.search(info.name) is not None
+    for key, (name, dtype) in _named_storages(_code(window)).items():
+        if key in storages:
+            offset, length = storages[key]
+            yield _whole(Place(name, info.name, offset, length, dtype, optimizer or _OPTIMIZER_KEY.search(name) is not None))
+
+
+def _whole(place: Place) -> Place:
+    item_bytes = WEIGHT_DTYPES.get(place.dtype, 1)
+    if place.length % item_bytes:
+        raise FormatError(f"{place.key[:80]!a} has {place.length} bytes, not whole numbers of type {place.dtype}")
+    return place
+
+
+# --- archives as torch.save makes them ---------------------------------------------------------------------------------
+
+
+class _Window(io.RawIOBase):
+    """A range of a file, as a file."""
+
+    def __init__(self, read_at: ReadAt, name: str, offset: int, length: int) -> None:
+        self._read_at, self.name, self.begin, self._length, self._at = read_at, name, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        at = offset + (0, self._at, self._length)[whence]
+        if at < 0:
+            raise OSError("before the beginning")
+        self._at = at
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(self._length - self._at, 0)
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = self._read_at(self.name, self.begin + self._at, wanted) if wanted else b""
+        self._at += len(data)
+        return data
+
+
+def _open(window: _Window) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(window)
+    except (zipfile.BadZipFile, OSError, struct.error, ValueError, NotImplementedError, EOFError) as error:
+        raise FormatError(f"not an archive of torch.save ({str(error)[:60]})") from None
+
+
+def _storages(window: _Window) -> dict[str, tuple[int, int]]:
+    """Storage key → offset in the file and length in bytes. Little-endian ones only."""
+    found: dict[str, tuple[int, int]] = {}
+    with _open(window) as archive:
+        for entry in archive.infolist():
+            _, _, name = entry.filename.partition("/")
+            if name == "byteorder" and entry.file_size <= 16 and _content(archive, entry) != b"little":
+                raise FormatError("not little-endian")
+            if not name.startswith("data/") or not entry.file_size:
+                continue
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise FormatError("an archive whose records are compressed")
+            window.seek(entry.header_offset)
+            local = window.read(30)
+            if len(local) < 30 or not local.startswith(b"PK\3\4"):
+                raise FormatError("an archive's record without its header")
+            name_bytes, extra_bytes = struct.unpack_from("<2H", local, 26)
+            begin = entry.header_offset + 30 + name_bytes + extra_bytes
+            found[name.removeprefix("data/")] = (window.begin + begin, entry.file_size)
+    return found
+
+
+def _code(window: _Window) -> bytes:
+    with _open(window) as archive:
+        entry = next((entry for entry in archive.infolist() if entry.filename.partition("/")[2] == "data.pkl"), None)
+        if entry is None or entry.file_size > MAX_CODE_BYTES:
+            raise FormatError("an archive without a data.pkl of sane size")
+        return _content(archive, entry)
+
+
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(entry)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
+        raise FormatError(f"{entry.filename[:40]!a}: {str(error)[:60]}") from None
+
+
+def _named_storages(code: bytes) -> dict[str, tuple[str, str]]:
+    """Storage key → (path to the first tensor in it, dtype), from a data.pkl that is read as data."""
+    named: dict[str, tuple[str, str]] = {}
+    # Any name may occur in a training state; none is imported. What counts are torch's storages and tensors.
+    waiting: list[tuple[str, Any]] = [("", inert.read(code, lambda name: True))]
+    seen: set[int] = set()
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, (list, tuple, inert.Record)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+        if isinstance(value, inert.Pairs):
+            for key, item in zip(value[::2], value[1::2], strict=False):
+                waiting.append((f"{path}.{key}" if path else str(key), item) if isinstance(key, (str, int)) else (path, item))
+        elif isinstance(value, (list, tuple)):
+            waiting += [(path, item) for item in value]
+        elif isinstance(value, inert.Record):
+            if (storage := _storage_of(value)) is not None:
+                named.setdefault(storage[0], (path or "tensor", storage[1]))
+            waiting += [(path, value.arguments), (path, value.state)]
+    return named
+
+
+def _storage_of(record: inert.Record) -> tuple[str, str] | None:
+    """The storage key and dtype of a tensor's record; None for what is no tensor."""
+    if not record.made_by.name.startswith("_rebuild_tensor") or not isinstance(record.arguments, tuple):
+        return None
+    storage = record.arguments[0] if record.arguments else None
+    about = storage.arguments if isinstance(storage, inert.Record) else None
+    if not isinstance(about, tuple) or len(about) < 3 or not isinstance(about[1], inert.Name) or not isinstance(about[2], str):
+        return None
+    # Types without a storage class of their own are named beside an untyped one.
+    names = [about[1].name, *(item.name for item in record.arguments if isinstance(item, inert.Name))]
+    return about[2], next((_TORCH[name] for name in names if name in _TORCH), names[-1])

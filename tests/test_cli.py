@@ -1,0 +1,757 @@
+"""The verbs list, show, verify, seal, setup and clean, as people and programs see them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ckptstore
+from ckptstore import cli as cli_module
+from ckptstore import commit, probe
+from ckptstore.cli import render
+from ckptstore.frameworks.areal import launch
+from ckptstore.lock import RunLock
+from ckptstore.manifest import parse
+from ckptstore.model import MANIFEST_NAME, Status
+from tests import commands, trees
+from tests.commands import Result, flat
+
+Cli = Callable[..., Result]
+EXPERIMENT = "cli-grpo"  # of its own: a trainer of this name that another test starts would be ours
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands.isolate(monkeypatch, tmp_path)
+    monkeypatch.setenv("CKPTSTORE_FILEROOT", str(tmp_path))
+    monkeypatch.setattr(probe, "file_system", lambda path: "ext4")  # whatever this machine is made of
+    monkeypatch.setattr(launch, "_package_of_python_on_path", lambda: "")  # and whatever is installed on it
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    return functools.partial(commands.invoke, capfd)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Four exports, the last torn, and a slot of AReaL v0.3 after step 140."""
+    path = trees.make_run(
+        tmp_path, experiment=EXPERIMENT, steps=[46, 93, 140, 187], sharded=True, slot="era_a", slot_step=140, recover_info=140
+    )
+    trees.remove_shard(trees.checkpoint(path, 187))
+    trees.set_age(trees.checkpoint(path, 187), 3600)
+    trees.set_age(tmp_path / "logs", 3600)
+    return path
+
+
+def rows(result: Result) -> list[list[str]]:
+    """The table's lines, as words."""
+    lines = result.out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.split()[:2] == ["step", "log"])
+    table = lines[first + 1 :]
+    return [line.split() for line in table[: table.index("")]]
+
+
+# --- list ---------------------------------------------------------------------------------------------------------
+
+
+def test_list_shows_every_checkpoint_with_both_numbers(cli: Cli, run: Path) -> None:
+    result = cli("list")
+    assert result.code == 0
+    table = rows(result)
+    assert [row[:3] for row in table] == [
+        ["46", "47", "0:46"],
+        ["93", "94", "1:46"],
+        ["140", "141", "2:46"],
+        ["187", "188", "3:46"],
+    ]
+    assert [row[-1] for row in table] == ["COMPLETE", "COMPLETE", "COMPLETE", "PARTIAL"]
+    assert "weights tok cfg" in result.out
+    assert "hf-sharded" in result.out
+    assert "model-00002-of-00003.safetensors: shard missing" in result.out
+    assert "global step 140 (the log says: Train step 141) is the newest whole one" in result.out
+
+
+def test_list_shows_slot_settings_and_where_it_looked(cli: Cli, run: Path) -> None:
+    text = cli("list").out
+    assert f"{run}  (fileroot from $CKPTSTORE_FILEROOT)" in text
+    assert "slot     step 140, hf+optim: weights, optimizer" in text
+    assert "after global step 140, so training would go on at 141" in text
+    assert "saver    every 1 epoch\n" in text
+    assert "recover  mode disabled, every 1 epoch: nothing resumes by itself" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "says"),
+    [
+        (["--max-step", 93], [46, 93], "checkpoints up to step 93, 93 included"),
+        (["--before-step", 93], [46], "checkpoints before step 93"),
+        (["--log-step", 94], [93], "checkpoints of step 93, the log's 94"),
+        (["--latest"], [140], ""),
+        (["--latest", "--before-step", 140], [93], ""),
+    ],
+)
+def test_list_within_bounds(cli: Cli, run: Path, words: list[object], steps: list[int], says: str) -> None:
+    result = cli("list", *words)
+    assert [int(row[0]) for row in rows(result)] == steps
+    assert says in result.out
+    assert [one["step"] for one in cli("list", "--json", *words).json["checkpoints"]] == steps
+
+
+def test_list_has_no_whole_one_within_the_bound(cli: Cli, run: Path) -> None:
+    result = cli("list", "--latest", "--before-step", 46)
+    assert (result.code, result.out.count("\n")) == (4, 1)
+    assert "no whole checkpoint before step 46" in result.err
+    assert "first saved is step 46" in flat(result.err)
+
+
+def test_list_says_which_setting_would_have_saved_one(cli: Cli, run: Path) -> None:
+    result = cli("list", "--before-step", 20)
+    assert result.code == 0
+    assert "With saver: every 1 epoch, the first saved is step 46." in result.out
+    assert "saver.freq_steps=20 (or less)" in result.out
+
+
+def test_list_of_a_run_without_checkpoints_says_what_it_looked_for(cli: Cli, tmp_path: Path) -> None:
+    trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[])
+    result = cli("list")
+    assert result.code == 0
+    assert "epoch{E}epochstep{S}globalstep{G}" in result.out
+    assert "slot     empty" in result.out
+    assert "AReaL starts from step 0" in result.out
+
+
+def test_recover_info_alone(cli: Cli, run: Path) -> None:
+    result = cli("list", "--recover-info")
+    assert "after global step 140, so training would go on at 141" in result.out
+    assert "epoch 2, epoch step 46; 47 steps per epoch" in result.out
+    assert "holds    step, saver, evaluator, checkpoint, stats_logger, dataloader" in result.out
+    assert "never opened" in result.out
+    assert "COMPLETE\n" in result.out
+    assert "hf-sharded" not in result.out
+
+
+def test_the_pickle_is_never_loaded(cli: Cli, run: Path) -> None:
+    bomb = b"cos\nsystem\n(S'touch harmed'\ntR."
+    (run / "recover_info/dataloader_info.pkl").write_bytes(bomb)
+    for words in (["list"], ["list", "--recover-info"], ["show", "--slot"], ["setup", "--dry-run", "--as-is"]):
+        cli(*words)
+    assert not Path("harmed").exists()
+
+
+def test_list_in_json(cli: Cli, run: Path) -> None:
+    document = cli("list", "--json").json
+    assert sorted(document) == ["checkpoints", "config", "notes", "recover_info", "run", "slot"]
+    assert document["run"] == {
+        "path": str(run), "fileroot": str(run.parents[3]), "user": "alice", "experiment": EXPERIMENT, "trial": "trial0",
+        "found_by": "fileroot from $CKPTSTORE_FILEROOT",
+    }  # fmt: skip
+    first, last = document["checkpoints"][0], document["checkpoints"][-1]
+    assert (first["step"], first["log_step"], first["epoch"], first["epoch_step"]) == (46, 47, 0, 46)
+    assert (first["status"], first["format"], first["kind"]) == ("COMPLETE", "hf-sharded", "export")
+    assert first["holds"] == ["weights", "tokenizer", "config"]
+    assert first["file_count"] == len(list(trees.checkpoint(run, 46).iterdir()))
+    assert first["bytes"] == sum(path.stat().st_size for path in trees.checkpoint(run, 46).iterdir())
+    assert first["parts"][0]["path"] == str(trees.checkpoint(run, 46))
+    assert last["parts"][0]["findings"][0] == {
+        "path": "model-00002-of-00003.safetensors", "problem": "shard missing", "status": "PARTIAL",
+    }  # fmt: skip
+    assert document["slot"]["step"] == document["recover_info"]["step"] == 140
+    assert document["recover_info"]["resumes_at"] == 141
+    assert document["config"]["saver"]["freq_epochs"] == 1
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_table_fits_the_terminal(run: Path, tmp_path: Path, columns: int) -> None:
+    with commands.Terminal([*commands.COMMAND, "list"], columns=columns, env=terminal_environment()) as terminal:
+        result = terminal.finish()
+    lines = commands.plain(result.out).splitlines()
+    assert result.code == 0
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= columns
+    titles = next(line for line in lines if line.startswith("step  log")).split()
+    assert {"step", "log", "holds", "size", "age", "status"} <= set(titles)
+    assert ("files" in titles) == (columns == 100)
+
+
+def terminal_environment() -> dict[str, str]:
+    return commands.environment(TERM="xterm", CKPTSTORE_FILEROOT=os.environ["CKPTSTORE_FILEROOT"])
+
+
+def test_a_pipe_gets_every_column_in_one_line(cli: Cli, run: Path) -> None:
+    titles = next(line for line in cli("list").out.splitlines() if line.startswith("step")).split()
+    assert titles == ["step", "log", "epoch:step", "parts", "holds", "format", "files", "size", "age", "status"]
+
+
+def test_stray_slots_near_names_and_saves_in_progress_are_said(cli: Cli, run: Path) -> None:
+    trees.stray_slot(run)
+    trees.near_misses(run, names=["epoch0epochstep46globalstep46.bak"])
+    trees.tmp_folder(run, 234)
+    err = cli("list").err
+    assert "recover_checkpoint/ lies directly in the trial" in err
+    assert "it reads default/recover_checkpoint/" in err
+    assert "default/epoch0epochstep46globalstep46.bak" in err
+    assert "a save in progress" in err
+
+
+def test_critic_and_default_are_parts_of_one_step(cli: Cli, tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46, 93], parts=("default", "critic"))
+    trees.critic_only(run, 140)
+    result = cli("list")
+    assert [row[3:5] for row in rows(result)][:2] == [["default", "critic"]] * 2
+    assert "part default is missing at this step" in result.out
+    assert [len(one["parts"]) for one in cli("list", "--json").json["checkpoints"]] == [2, 2, 1]
+
+
+# --- names that would drive a terminal ----------------------------------------------------------------------------
+
+EVIL = "\x1b[31mred\x07\u202egpj\n"
+
+
+def test_escapes_in_names_are_printed_escaped(cli: Cli, run: Path) -> None:
+    (trees.checkpoint(run, 93) / f"x{EVIL}y").write_bytes(b"?")
+    trees.near_misses(run, names=[f"epoch1globalstep9{EVIL}"])
+    for words in (["list"], ["show", 93], ["verify", 93], ["setup", "--step", 93, "--as-is", "--dry-run"]):
+        result = cli(*words)
+        for character in ("\x1b", "\x07", "\u202e"):
+            assert character not in result.out + result.err
+    assert r"x\x1b[31mred\x07\u202egpj\ny" in cli("show", 93).out
+    assert f"x{EVIL}y" in [one["path"] for one in cli("show", 93, "--json").json["parts"][0]["files"]]
+
+
+def test_escapes_in_errors_are_printed_escaped(cli: Cli, run: Path) -> None:
+    result = cli("list", "-e", EVIL)
+    assert result.code == 1
+    assert "\x1b" not in result.err
+    assert "\x1b[31m" in cli("list", "-e", EVIL, "--json").json["error"].encode().decode("unicode_escape")
+
+
+@pytest.mark.parametrize("text", ["plain name-1.safetensors", "Ünïcödé 名前"])
+def test_ordinary_names_stay(text: str) -> None:
+    assert render.safe(text) == text
+
+
+# --- show ---------------------------------------------------------------------------------------------------------
+
+
+def test_show_lists_files_and_digests_once_sealed(cli: Cli, run: Path) -> None:
+    assert "CRC-64/NVME" in cli("show", 46).out
+    cli("seal", 46)
+    manifest = parse((trees.checkpoint(run, 46) / MANIFEST_NAME).read_bytes())
+    text = cli("show", 46).out
+    assert f"sha256 {manifest.sha256}" in text
+    for entry in manifest.files:
+        assert f"{entry.crc:016X}" in text
+    document = cli("show", 46, "--json").json
+    assert document["parts"][0]["manifest_sha256"] == manifest.sha256
+    assert {one["path"] for one in document["parts"][0]["files"]} == {entry.path for entry in manifest.files}
+
+
+def test_show_by_the_logs_number_and_the_slot(cli: Cli, run: Path) -> None:
+    assert "global step 46 (the log says: Train step 47)" in cli("show", "--log-step", 47).out
+    assert "optim_world_size_2_rank_0.pt" in cli("show", "--slot").out
+
+
+@pytest.mark.parametrize("words", [[], [46, 93], [46, "--slot"], ["--log-step", 0], ["abc"]])
+def test_show_takes_one(cli: Cli, run: Path, words: list[object]) -> None:
+    assert cli("show", *words).code == 2
+
+
+def test_a_step_that_does_not_exist_has_a_nearest(cli: Cli, run: Path) -> None:
+    result = cli("show", 100)
+    assert result.code == 1
+    assert "no checkpoint of global step 100" in result.err
+    assert "The nearest is 93" in result.err
+
+
+# --- seal and verify ----------------------------------------------------------------------------------------------
+
+
+def test_seal_all_seals_what_is_whole_and_passes_over_the_rest(cli: Cli, run: Path) -> None:
+    result = cli("seal", "--all", "--json")
+    assert result.code == 0
+    assert [one["result"] for one in result.json["checkpoints"]] == ["sealed", "sealed", "sealed", "skipped"]
+    assert [one["status"] for one in cli("list", "--json").json["checkpoints"]] == ["COMMITTED"] * 3 + ["PARTIAL"]
+    assert [one["result"] for one in cli("seal", "--all", "--json").json["checkpoints"]][:3] == ["already sealed"] * 3
+
+
+def test_sealing_a_torn_one_by_name_fails(cli: Cli, run: Path) -> None:
+    result = cli("seal", 187, 46)
+    assert result.code == 3
+    assert "step 187: failed (step 187 is PARTIAL" in result.out
+    assert (trees.checkpoint(run, 46) / MANIFEST_NAME).exists()
+    assert not (trees.checkpoint(run, 187) / MANIFEST_NAME).exists()
+
+
+def test_seal_finds_damage_that_list_does_not_see(cli: Cli, run: Path) -> None:
+    path = trees.checkpoint(run, 93) / "model-00001-of-00003.safetensors"
+    trees.truncate(path)
+    assert cli("seal", "--all").code == 3
+    assert not (path.parent / MANIFEST_NAME).exists()
+
+
+def test_seal_dry_run_changes_nothing(cli: Cli, run: Path) -> None:
+    before = commands.snapshot(run)
+    result = cli("seal", "--all", "--dry-run")
+    assert result.out.count("would be sealed") == 3
+    assert commands.snapshot(run) == before
+
+
+@pytest.mark.parametrize("words", [[], [46, "--all"]])
+def test_seal_wants_steps_or_all(cli: Cli, run: Path, words: list[object]) -> None:
+    assert cli("seal", *words).code == 2
+
+
+def test_a_flipped_bit_is_found_by_its_digest(cli: Cli, run: Path) -> None:
+    assert cli("seal", "--all").code == 0
+    assert cli("verify", 46, 93, 140).code == 0
+    trees.bitflip(trees.checkpoint(run, 140) / "model-00003-of-00003.safetensors")
+    assert cli("verify", "--level", "structure", 140).code == 0  # its format is still right
+    result = cli("verify", 46, 93, 140)
+    assert result.code == 3
+    assert "2 of 3 whole at level full" in result.out
+    assert "model-00003-of-00003.safetensors: digest differs from the manifest in the chunk at byte 0" in result.out
+    document = cli("verify", 140, "--json")
+    assert (document.code, document.json["ok"]) == (3, False)
+    assert document.json["reports"][0]["status"] == "CORRUPT"
+
+
+def test_verify_says_once_how_many_have_no_manifest(cli: Cli, run: Path) -> None:
+    result = cli("verify", 46, 93)
+    assert result.code == 0
+    assert result.out.count("without a manifest") == 1
+    assert "2 without a manifest" in result.out
+
+
+def test_verify_of_everything_finds_the_torn_one(cli: Cli, run: Path) -> None:
+    for words in ([], ["--all"], ["--all", "--level", "quick"]):
+        result = cli("verify", *words)
+        assert result.code == 3
+        assert "3 of 4 whole" in result.out
+
+
+def test_verify_by_the_logs_number(cli: Cli, run: Path) -> None:
+    assert cli("verify", "--log-step", 47, "--json").json["reports"][0]["step"] == 46
+
+
+def test_verify_the_slot(cli: Cli, run: Path) -> None:
+    document = cli("verify", "--slot", "--json").json
+    assert [(one["kind"], one["step"], one["ok"]) for one in document["reports"]] == [("slot", 140, True)]
+
+
+def test_a_pinned_manifest(cli: Cli, run: Path) -> None:
+    cli("seal", 46, 93)
+    pins = [cli("show", step, "--json").json["parts"][0]["manifest_sha256"] for step in (46, 93)]
+    assert cli("verify", 46, "--expect-digest", pins[0].upper()).code == 0
+    result = cli("verify", 46, "--expect-digest", pins[1])
+    assert result.code == 3
+    assert "not the one with SHA-256" in result.out
+    assert cli("verify", 46, 93, "--expect-digest", pins[0]).code == 2
+
+
+@pytest.mark.parametrize("words", [[46, "--all"], [46, "--slot"], ["--all", "--slot"], ["--level", "deep"], [46, "x"]])
+def test_verify_usage(cli: Cli, run: Path, words: list[object]) -> None:
+    assert cli("verify", *words).code == 2
+
+
+# --- setup --------------------------------------------------------------------------------------------------------
+
+
+def slot_names(run: Path) -> set[str]:
+    return {path.name for path in (run / "default/recover_checkpoint").iterdir()}
+
+
+def test_setup_dry_run_prints_the_whole_plan_and_changes_nothing(cli: Cli, run: Path) -> None:
+    before = commands.snapshot(run.parent)
+    result = cli("setup", "--dry-run", "--as-is", "--step", 93)
+    assert result.code == 0
+    text = result.out
+    assert text.index("not restored") < text.index("\nrestored")
+    for part in (
+        "global step 93 (the log says: Train step 94)", "you named it", "default/epoch1epochstep46globalstep93",
+        "default/recover_checkpoint", "needed;", "free (ext4)", "old slot  step 140, hf+optim", "nothing was changed",
+    ):  # fmt: skip
+        assert part in text
+    assert commands.snapshot(run.parent) == before
+    document = cli("setup", "--dry-run", "--as-is", "--step", 93, "--json").json
+    assert document["done"] is False
+    assert document["needed_bytes"] == document["checkpoint"]["bytes"]
+    assert document["free_bytes"] > 0
+    assert commands.snapshot(run.parent) == before
+
+
+def test_setup_places_the_checkpoint_and_keeps_the_old_slot(cli: Cli, run: Path) -> None:
+    old = slot_names(run)
+    result = cli("setup", "--as-is", "--step", 93)
+    assert result.code == 0, result.err
+    assert "✓ global step 93 (the log says: Train step 94) is in the slot" in result.out
+    assert "digested and synced" in result.out
+    assert "setup --undo" in result.out
+    source = trees.checkpoint(run, 93)
+    for path in source.iterdir():
+        assert (run / "default/recover_checkpoint" / path.name).read_bytes() == path.read_bytes()
+    (kept,) = (run.parent / ".ckptstore/trial0").glob("old-*/default")
+    assert {path.name for path in kept.iterdir()} == old
+    assert cli("verify", "--slot").code == 0
+
+
+def test_setup_undo_brings_the_old_slot_back(cli: Cli, run: Path) -> None:
+    before = commands.snapshot(run / "default/recover_checkpoint")
+    cli("setup", "--as-is", "--step", 93)
+    assert "would swap back" in cli("setup", "--undo", "--dry-run").out
+    assert commands.snapshot(run / "default/recover_checkpoint") != before
+    result = cli("setup", "--undo")
+    assert result.code == 0, result.err
+    assert commands.snapshot(run / "default/recover_checkpoint") == before
+    assert cli("setup", "--undo", "--step", 5).code == 2
+
+
+def test_undo_without_anything_to_undo(cli: Cli, run: Path) -> None:
+    result = cli("setup", "--undo")
+    assert result.code == 1
+    assert "nothing to undo" in result.err
+
+
+def test_setup_json_says_what_was_done(cli: Cli, run: Path) -> None:
+    document = cli("setup", "--as-is", "--step", 93, "--json").json
+    assert document["done"] is True
+    assert document["copied_bytes"] == document["checkpoint"]["bytes"]
+    assert document["method"] in ("exchange", "rename")
+    assert sum(document["strategies"].values()) == document["copied_bytes"]
+    manifest = parse((run / "default/recover_checkpoint" / MANIFEST_NAME).read_bytes())
+    assert document["manifest_sha256"] == {"default": manifest.sha256}
+    assert Path(document["kept_old_slot"]).is_dir()
+
+
+def test_setup_twice_has_nothing_to_do(cli: Cli, run: Path) -> None:
+    cli("setup", "--as-is", "--step", 93)
+    before = commands.snapshot(run)
+    result = cli("setup", "--as-is", "--step", 93)
+    assert result.code == 0
+    assert "nothing to do: the slot already holds step 93, every digest verified" in result.out
+    assert commands.snapshot(run) == before
+
+
+def test_setup_skips_damage_with_its_reason(cli: Cli, tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46, 93, 140, 187], sharded=True)
+    trees.set_age(tmp_path / "logs", 3600)
+    assert cli("seal", "--all").code == 0
+    trees.bitflip(trees.checkpoint(run, 187) / "model-00001-of-00003.safetensors")
+    trees.remove_shard(trees.checkpoint(run, 140))
+    trees.set_age(run / "default", 3600, deep=False)
+    result = cli("setup", "--as-is")
+    assert result.code == 0, result.err
+    assert "global step 93 (the log says: Train step 94) is in the slot" in result.out
+    assert "✗ step 187: " in result.out
+    assert "found while copying" in result.out
+    assert "◐ step 140: default/model-00002-of-00003.safetensors: " in result.out
+    assert "2 newer ones skipped" in result.out
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [
+        (["--before-step", 140], 93),
+        (["--max-step", 140], 140),
+        (["--log-step", 47], 46),
+        (["--step", 46], 46),
+        (["--checkpoint-path", "{93}"], 93),
+    ],
+)
+def test_setup_selection(cli: Cli, run: Path, words: list[object], step: int) -> None:
+    words = [str(word).replace("{93}", str(trees.checkpoint(run, 93))) for word in words]
+    assert cli("setup", "--dry-run", "--as-is", "--prefer", "newest", *words, "--json").json["checkpoint"]["step"] == step
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--step", 46, "--log-step", 47],
+        ["--log-step", 0],
+        ["--step", 46, "--before-step", 93],
+        ["--step", 46, "--checkpoint-path", "/x"],
+        ["46"],
+        ["--replace"],
+        ["--prefer", "oldest"],
+    ],
+)
+def test_setup_usage(cli: Cli, run: Path, words: list[object]) -> None:
+    before = commands.snapshot(run)
+    assert cli("setup", *words).code == 2
+    assert commands.snapshot(run) == before
+
+
+def test_setup_with_nothing_before_the_bound(cli: Cli, run: Path) -> None:
+    result = cli("setup", "--before-step", 20)
+    assert result.code == 4
+    assert "before step 20" in result.err
+    assert "saver.freq_steps=20 (or less)" in flat(result.err)
+    assert cli("setup", "--before-step", 20, "--json").json["exit_code"] == 4
+
+
+def test_setup_of_a_damaged_one_by_name(cli: Cli, run: Path) -> None:
+    result = cli("setup", "--step", 187)
+    assert result.code == 3
+    assert "step 187 is PARTIAL" in result.err
+    assert "Without --step" in result.err
+
+
+def test_setup_refuses_while_the_trainer_runs(cli: Cli, run: Path) -> None:
+    (run / "default/recover_checkpoint/config.json").touch()
+    before = commands.snapshot(run)
+    result = cli("setup", "--as-is", "--step", 93)
+    assert result.code == 1
+    assert "the trainer seems to be running" in result.err
+    assert "--force" in result.err
+    assert commands.snapshot(run) == before
+    dry = cli("setup", "--as-is", "--step", 93, "--dry-run")
+    assert dry.code == 1
+    assert "refused: the trainer seems to be running" in dry.out
+    assert cli("setup", "--as-is", "--step", 93, "--dry-run", "--json").json["refusals"]
+    assert cli("setup", "--as-is", "--step", 93, "--force").code == 0
+
+
+def test_another_slot(cli: Cli, run: Path, tmp_path: Path) -> None:
+    before = commands.snapshot(run / "default")
+    result = cli("setup", "--step", 93, "--recover-dir", tmp_path / "elsewhere")
+    assert result.code == 0, result.err
+    assert (tmp_path / "elsewhere/config.json").exists()
+    assert commands.snapshot(run / "default") == before
+
+
+def test_too_little_room_says_what_could_go(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from ckptstore import room
+
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 4096))
+    before = commands.snapshot(run)
+    result = cli("setup", "--as-is", "--step", 93)
+    assert result.code == 1
+    assert "are free on" in result.err
+    assert "--replace" in result.err
+    assert commands.snapshot(run) == before
+
+
+def test_a_second_setup_shows_the_first_ones_progress(cli: Cli, run: Path) -> None:
+    side = run.parent / ".ckptstore/trial0"
+    side.mkdir(parents=True)
+    with RunLock(str(side), "setup of step 140") as lock:
+        lock.update("copying default", 3_000_000_000, 6_000_000_000)
+        lock._write()
+        result = cli("setup", "--as-is", "--step", 93)
+        assert "copying default, 3.00 of 6.00 GB (50%)" in cli("list").err
+    assert result.code == 1
+    assert "another ckptstore is at work on this run" in result.err
+    assert "copying default, 3.00 of 6.00 GB (50%)" in flat(result.err)
+
+
+# --- an interrupted commit ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A setup that was killed right after its journal was written."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(side: str, journal: commit.Journal) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "_finish", die)
+        with pytest.raises(Killed):
+            cli("setup", "--as-is", "--step", 93)
+    return run
+
+
+@pytest.mark.parametrize("words", [[], ["setup", "--dry-run"], ["resume", "--plan"], ["seal", "--all", "--dry-run"]])
+def test_commands_that_change_nothing_leave_it_and_say_so(cli: Cli, interrupted: Path, words: list[object]) -> None:
+    before = commands.snapshot(interrupted.parent)
+    result = cli(*words)
+    assert result.code == 1
+    assert "interrupted while it replaced the slot" in flat(result.err)
+    assert "`ckptstore list` finishes it" in flat(result.err)
+    assert commands.snapshot(interrupted.parent) == before
+
+
+@pytest.mark.parametrize("words", [["list"], ["show", 46], ["verify", "--slot"]])
+def test_any_other_command_finishes_it(cli: Cli, interrupted: Path, words: list[object]) -> None:
+    result = cli(*words)
+    assert result.code == 0, result.err
+    assert "was finished" in result.err
+    assert parse((interrupted / "default/recover_checkpoint" / MANIFEST_NAME).read_bytes()).step == 93
+
+
+# --- clean --------------------------------------------------------------------------------------------------------
+
+
+def test_clean_removes_stages_and_old_slots_only_when_told(cli: Cli, run: Path) -> None:
+    cli("setup", "--as-is", "--step", 93)
+    side = run.parent / ".ckptstore/trial0"
+    (side / "stage-dead/default").mkdir(parents=True)
+    (side / "stage-dead/default/half").write_bytes(b"x" * 1000)
+    before = commands.snapshot(run.parent)
+    assert "would be removed" in cli("clean", "--dry-run").out
+    assert commands.snapshot(run.parent) == before
+    (removed,) = cli("clean", "--json").json["removed"]
+    assert removed == {"name": "stage-dead", "bytes": 1000}
+    assert len(list(side.glob("old-*"))) == 1
+    assert "nothing to remove" in cli("clean").out
+    assert "removed 1" in cli("clean", "--old-slots").out
+    assert list(side.glob("old-*")) == []
+    assert cli("verify", "--slot").code == 0
+
+
+# --- errors and exit codes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["list", "-e", "unknown"], 1),
+        (["show", 5], 1),
+        (["list", "--nonsense"], 2),
+        (["nonsense"], 2),
+        (["list", "x"], 2),
+        (["verify", 187], 3),
+        (["setup", "--before-step", 3], 4),
+    ],
+)
+def test_exit_codes_and_errors_as_json(cli: Cli, run: Path, words: list[object], code: int) -> None:
+    result = cli(*words)
+    assert result.code == code
+    if words[0] != "verify":  # damage is its result, not its error
+        assert result.err.startswith("error: ")
+        assert "  try:  " in result.err
+        document = cli(*words, "--json").json
+        assert sorted(document) == ["error", "exit_code", "facts", "hint"]
+        assert document["exit_code"] == code
+        assert flat(document["error"]) in flat(result.err)
+
+
+def test_several_runs_are_listed_with_exit_2(cli: Cli, run: Path, tmp_path: Path) -> None:
+    trees.make_run(tmp_path, experiment=EXPERIMENT, trial="trial1", steps=[46])
+    result = cli("list")
+    assert result.code == 2
+    assert f"  {EXPERIMENT}/trial1  (newest step 46" in result.err
+    assert f"  {EXPERIMENT}/trial0  (newest step 187" in result.err
+    assert len(cli("list", "--json").json["facts"]) == 2
+
+
+def test_a_near_verb_is_offered(cli: Cli) -> None:
+    assert "did you mean 'setup'?" in cli("stup").err
+
+
+@pytest.mark.parametrize("verb", ["", *cli_module.VERBS])
+def test_every_verb_has_help_with_its_options_in_groups(cli: Cli, verb: str) -> None:
+    result = cli(*filter(None, [verb]), "--help")
+    assert result.code == 0
+    if verb:
+        assert result.out.index("Options:") < result.out.index("Where the run is:")
+        assert "[KEY=VALUE]..." not in result.out.partition("Options:")[2]
+    else:
+        assert result.out.index("After a crash:") < result.out.index("Commands:")
+        assert [result.out.index(f"ckptstore {name}") for name in ("list", "setup", "resume")]
+        assert "3 damage found" in result.out
+
+
+def test_version(cli: Cli) -> None:
+    assert ckptstore.__version__ in cli("--version").out
+
+
+def test_warnings_do_not_touch_stdout(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "file_system", lambda path: "overlay")
+    result = cli("list", "--json")
+    assert result.json["checkpoints"]
+    assert "container's own disk" in flat(result.err)
+
+
+def test_status_marks_and_sizes() -> None:
+    assert {render.MARKS[status] for status in Status} == {"●", "○", "◐", "✗"}
+    assert [render.size(n) for n in (0, 999, 1000, 15_400_000, 3.1e9, 2e12)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "15.4 MB",
+        "3.1 GB",
+        "2.00 TB",
+    ]
+    assert [render.age(n) for n in (5, 119, 600, 7200, 90_000, 400_000, -5)] == [
+        "5 s", "119 s", "10 min", "2 h", "25 h", "5 d", "in the future",
+    ]  # fmt: skip
+
+
+# --- what a bare environment sees ---------------------------------------------------------------------------------
+
+
+def test_import_is_lazy_and_all_names_are_there() -> None:
+    code = (
+        "import sys, ckptstore\n"
+        "assert not [name for name in sys.modules if name.startswith('ckptstore.')], 'import is not cheap'\n"
+        "for name in ckptstore.__all__: getattr(ckptstore, name)\n"
+        "assert set(ckptstore.__all__) <= set(dir(ckptstore))\n"
+        "try: ckptstore.nonsense\n"
+        "except AttributeError: print('fine')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_list_imports_neither_torch_nor_clients(run: Path) -> None:
+    code = (
+        "import sys; from ckptstore.cli import run; code = run(['list'])\n"
+        "heavy = {'torch', 'numpy', 'obstore', 'fsspec', 'rich', 'safetensors'} & set(sys.modules)\n"
+        "print(code, sorted(heavy), file=sys.stderr)"
+    )
+    env = commands.environment(CKPTSTORE_FILEROOT=os.environ["CKPTSTORE_FILEROOT"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.stderr.splitlines()[-1] == "0 []"
+
+
+def test_as_a_module_without_a_terminal_there_is_no_colour(run: Path) -> None:
+    env = commands.environment(CKPTSTORE_FILEROOT=os.environ["CKPTSTORE_FILEROOT"], TERM="xterm-256color")
+    result = commands.spawn("list", env=env)
+    assert result.code == 0
+    assert commands.ESCAPE not in result.out + result.err
+    assert commands.ESCAPE in commands.spawn("list", env={**env, "FORCE_COLOR": "1"}).out
+
+
+def test_a_terminal_without_utf8_does_not_end_it(run: Path) -> None:
+    env = commands.environment(CKPTSTORE_FILEROOT=os.environ["CKPTSTORE_FILEROOT"], PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    result = commands.spawn("list", env=env)
+    assert result.code == 0
+    assert "? COMPLETE" in result.out
+
+
+def test_a_reader_that_goes_away_is_no_traceback(run: Path) -> None:
+    env = commands.environment(CKPTSTORE_FILEROOT=os.environ["CKPTSTORE_FILEROOT"])
+    pipe = f"{sys.executable} -m ckptstore.recover list --json | head -c 1"
+    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=False, env=env)
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_a_pod_user_without_an_account(run: Path, tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root to become somebody without an account")
+    for parent in [tmp_path, *tmp_path.parents]:
+        if str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    # All imported before, since somebody else may not read this python.
+    code = (
+        "import os, yaml, ckptstore.cli.list; from ckptstore.cli import main\n"
+        "os.setgroups([]); os.setgid(54321); os.setuid(54321); main()"
+    )
+    env = {"PATH": os.environ["PATH"], "CKPTSTORE_FILEROOT": str(tmp_path), "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, "-c", code, "list", "--json"], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"]["user"] == "alice"
+    assert "the run is user alice's, and you are 54321" in flat(done.stderr)
