@@ -141,6 +141,11 @@ def publish(side: str, journal: Journal) -> None:
         for path in (draft, os.path.join(side, JOURNAL)):  # else the next command would finish what we say is not done
             with contextlib.suppress(OSError):
                 os.unlink(path)
+        if os.path.lexists(os.path.join(side, JOURNAL)):
+            raise CommitUncertain(
+                f"the journal {side}/{JOURNAL} could neither be synced nor removed: {_reason(error)}; the slot is as it was",
+                hint="The next ckptstore command on this run replaces it.",
+            ) from error
         raise NotCommitted(
             f"the journal {side}/{JOURNAL} could not be written: {_reason(error)}; the slot is as it was"
         ) from error

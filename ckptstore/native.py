@@ -374,7 +374,7 @@ class Region(NamedTuple):
 class WeightStats(NamedTuple):
     """What a region's numbers are like. Positions are -1 where there is none; sums, min and max are of the finite ones."""
 
-    count: int
+    numbers: int
     nan: int
     infinite: int
     first_nonfinite: int  #: index of the number

@@ -26,7 +26,7 @@ _TORCH = {  # torch's names, of dtypes and of the storages of old
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
-_UNSIGHTLY = ("float8_", "float4_", "float6_", "complex", "F8_", "F4", "F6_", "C64")  #: numbers that are not scanned
+_UNREADABLE = ("float8_", "float4_", "float6_", "complex", "F8_", "F4", "F6_", "C64")  #: numbers that are not scanned
 
 
 class Place(NamedTuple):
@@ -68,8 +68,8 @@ def places(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Places:
         except FormatError as error:
             missed.append(f"{name}: {error.problem}")
             continue
-        strange = sorted({place.dtype for place in here if place.dtype.startswith(_UNSIGHTLY) and place.dtype not in WEIGHT_DTYPES})
-        if strange:
+        kinds = {place.dtype for place in here} - WEIGHT_DTYPES.keys()
+        if strange := sorted(kind for kind in kinds if kind.startswith(_UNREADABLE)):
             missed.append(f"{name}: numbers of type {', '.join(strange)}")
         found += [place for place in here if place.dtype in WEIGHT_DTYPES and place.length]
     # Several keys may share one place (aliased optimizer moments, tied weights): it is read once.

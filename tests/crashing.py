@@ -33,13 +33,20 @@ class Operations:
     def __init__(self, *, at: int = 0, when: str = "before", how: BaseException | None = None, sticky: bool = False) -> None:
         self.at, self.when, self.how, self.sticky = at, when, how, sticky
         self.log: list[str] = []
+        self.details: list[str] = []
         self.struck = ""
+
+    def places(self, every: int) -> list[int]:
+        """Where to strike: each operation of the commit, and each `every`th before it."""
+        begin = next(at for at, detail in enumerate(self.details, 1) if "journal.json" in detail)
+        return [at for at in range(1, len(self.log) + 1) if at >= begin or at % every == 0]
 
     def perform(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.log.append(name)
+        self.details.append(" ".join([name, *map(str, args[:2])]))
         mine = len(self.log) >= self.at if self.sticky else len(self.log) == self.at
         if mine and self.at and self.how is not None:
-            self.struck = self.struck or f"{self.when} {len(self.log)} {name} {' '.join(str(arg)[-60:] for arg in args[:2])}"
+            self.struck = self.struck or f"{self.when} {len(self.log)} {self.details[-1]}"
             if self.when == "after":
                 with contextlib.suppress(OSError):  # it may fail by itself: some are only tried
                     call(*args, **kwargs)

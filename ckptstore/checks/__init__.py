@@ -49,6 +49,8 @@ class Patient:
     @property
     def side(self) -> str:
         """The run's side folder; it need not exist."""
+        if not os.path.isdir(os.path.dirname(self.run.path)):  # before the first start there is nothing to judge the place by
+            return os.path.join(os.path.dirname(self.run.path), layout.SIDE, os.path.basename(self.run.path))
         return side_folders.side_folder(self.run.path, os.path.join(self.run.path, layout.MAIN_PART, layout.SLOT))
 
     @property
@@ -76,4 +78,4 @@ def bad(check: str, found: str, remedy: str, *, damage: bool = False) -> Diagnos
 
 def gigabytes(count: float) -> str:
     """Bytes in the unit that disks are sold in."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -16,7 +16,7 @@ from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.era import of as era_of
 from ckptstore.listing import RESUMABLE
 from ckptstore.lock import busy
-from ckptstore.model import Checkpoint, Status
+from ckptstore.model import FRESH_OPTIMIZER, Checkpoint, Status
 
 _SETUP = "`ckptstore setup` puts the newest good checkpoint there; --dry-run shows which."
 _OPTIMIZER_SHARD = re.compile(r"optim_world_size_([0-9]{1,6})_rank_[0-9]+\.pt")
@@ -104,6 +104,10 @@ def slot(patient: Patient) -> Iterator[Diagnosis]:
         if era.known and now.format != era.slot_format:
             fate = "crashes on it" if era.slot_format == "dcp" else "starts at step 0 with its weights, without saying so"
             problems.append(f"it is {now.format}, and AReaL reads {era.slot_format} ({era.how}): it {fate}")
+        elif now.format == "dcp" and not {"optimizer", FRESH_OPTIMIZER} & set(now.holds):
+            skips = patient.config is not None and patient.config.get("recover.no_load_optim") is True
+            if not era.can_skip_optimizer or not skips:
+                problems.append("it holds no optimizer state: AReaL loads it from v1.0.3 on, with recover.no_load_optim=true")
     if problems:
         damaged = now is not None and now.status is Status.CORRUPT
         yield bad("slot", "; ".join(dict.fromkeys(problems)), _SETUP, damage=damaged)
@@ -148,7 +152,7 @@ def ranks(patient: Patient) -> Iterator[Diagnosis]:
         found = f"recover_info has dataloader states of {states} processes, and {world} will train: AReaL starts at step 0"
         yield bad("ranks", found, f"Train with {states} processes, or set up another step: its recover_info is made anew.")
     else:
-        yield ok("ranks", f"{world} processes, as saved")
+        yield ok("ranks", f"{world} trainer process{'es' * (world > 1)}, as saved")
 
 
 def dataloader_ranks(run: str) -> int:
