@@ -8,8 +8,11 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -76,41 +79,39 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @dataclass
 class Usage:
-    """What one run took. `peak_bytes`: of the tool's process, or what the engine added to ours."""
+    """What one run took. `peak_bytes`: the largest resident set of its process; 0 where it is not known."""
 
     seconds: float
     cpu_s: float
     peak_bytes: int
 
 
+def measure_child(**job: object) -> Usage:
+    """Run one job of child.py in a process of its own; an error is an error of the benchmark."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file, default=str)
+        file.flush()
+        command = [sys.executable, str(Path(__file__).with_name("child.py")), file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Usage(**json.loads(done.stdout.splitlines()[-1]))
+
+
 def measure_command(command: str, **variables: object) -> Usage:
-    """Run a shell command with the variables in its environment; an error is an error of the benchmark."""
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    start = time.monotonic()
-    process = subprocess.Popen(["bash", "-ec", command], env=environment, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, command
-    return Usage(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss << 10)
-
-
-def _status_bytes(key):
-    match = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(match[1]) << 10
+    """Run a shell command with some variables set."""
+    settings = "".join(f"{name}={shlex.quote(str(value))}; " for name, value in variables.items())
+    return measure_child(do="shell", command=f"exec >/dev/null; {settings}{command}")
 
 
 def measure_here(function: Callable[[], object]) -> Usage:
-    """Run a function of this process."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    memory = _status_bytes("VmRSS")
+    """Run a function of this process: for what works on tensors that it holds. Its memory is not told apart."""
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.monotonic()
     function()
     seconds = time.monotonic() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Usage(seconds, cpu, max(_status_bytes("VmHWM") - memory, 0))
+    return Usage(seconds, cpu, 0)
 
 
 def measure_fio(path: Path, size_bytes: int, source_bytes: int, mode: str) -> Usage:
@@ -172,6 +173,11 @@ class DataSet:
         outcome = native.digest_files(copied, [native.FileSpec(s.name, s.size_bytes, expected=s.expected) for s in self.specs])
         bad = [name for name, found in outcome.items() if isinstance(found, Exception)]
         assert not bad, f"{copied}: {bad[:3]} are wrong"
+
+    @property
+    def files(self) -> list[tuple[str, int, tuple[int, ...]]]:
+        """As child.py takes them."""
+        return [(spec.name, spec.size_bytes, tuple(spec.expected or ())) for spec in self.specs]
 
     def warm(self) -> None:
         for spec in self.specs:

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import DataSet, Usage, measure_command, measure_fio, measure_here
-
-from ckptstore import native
+from conftest import DataSet, Usage, measure_child, measure_command, measure_fio
 
 
 @dataclass(frozen=True)
@@ -28,10 +26,7 @@ class Contender:
 
 def _engine(name, **options):
     def run(data, destination):
-        destination.mkdir()
-        chosen = native.CopyOptions(**options)
-        specs = [native.FileSpec(s.name, s.size_bytes, expected=s.expected) for s in data.specs]
-        return measure_here(lambda: native.copy_files(data.root, destination, specs, options=chosen))
+        return measure_child(do="copy", source=data.root, destination=destination, files=data.files, options=options)
 
     return Contender(name, options.get("durable", True), True, run, ours=True)
 
@@ -45,12 +40,7 @@ def _tool(name, command, *, durable, digested=False, needs=()):
 
 def _copytree(name, durable):
     def run(data, destination):
-        def copy():
-            shutil.copytree(data.root, destination)
-            if durable:
-                os.sync()
-
-        return measure_here(copy)
+        return measure_child(do="copytree", source=data.root, destination=destination, sync=durable)
 
     return Contender(name, durable, False, run)
 

@@ -14,8 +14,8 @@ Made by `{command}` (benchmarks/report.py writes this page; do not edit it by ha
 Contenders take turns in the same run; the first turn of each is dropped; figures are medians, with the slowest and the
 fastest run in brackets. *Warm*: the source is in the page cache; *cold*: it was dropped from it. *Durable*: on the disk
 when the clock stops (file contents and names). *Digested*: every byte is checked against, or yields, a digest. CPU
-seconds are those of the process: what the kernel writes back later for buffered tools is not in them. Memory is what the
-tool's process used at most, for ckptstore what it added to the process that called it. Every run's result was checked.
+seconds are those of the process: what the kernel writes back later for buffered tools is not in them. Memory is the
+largest resident set of the process, for ckptstore Python included. Every run's result was checked.
 
 """
 

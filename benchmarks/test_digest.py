@@ -7,7 +7,7 @@ import shutil
 import awscrt.checksums
 import pytest
 import xxhash
-from conftest import MIB, measure_command, measure_fio, measure_here, record
+from conftest import MIB, measure_child, measure_command, measure_fio, measure_here, record
 
 from ckptstore import native
 
@@ -20,15 +20,8 @@ SPEEDS = {
 }
 
 
-def engine(threads, direct=False):
-    def run(data):
-        def digest():
-            found = native.digest_files(data.root, data.specs, threads=threads, direct=direct)
-            assert not any(isinstance(one, Exception) for one in found.values())
-
-        return measure_here(digest)
-
-    return run
+def engine(threads):
+    return lambda data: measure_child(do="digest", source=data.root, files=data.files, options={"threads": threads})
 
 
 def by_awscrt(data):

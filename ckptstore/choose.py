@@ -1,4 +1,4 @@
-"""Choose the checkpoint to resume from: the newest one that is whole, and why newer ones are not."""
+"""Choose the checkpoint to resume from: the newest one that is whole and healthy, and why newer ones are not."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ckptstore import health
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
+from ckptstore.ledger import Ledger
 from ckptstore.listing import RESUMABLE, Listing, backend_for, find_manifest, read_part
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.verify import verify
@@ -27,6 +29,7 @@ class Selection:
     step: int | None = None
     checkpoint_path: str = ""
     prefer: str = "state"  #: state: optimizer state beats weights up to STATE_WORTH_STEPS newer; newest: it does not
+    include_bad: bool = False  #: although its metrics say that it is bad or suspect; one that is named is taken anyway
 
     def __post_init__(self) -> None:
         if self.step is not None and self.checkpoint_path:
@@ -86,19 +89,21 @@ def resume_point(
     *,
     failed: Mapping[str, str] | None = None,
 ) -> ResumePoint:
-    """The newest checkpoint within `selection` that passes level structure, and why newer ones don't.
+    """The newest checkpoint within `selection` that is healthy and passes level structure, and why newer ones don't.
 
     `failed` names checkpoints (by the first part's folder) already found bad, with the reason. NothingToResumeError when none
     qualifies; IntegrityError when the one that was named is damaged.
     """
     skipped: list[Skipped] = []
     newest: Checkpoint | None = None
+    ledger = health.ledger_of(listing.run.path)
+    judge = Ledger() if selection.include_bad or selection.named else ledger
     for candidate in _candidates(backend, listing, selection):
         if newest is not None and candidate.step < newest.step - STATE_WORTH_STEPS:
             break
         if newest is not None and "optimizer" not in candidate.holds:
             continue
-        checkpoint, reasons = _examine(backend, candidate, failed or {})
+        checkpoint, reasons = _examine(backend, candidate, failed or {}, judge)
         if reasons:
             if newest is None:
                 skipped.append(Skipped(checkpoint, reasons))
@@ -110,7 +115,8 @@ def resume_point(
         if selection.named or selection.prefer != "state" or "optimizer" in checkpoint.holds:
             break
     if newest is not None:
-        return ResumePoint(newest, tuple(skipped), _why(newest, skipped, selection))
+        why = _why(newest, skipped, selection, health.of(newest, ledger))
+        return ResumePoint(newest, tuple(skipped), why)
     if selection.named and skipped:
         bad = skipped[0]
         raise IntegrityError(
@@ -120,12 +126,17 @@ def resume_point(
     raise _nothing(listing, selection, skipped)
 
 
-def _examine(backend: Backend, checkpoint: Checkpoint, failed: Mapping[str, str]) -> tuple[Checkpoint, tuple[str, ...]]:
+def _examine(
+    backend: Backend, checkpoint: Checkpoint, failed: Mapping[str, str], ledger: Ledger
+) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint as level structure sees it, and what is wrong with it."""
     if checkpoint.parts[0].path in failed:
         return checkpoint, (failed[checkpoint.parts[0].path],)
     if not checkpoint.status.usable:
         return checkpoint, tuple(map(str, checkpoint.findings))
+    verdict = health.of(checkpoint, ledger)
+    if not verdict.health.resumable:
+        return checkpoint, (f"health {verdict.health}: {verdict.why}",)
     # A copy of ours in the slot is checked while nothing else will read it: all its digests, here and now.
     ours = checkpoint.kind == "slot" and checkpoint.status is Status.COMMITTED
     report = verify(backend_for(backend, checkpoint), checkpoint, Level.FULL if ours else Level.STRUCTURE)
@@ -170,25 +181,31 @@ def _at_path(backend: Backend, listing: Listing, path: str) -> Checkpoint:
     return Checkpoint(-1, -1, -1, "export", (part,), ("neither its name nor a manifest tells its step",))
 
 
-def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection) -> str:
+def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, verdict: health.Verdict) -> str:
+    warning = "" if verdict.health.resumable else f", although its health is {verdict.health} ({verdict.why})"
     if selection.named:
-        return "you named it"
+        return f"you named it{warning}"
     vouched = "its files are whole"
     if checkpoint.status is Status.COMMITTED:
         vouched = "all its digests match" if checkpoint.kind == "slot" else "its manifest is checked while it is copied"
     newer = f", {len(skipped)} newer one{'s' * (len(skipped) > 1)} skipped" if skipped else ""
-    return f"{selection}: {vouched}{newer}"
+    healthy = f", health good ({verdict.why})" if verdict.health is health.Health.GOOD else ""
+    return f"{selection}: {vouched}{healthy}{newer}{warning}"
 
 
 def _nothing(listing: Listing, selection: Selection, skipped: list[Skipped]) -> NothingToResumeError:
     steps = sorted({checkpoint.step for checkpoint in listing.checkpoints})
     message = f"no checkpoint qualifies as {selection} in {listing.run.path}"
     if skipped:
-        message += f": {len(skipped)} looked at, all damaged or unfinished (newest: {'; '.join(skipped[0].reasons[:2])})"
+        message += (
+            f": {len(skipped)} looked at, all damaged, unfinished or unhealthy (newest: {'; '.join(skipped[0].reasons[:2])})"
+        )
     hint = "Nothing has been saved there yet: see `saver:` and `recover:` in the run's configuration."
     if steps:
         usable = [checkpoint.step for checkpoint in listing.checkpoints if checkpoint.status.usable]
         hint = f"The first saved step is {steps[0]}, the last {steps[-1]}; whole are {_some(usable) or 'none'}."
+        if any(skip.checkpoint.status.usable for skip in skipped):
+            hint += " --include-bad takes unhealthy ones too."
     return NothingToResumeError(message, hint=hint)
 
 

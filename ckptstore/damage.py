@@ -32,7 +32,7 @@ def known(side: str) -> dict[str, tuple[str, Finding]]:
             str(folder): (str(entry["commit"]), Finding(str(entry["path"]), str(entry["problem"]) + _EARLIER, Status.CORRUPT))
             for folder, entry in document["parts"].items()
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 

@@ -58,6 +58,11 @@ class Medium:
         """What a power cut can do after a commit here, in words."""
         if not self.folder_fsync:
             return "this file system does not sync folders: a power cut right after may bring the old slot back"
+        if not self.exchange:
+            return (
+                "durable; but this file system cannot exchange two folders: a crash in the instant between two renames leaves "
+                "none until the next ckptstore command, and AReaL would start from step 0 (--new-trial has no such instant)"
+            )
         return "durable: files, folders and renames were synced"
 
 

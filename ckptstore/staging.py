@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ckptstore
 from ckptstore import damage, native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
-from ckptstore.errors import DigestMismatchError, NotCommitted, SourceChangedError, from_os_error
+from ckptstore.errors import DigestMismatchError, NotCommitted, SourceChangedError, StorageError, from_os_error
 from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.listing import backend_for, find_manifest, folder_of, read_part
@@ -107,6 +108,8 @@ def stage_part(
                     settings=adamw.from_config(options.config, part.name),
                 )
     except DigestMismatchError as error:
+        if options.verify_after_write and _source_is_right(part, error.path, expected, chunk_bytes):
+            raise StorageError(str(error), operation="reading back", path=target, errno=errno.EIO, hint=error.hint) from error
         if recorded is not None and plan.point.checkpoint.kind == "export":
             wrong = Finding(
                 error.path, f"digest differs from the manifest in the chunk at byte {error.offset_bytes:,}", Status.CORRUPT
@@ -117,6 +120,13 @@ def stage_part(
     if [file._replace(inode=0) for file in again.files] != [file._replace(inode=0) for file in part.files]:
         raise SourceChangedError(f"{part.path} was written while it was copied", path=part.path)
     return Staged(_describe(plan, part, target, digests, chunk_bytes), written, reused, strategies)
+
+
+def _source_is_right(part: Part, name: str, expected: Mapping[str, Sequence[int]], chunk_bytes: int) -> bool:
+    """Whether a mismatch is the destination's fault: read back, it gave other bytes than were written."""
+    file = next(file for file in part.files if file.name == name)
+    spec = native.FileSpec(name, file.size_bytes, file.mtime_ns, expected=expected.get(name))
+    return isinstance(native.digest_files(part.path, [spec], chunk_bytes=chunk_bytes)[name], native.Digest)
 
 
 def stage_info(plan: Plan, stage: side_folders.Stage) -> tuple[str, str]:

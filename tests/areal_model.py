@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from ckptstore.model import FileInfo
 
 VOCABULARY, WIDTH, INNER, LAYERS = 48, 16, 40, 2
+#: before torch 2.7, FSDP2 loads but cannot train on CPUs
+TRAINS_SHARDED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 
 class Attention(nn.Module):

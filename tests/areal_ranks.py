@@ -38,8 +38,9 @@ def load(rank: int, slot: str, answer: str, tied: bool, optimizer: bool) -> None
     if adamw is not None:
         found["moments"] = sum(float(full(state["exp_avg"]).abs().sum()) for state in adamw.state.values())
         found["steps"] = {float(state["step"]) for state in adamw.state.values()}
-        for _ in range(2):
-            areal_model.train_step(model, adamw)
+        if areal_model.TRAINS_SHARDED:
+            for _ in range(2):
+                areal_model.train_step(model, adamw)
         found["moved"] = any(not torch.equal(weights[key], full(value)) for key, value in model.state_dict().items())
         found["steps_after"] = {float(state["step"]) for state in adamw.state.values()}
     if rank == 0:
@@ -50,7 +51,8 @@ def save(rank: int, slot: str, answer: str, tied: bool, optimizer: bool) -> None
     """Save a model that has trained, as AReaL does."""
     model = sharded(areal_model.make(5, tied=tied))
     adamw = areal_model.adamw(model)
-    areal_model.train_step(model, adamw)
+    if areal_model.TRAINS_SHARDED:
+        areal_model.train_step(model, adamw)
     dcp.save({"dcp": areal_model.State(model, adamw if optimizer else None)}, checkpoint_id=slot)
     weights = {key: full(value).clone() for key, value in model.state_dict().items()}
     if rank == 0:

@@ -353,7 +353,6 @@ def test_a_new_trial_resumes_and_the_old_one_stays(tmp_path: Path, era: str) -> 
     run.assert_resumes(run.start(), 140)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a kept recover_info is not compared with the number of ranks")
 def test_another_number_of_ranks_never_starts_fresh(tmp_path: Path, era: str) -> None:
     run = make_run(tmp_path, era, world_size=2)
     run.save_slot(100)

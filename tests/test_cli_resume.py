@@ -224,11 +224,12 @@ def test_exec_does_not_run_a_command_with_gaps(cli: Cli, run: Path) -> None:
 
 
 def test_exec_does_not_run_what_areal_would_not_resume(cli: Cli, run: Path) -> None:
-    trees.write_lora(trees.checkpoint(run, 187))
+    trees.write_bin_model(trees.checkpoint(run, 187))
     trees.set_age(trees.checkpoint(run, 187), 3600)
     result = cli("resume", "--yes", "--exec", "--step", 187, *TRAINER, "--", "touch", "started")
     assert result.code == 1
-    assert "LoRA" in result.out
+    assert "refused: " in result.out
+    assert "this is hf-bin" in result.out
     assert not Path("started").exists()
     assert slot_step(run) == 0
 

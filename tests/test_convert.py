@@ -78,9 +78,12 @@ class TestIntoOneProcess:
         dcp.save({"dcp": areal_model.State(model, optimizer)}, checkpoint_id=str(tmp_path / "torch"))
         to_dcp(tmp_path / "hf", tmp_path / "slot", optimizer="zero")
         mine, theirs = (dcp.FileSystemReader(str(tmp_path / name)).read_metadata() for name in ("slot", "torch"))
-        assert mine.state_dict_metadata == theirs.state_dict_metadata
-        assert mine.planner_data == theirs.planner_data
-        assert mine.storage_data.keys() == theirs.storage_data.keys()
+        newer = {
+            "dcp.optim.param_groups.0.decoupled_weight_decay"
+        } - theirs.state_dict_metadata.keys()  # none from torch 2.7 on
+        for ours, other in ((mine.state_dict_metadata, theirs.state_dict_metadata), (mine.planner_data, theirs.planner_data)):
+            assert {key: value for key, value in ours.items() if key not in newer} == other
+        assert {index for index in mine.storage_data if index.fqn not in newer} == theirs.storage_data.keys()
 
     @pytest.mark.parametrize(("tied", "drop_head"), [(True, True), (True, False), (False, False)])
     def test_zero_optimizer(self, tmp_path, tied, drop_head):
@@ -154,8 +157,9 @@ class TestIntoFsdp2:
         if optimizer:
             assert found["state"] == len(list(model.parameters()))
             assert (found["lr"], found["moments"], found["steps"]) == (0.25, 0.0, {0.0})
-            assert found["moved"]
-            assert found["steps_after"] == {2.0}
+            if areal_model.TRAINS_SHARDED:
+                assert found["moved"]
+                assert found["steps_after"] == {2.0}
 
     def test_is_not_loaded_with_an_optimizer_that_it_lacks(self, tmp_path):
         areal_model.export(tmp_path / "hf", areal_model.make(1))

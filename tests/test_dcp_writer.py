@@ -72,8 +72,10 @@ class TestArchive:
         assert torch.equal(torch.load(io.BytesIO(mine), weights_only=True), tensor)
         with zipfile.ZipFile(io.BytesIO(mine)) as archive, zipfile.ZipFile(io.BytesIO(theirs)) as other:
             assert archive.testzip() is None
-            assert archive.namelist() == other.namelist()
-            for a, b in zip(archive.infolist(), other.infolist(), strict=True):
+            assert [
+                name for name in archive.namelist() if name in other.namelist()
+            ] == other.namelist()  # older ones have fewer
+            for a, b in ((archive.getinfo(b.filename), b) for b in other.infolist()):
                 # torch leaves the descriptor out where there is no data
                 assert a.file_size == 0 or (a.flag_bits, a.compress_type) == (b.flag_bits, b.compress_type)
                 assert a.filename == "archive/data.pkl" or a.file_size == b.file_size  # ours refers to no memo
@@ -248,7 +250,7 @@ def test_metadata_equals_torch_s(tmp_path):
     assert {type(i) for i in mine.storage_data.values()} == {type(i) for i in theirs.storage_data.values()}
     assert sum(i.length for i in mine.storage_data.values()) == os.path.getsize(target / dcp_writer.SHARD_NAME)
     assert sorted(os.listdir(target)) == sorted(os.listdir(tmp_path / "torch"))
-    assert mine.version == theirs.version
+    assert mine.version == getattr(theirs, "version", "1.0.0")
 
 
 def test_our_reader_accepts_it(tmp_path):

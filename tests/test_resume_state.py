@@ -270,9 +270,7 @@ def test_steps_per_epoch(numbers: Any, others: Any, known: int, expected: int) -
         ("sglang.d4p1t1+eval", 0),
         ("", 0),
         ("nonsense", 0),
-        pytest.param(
-            "sglang:d4", 0, marks=pytest.mark.xfail(strict=True, reason="inference servers alone are taken for the trainer")
-        ),
+        ("sglang:d4", 0),
     ],
 )
 def test_data_parallel_world(mode: str, ranks: int) -> None:

@@ -4,7 +4,7 @@
 
 From then on each step's metrics reach the breaker and the run's ledger when AReaL commits them (StatsLogger.commit), and each
 save of the recover slot is kept as a step of its own (RecoverHandler.dump). Works with every AReaL from v0.3 on: only the names
-of these two methods, and of commit's parameters, are relied upon.
+of these methods, and of commit's parameters, are relied upon.
 
 Nothing here ever disturbs training but the breaker's TrainingHalted, which is raised out of commit. What is missing in this
 AReaL, or fails, is said once in the log, and left out.
@@ -33,6 +33,7 @@ OnCommit = Callable[[int, Any], object]
 
 STATS_LOGGER = ("areal.utils.stats_logger", "StatsLogger")
 RECOVER_HANDLER = ("areal.utils.recover", "RecoverHandler")
+_SAVE = "_save_checkpoint"  #: what dump calls for each model, once it is time to save
 _ORIGINAL = "__ckptstore_original__"
 _attached: list[Attachment] = []
 
@@ -69,7 +70,9 @@ def attach(
     if adopt or on_save is not None:
         handler = _given(recover_handler, RECOVER_HANDLER)
         if handler is not None:
-            attachment.patch(handler, "dump", lambda original: _dump_hook(original, keeper))
+            attachment.patch(handler, "dump", lambda original: _around(original, keeper.note, keeper.look))
+            if callable(getattr(handler, _SAVE, None)):  # else a copy that the next save overtakes is found out, and dropped
+                attachment.patch(handler, _SAVE, lambda original: _around(original, keeper.make_way))
             attachment.keeper = keeper
     _attached.append(attachment)
     return attachment
@@ -120,7 +123,7 @@ class Attachment:
     def detach(self) -> None:
         """Put the methods back, where nobody has replaced them since, and wait for an adoption in progress."""
         for owner, name, hook in self._patches:
-            if vars(owner).get(name) is hook:
+            if getattr(owner, "__dict__", {}).get(name) is hook:
                 _restore(owner, name)
         self._patches.clear()
         self.wait()
@@ -160,21 +163,25 @@ def _commit_hook(original: Callable[..., Any], committed: Callable[[Any, Any], N
         if "global_step" in given and "data" in given:
             committed(given["global_step"], given["data"])
         else:
-            _once(f"commit has no global_step and data: {sorted(given)}")
+            if _is_new(f"{original!r}"):
+                log.warning("%r has no global_step and data, but %s: no metrics are recorded", original, sorted(given))
         return result
 
     return commit
 
 
-def _dump_hook(original: Callable[..., Any], keeper: Keeper) -> Callable[..., Any]:
+def _around(
+    original: Callable[..., Any], before: Callable[[], None], after: Callable[[], None] | None = None
+) -> Callable[..., Any]:
     @functools.wraps(original)
-    def dump(*args: Any, **keywords: Any) -> Any:
-        _guarded(keeper.before)
+    def hook(*args: Any, **keywords: Any) -> Any:
+        _guarded(before)
         result = original(*args, **keywords)
-        _guarded(keeper.after)
+        if after is not None:
+            _guarded(after)
         return result
 
-    return dump
+    return hook
 
 
 def _arguments(function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -195,13 +202,14 @@ def _guarded(call: Callable[..., object], *args: Any) -> None:
     except TrainingHalted:
         raise
     except Exception as error:
-        _once(f"{getattr(call, '__qualname__', call)}: {type(error).__name__}: {error}", with_trace=True)
+        if _is_new(f"{getattr(call, '__qualname__', call)}: {type(error).__name__}: {error}"):
+            log.warning("ckptstore: a hook failed (training goes on; said once)", exc_info=True)
 
 
 _said: set[str] = set()
 
 
-def _once(text: str, *, with_trace: bool = False) -> None:
-    if text not in _said and len(_said) < 1000:
-        _said.add(text)
-        log.warning("ckptstore: %s (training goes on; said once)", text, exc_info=with_trace)
+def _is_new(text: str) -> bool:
+    new = text not in _said and len(_said) < 1000
+    _said.add(text)
+    return new

@@ -22,36 +22,38 @@ OnSave = Callable[[int, "Checkpoint | None"], object]
 """Called on rank 0 with the global step of a finished save, and what was adopted of it (None: nothing)."""
 
 #: Other ranks may still write their shards when rank 0's dump returns: so long is a torn slot looked at again.
-RETRY_S = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
+RETRY_S = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 class Keeper:
-    """Adopts the slot after each save, in a thread; `before` the next save it waits, since that one overwrites the slot.
+    """Adopts the slot after each save, in a thread; the next save waits for it, since that one overwrites the slot.
 
     `keep` 0 adopts nothing. Whether a dump has saved is told by step_info.json, which every AReaL writes anew: dump returns
     without a word where it was not yet time.
     """
 
     def __init__(self, run: str, *, keep: int, on_save: OnSave | None) -> None:
-        from ckptstore.ranks import own_rank
-
         self._run, self._keep, self._on_save = run, keep, on_save
-        self._is_first = own_rank(None) == 0
         self._seen: tuple[int, ...] = ()
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
 
-    def before(self) -> None:
-        """A save may begin: end what still reads the slot."""
-        if self._is_first:
-            self._hurry.set()  # no more retries; a copy in progress is finished
-            self.wait()
-            self._seen = self._mark()
+    def note(self) -> None:
+        """A dump begins: what is there now is not its."""
+        self._seen = self._mark()
 
-    def after(self) -> None:
+    def make_way(self) -> None:
+        """The slot is about to be overwritten: end what still reads it."""
+        self._hurry.set()  # no more retries; a copy in progress is finished
+        self.wait()
+
+    def look(self) -> None:
         """The dump has returned; if it has saved, keep that."""
-        if not self._is_first or self._mark() in ((), self._seen):
+        from ckptstore.ranks import own_rank
+
+        if own_rank() != 0 or self._mark() in ((), self._seen):
             return
+        self.make_way()
         self._hurry.clear()
         self._thread = threading.Thread(target=self._finish, name="ckptstore-adopt")
         self._thread.start()
@@ -90,8 +92,8 @@ class Keeper:
 
         backend = LocalBackend(self._run)
         problem: CkptStoreError | None = None
-        for delay_s in RETRY_S:
-            if self._hurry.wait(delay_s):
+        for delay_s in (0.0, *RETRY_S):
+            if delay_s and self._hurry.wait(delay_s):
                 break
             try:
                 checkpoint = adopt.adopt(backend)
@@ -120,7 +122,7 @@ class Recorder:
         from ckptstore.ranks import own_rank
         from ckptstore.rules import REWARD, match
 
-        if own_rank(None) != 0:
+        if own_rank() != 0:
             return
         dicts = (data,) if isinstance(data, Mapping) else tuple(data or ())
         found = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, NotFoundError
+from ckptstore.formats import FormatError, inert
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.native import Folder
 
@@ -92,6 +93,18 @@ def read(backend: Backend, folder: Folder | None) -> RecoverInfo | None:
         mtime_ns=max(entry.mtime_ns for entry in present.values()),
         dataloader_bytes=present[DATALOADER].size_bytes if DATALOADER in present else 0,
     )
+
+
+def saved_ranks(pickled: bytes) -> int:
+    """For how many ranks `dataloader_info.pkl` was saved; 0 for any number, or where it cannot be told.
+
+    AReaL refuses another number, and then starts from step 0. The pickle is read as data: nothing in it is run or imported.
+    """
+    try:
+        state = inert.read(pickled, lambda name: True)
+    except FormatError:
+        return 0
+    return len(state) if isinstance(state, list) and not isinstance(state, inert.Pairs) else 0
 
 
 def stored_controls(backend: Backend) -> dict[str, dict[str, Any]]:

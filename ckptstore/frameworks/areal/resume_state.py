@@ -220,13 +220,14 @@ def _cursor(batches: int, rank_batch: int) -> dict[str, pickled.Value]:
     }
 
 
-_TRAINER = re.compile(r"(?:^|\+)(?:[a-z]+:)?((?:[dptc]\d+)+)$")
+_TRAINER = re.compile(r"(?:([a-z]+)[.:])?((?:[dptc]\d+)+)")
+_INFERENCE = frozenset({"sglang", "vllm"})
 
 
 def data_parallel_world(allocation_mode: str) -> int:
     """Ranks of a trainer that is data-parallel only, from AReaL's allocation_mode ("sglang.d4p1t1+d4p1t1"); 0: unknown."""
-    match = _TRAINER.search(allocation_mode.strip())
-    if not match:
+    match = _TRAINER.fullmatch(allocation_mode.strip().rpartition("+")[2])
+    if not match or match[1] in _INFERENCE:
         return 0
-    sizes = {axis: int(count) for axis, count in re.findall(r"([dptc])(\d+)", match[1])}
+    sizes = {axis: int(count) for axis, count in re.findall(r"([dptc])(\d+)", match[2])}
     return sizes.get("d", 0) if all(sizes.get(axis, 1) == 1 for axis in "ptc") else 0

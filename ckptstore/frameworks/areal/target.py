@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError
-from ckptstore.frameworks.areal import recover_info, resume_state
+from ckptstore.frameworks.areal import pickled, recover_info, resume_state
 from ckptstore.frameworks.areal.era import Era
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.resume_state import StepNumbers
@@ -66,8 +66,15 @@ def plan_info(
     """A recover_info for `checkpoint`: the trainer's own where it is that step's, else one made for it."""
     stored = recover_info.stored_controls(backend) if info is not None else {}
     own = info is not None and info.step == checkpoint.step and not info.problems
+    contents = recover_info.contents(backend) if own else {}
+    data_notes: tuple[str, ...] = ()
+    ranks = recover_info.saved_ranks(contents[recover_info.DATALOADER]) if own else 0
+    if ranks and world_size and ranks != world_size:
+        contents[recover_info.DATALOADER] = pickled.dumps({})  # any number of ranks takes it
+        data_notes = (f"data order: starts again: it was saved for {ranks} ranks, and the trainer has {world_size}",)
     if own and not write_frequencies:
-        return InfoPlan("keep", recover_info.contents(backend), tuple(resume_state.stored_difference(config, stored)))
+        notes = (*data_notes, *resume_state.stored_difference(config, stored))
+        return InfoPlan("write" if data_notes else "keep", contents, notes)
     triples = [(c.step, c.epoch, c.epoch_step) for c in others]
     known = steps_per_epoch or (info.steps_per_epoch if info is not None and info.steps_per_epoch > 0 else 0)
     per_epoch = resume_state.steps_per_epoch((checkpoint.step, checkpoint.epoch, checkpoint.epoch_step), triples, known)
@@ -84,7 +91,8 @@ def plan_info(
         return InfoPlan("leave", {}, refusal=f"{error} ({error.hint})")
     files = dict(made.files)
     if own:  # only the frequencies are new; the trainer's data cursor is better than any of ours
-        files |= {name: data for name, data in recover_info.contents(backend).items() if name not in recover_info.CONTROLS}
+        files |= {name: data for name, data in contents.items() if name not in recover_info.CONTROLS}
+        return InfoPlan("write", files, (*data_notes, *(note for note in made.notes if not note.startswith("data order"))))
     return InfoPlan("write", files, made.notes)
 
 
