@@ -381,7 +381,7 @@ def _sync_around(side: str, move: Move) -> None:
 def _set_aside(side: str, move: Move) -> None:
     """Step 7: after an exchange the stage's name holds the old slot. An empty one is nobody's: removed."""
     staged, aside = _at(side, move.staged), _at(side, move.aside)
-    if not os.path.isdir(staged):
+    if staged == aside or not os.path.isdir(staged):
         return
     if not identity(staged):
         side_folders.remove_empty(staged)

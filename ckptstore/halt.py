@@ -12,12 +12,15 @@ import json
 import os
 import secrets
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ckptstore import side as side_folders
 from ckptstore.errors import TrainingHalted, from_os_error
+from ckptstore.ledger import Writer
+from ckptstore.ledger import path_in as ledger_path
 
 NAME = "TRIPPED.json"
 MAX_BYTES = 1 << 20
@@ -154,6 +157,17 @@ def clear(side: str) -> Trip | None:
         side_folders.sync_folder(side)
     except OSError as error:
         raise from_os_error(error, doing="removing", path=path_in(side)) from error
+    return trip
+
+
+def reset(side: str) -> Trip | None:
+    """Let training start again: remove the record, and note in the ledger that what went before is forgiven."""
+    trip = clear(side)
+    if trip is not None:
+        writer = Writer(ledger_path(side))
+        writer.event("reset", trip.step, time.time(), since_step=trip.since_step)
+        writer.sync()
+        writer.close()
     return trip
 
 

@@ -88,6 +88,7 @@ class Track:
     """One rule's view of a line of history: the steps that were not silent, and the bad stretches."""
 
     rule: Rule
+    key: str  #: of its metric, as it was recorded last
     seen: tuple[_Seen, ...]
     stretches: tuple[Stretch, ...]
 
@@ -146,7 +147,7 @@ def _track(line: Line, rule: Rule) -> Track:
         seen.append(_Seen(record.step, sign, watch.armed, read(rule.metric)))
     if watch.streak:
         stretches.append(_stretch(rule, read, (watch.since, watch.streak, watch.said), seen[-1].step, over=False))
-    return Track(rule, tuple(seen), tuple(stretches))
+    return Track(rule, read.keys.get(rule.metric, rule.metric), tuple(seen), tuple(stretches))
 
 
 def _stretch(rule: Rule, read: Reader, was: tuple[int, int, str], last_step: int, *, over: bool) -> Stretch:
@@ -195,7 +196,7 @@ def _by_rule(step: int, track: Track, server: dict[int, bool]) -> Verdict:
     at = bisect_left(seen, step, key=lambda item: item.step)
     own = seen[at] if at < len(seen) and seen[at].step == step else None
     value = own.value if own else None
-    metric = track.rule.metric
+    metric = track.key
 
     def verdict(health: Health, why: str) -> Verdict:
         return Verdict(health, why, value, metric)

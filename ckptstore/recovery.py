@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from ckptstore import commit, probe, room, running
+from ckptstore import commit, halt, probe, room, running
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
@@ -54,6 +54,7 @@ class Outcome:
     old_slot: str = ""  #: where the old one is kept
     manifest_sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rolled: str = ""  #: what became of an interrupted setup before this one
+    cleared: halt.Trip | None = None  #: the TRIPPED record that kept training from starting
 
 
 def setup(
@@ -91,7 +92,7 @@ def setup(
             if current.refusals:
                 raise RefusedError("; ".join(current.refusals))
             if current.nothing_to_do:
-                return Outcome(current, rolled=rolled)
+                return Outcome(current, rolled=rolled, cleared=halt.reset(current.side))
             try:
                 outcome = _setup(backend, current, options, tell)
             except NoSpaceError as error:
@@ -107,7 +108,7 @@ def setup(
                     raise
                 failed[current.point.checkpoint.parts[0].path] = f"{error} (found while copying)"
                 continue
-            return dataclasses.replace(outcome, rolled=rolled)
+            return dataclasses.replace(outcome, rolled=rolled, cleared=halt.reset(current.side))
 
 
 def _source_at_fault(error: CkptStoreError, checkpoint: Checkpoint) -> bool:
@@ -276,7 +277,7 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
             )
         found = find_manifest(LocalBackend(os.path.join(old.path, parts[0])), "") if parts else None
         step = found.step if found else -1
-        if layout.RECOVER_INFO in old.parts or (not options.recover_dir and listing.recover_info is not None):
+        if layout.RECOVER_INFO in old.parts or (not options.recover_dir and _is_ours(backend, layout.RECOVER_INFO)):
             stage = side_folders.open_stage(side, f"undo {old.name}")
             blocking = write_info(run, stage.part(BLOCKING), resume_state.blocking())
             staged_info = os.path.join(old.path, layout.RECOVER_INFO) if layout.RECOVER_INFO in old.parts else ""
@@ -290,6 +291,12 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
             )
         commit.publish(side, commit.Journal("undo", step, medium.method, moves, created_at=commit.now()))
         return step, os.path.join(side, aside)
+
+
+def _is_ours(backend: Backend, folder: str) -> bool:
+    """Whether a setup wrote what lies there: a recover_info of the trainer's is not undone."""
+    manifest = find_manifest(backend, folder)
+    return manifest is not None and manifest.origin == "setup"
 
 
 def _placed_beside(backend: Backend, listing: Listing, parts: Sequence[str]) -> list[str]:

@@ -107,10 +107,10 @@ def stage_part(
                     world_size=world_size(options),
                     settings=adamw.from_config(options.config, part.name),
                 )
-    except DigestMismatchError as error:
+    except (DigestMismatchError, SourceChangedError) as error:
         if options.verify_after_write and _source_is_right(part, error.path, expected, chunk_bytes):
             raise StorageError(str(error), operation="reading back", path=target, errno=errno.EIO, hint=error.hint) from error
-        if recorded is not None and plan.point.checkpoint.kind == "export":
+        if isinstance(error, DigestMismatchError) and recorded is not None and plan.point.checkpoint.kind == "export":
             wrong = Finding(
                 error.path, f"digest differs from the manifest in the chunk at byte {error.offset_bytes:,}", Status.CORRUPT
             )
@@ -124,7 +124,9 @@ def stage_part(
 
 def _source_is_right(part: Part, name: str, expected: Mapping[str, Sequence[int]], chunk_bytes: int) -> bool:
     """Whether a mismatch is the destination's fault: read back, it gave other bytes than were written."""
-    file = next(file for file in part.files if file.name == name)
+    file = next((file for file in part.files if file.name == name), None)
+    if file is None:
+        return False
     spec = native.FileSpec(name, file.size_bytes, file.mtime_ns, expected=expected.get(name))
     return isinstance(native.digest_files(part.path, [spec], chunk_bytes=chunk_bytes)[name], native.Digest)
 

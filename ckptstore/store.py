@@ -70,9 +70,12 @@ class CheckpointStore:
         """Write a manifest for what the trainer wrote. IntegrityError for a checkpoint that is not whole."""
         return seal(self.backend, self.get(step), progress=progress)
 
-    def resume_point(self, *, before_step: int | None = None, max_step: int | None = None) -> ResumePoint:
-        """The newest checkpoint that passes level structure, those skipped and why. NothingToResumeError without one."""
-        return resume_point(self.backend, self.scan(), Selection(before_step=before_step, max_step=max_step))
+    def resume_point(
+        self, *, before_step: int | None = None, max_step: int | None = None, include_bad: bool = False
+    ) -> ResumePoint:
+        """The newest checkpoint that is healthy and passes level structure, those skipped and why; or NothingToResumeError."""
+        wanted = Selection(before_step=before_step, max_step=max_step, include_bad=include_bad)
+        return resume_point(self.backend, self.scan(), wanted)
 
     def setup(
         self,

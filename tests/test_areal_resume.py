@@ -116,7 +116,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def make_run(root: Path, era: str, *, parts: tuple[str, ...] = ("default",), world_size: int = 1, yaml: str = "") -> Run:
     """A trial with nothing saved yet, and the YAML that AReaL keeps with its logs."""
-    trial = trees.make_run(root, steps=[])
+    trial = trees.make_run(root, steps=[], experiment="resume-rules")
     if yaml:
         (root / "run.yaml").write_text(yaml)
     return Run(trial, parts, era, world_size)

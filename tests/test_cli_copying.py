@@ -33,9 +33,11 @@ from ckptstore.cli import main
 real = native.copy_files
 def slow(source, target, specs, *, options, progress):
     total = sum(spec.size_bytes for spec in specs)
-    open("copying", "w").close()
+    done = 0
     while not os.path.exists("go"):
-        progress(total // 3, total)
+        done = min(done + 1, total - 1)
+        progress(done, total)
+        open("copying", "w").close()
         time.sleep(0.01)
     return real(source, target, specs, options=options, progress=progress)
 native.copy_files = slow
@@ -108,6 +110,16 @@ def test_a_dropped_connection_does_not_stop_the_copy(run: Path, copying: subproc
     assert placed(run) == 93
 
 
+def test_a_dropped_connection_leaves_output_that_goes_to_a_file(run: Path) -> None:
+    words = [sys.executable, "-c", SLOW, *STEP]
+    with open("log", "wb") as log, subprocess.Popen(words, env=environment(run), stdout=log, stderr=log) as process:
+        wait_for(Path("copying"), process)
+        process.send_signal(signal.SIGHUP)
+        Path("go").touch()
+        assert process.wait(30) == 0
+    assert "✓ global step 93" in Path("log").read_text()
+
+
 def test_a_terminal_that_goes_away_does_not_stop_the_copy(run: Path) -> None:
     """The bar is being drawn when the terminal vanishes: writing to it fails, and SIGHUP comes."""
     words = [sys.executable, "-c", SLOW, *STEP]
@@ -122,7 +134,7 @@ def test_a_terminal_that_goes_away_does_not_stop_the_copy(run: Path) -> None:
 def test_the_bar_shows_bytes_rate_and_time_left(run: Path) -> None:
     with Terminal([sys.executable, "-c", SLOW, *STEP], env=environment(run, TERM="xterm-256color")) as terminal:
         terminal.expect("copying default")
-        terminal.expect("B/s")
+        terminal.expect(" bytes/s ")
         Path("go").touch()
         result = terminal.finish()
     assert result.code == 0

@@ -28,7 +28,7 @@ OLD = find_installation(version="0.4.1")
 NEW = find_installation(version="1.0.4")
 NONE = Installation("", "", "", "not found")
 YAML = """
-experiment_name: gsm8k-grpo
+experiment_name: doctor-tests
 trial_name: trial0
 allocation_mode: sglang:d2p1t1+d2p1t1
 cluster: {{fileroot: {fileroot}}}
@@ -47,7 +47,7 @@ def persistent(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def trial(tmp_path: Path) -> Path:
     """A healthy run of two ranks: exports, a DCP slot with its recover_info, a YAML."""
-    trial = trees.make_run(tmp_path, user=ME, steps=[46, 93], slot="dcp")
+    trial = trees.make_run(tmp_path, user=ME, experiment="doctor-tests", steps=[46, 93], slot="dcp")
     trees.write_recover_info(trial, 93, world_size=2)
     trees.set_age(trial / "default/recover_checkpoint", 3700)
     trees.set_age(trial / "recover_info", 3650)
@@ -136,13 +136,13 @@ def test_a_disk_that_goes_with_the_container(trial: Path, monkeypatch: pytest.Mo
 
 
 def test_another_users_run(tmp_path: Path) -> None:
-    trial = trees.make_run(tmp_path, user="somebody-else", steps=[46])
+    trial = trees.make_run(tmp_path, user="somebody-else", experiment="doctor-tests", steps=[46])
     write_yaml(tmp_path)
     assert worst_of(look(trial), "user").severity is Severity.BAD
 
 
 def test_a_twin_of_another_user(trial: Path) -> None:
-    trees.make_run(trial.parents[3], user="somebody-else", steps=[46])
+    trees.make_run(trial.parents[3], user="somebody-else", experiment="doctor-tests", steps=[46])
     found = worst_of(look(trial), "user")
     assert found.severity is Severity.WARN
     assert "somebody-else" in found.found
@@ -529,6 +529,6 @@ def test_before_the_first_start(tmp_path: Path) -> None:
     code, text = call("--config", str(yaml), "--areal-version", "1.0.4", "--json")
     document = json.loads(text)
     assert code == 0
-    assert document["run"]["path"] == str(root / "checkpoints" / ME / "gsm8k-grpo" / "trial0")
+    assert document["run"]["path"] == str(root / "checkpoints" / ME / "doctor-tests" / "trial0")
     assert {finding["check"]: finding["severity"] for finding in document["findings"]}["recover"] == "warn"
     assert list(root.iterdir()) == [yaml], "nothing is created"

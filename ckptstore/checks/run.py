@@ -11,7 +11,6 @@ from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.checks import Diagnosis, Patient, bad, gigabytes, ok, warn
 from ckptstore.errors import CkptStoreError
-from ckptstore.formats import FormatError, inert
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.era import of as era_of
 from ckptstore.listing import RESUMABLE
@@ -141,7 +140,7 @@ def ranks(patient: Patient) -> Iterator[Diagnosis]:
     now = patient.listing.slot
     names = [file.name for part in (now.parts if now else ()) for file in part.files]
     shards = {int(match[1]) for name in names if (match := _OPTIMIZER_SHARD.fullmatch(name))}
-    states = dataloader_ranks(patient.run.path)
+    states = _saved_ranks(patient.run.path)
     if shards and shards != {world}:
         saved = ", ".join(map(str, sorted(shards)))
         found = f"the slot has optimizer shards of {saved} processes, and {world} will train: AReaL starts at step 0"
@@ -150,21 +149,24 @@ def ranks(patient: Patient) -> Iterator[Diagnosis]:
         )
     elif states and states != world:
         found = f"recover_info has dataloader states of {states} processes, and {world} will train: AReaL starts at step 0"
-        yield bad("ranks", found, f"Train with {states} processes, or set up another step: its recover_info is made anew.")
+        yield bad(
+            "ranks",
+            found,
+            f"Train with {states} processes, or `ckptstore setup --world-size {world}` writes a recover_info that fits.",
+        )
     else:
         yield ok("ranks", f"{world} trainer process{'es' * (world > 1)}, as saved")
 
 
-def dataloader_ranks(run: str) -> int:
-    """How many ranks' states `dataloader_info.pkl` holds; 0 where it fits any number, or cannot be told. Never unpickled."""
+def _saved_ranks(run: str) -> int:
+    """For how many ranks recover_info holds the data's cursor; 0 where it fits any number, or cannot be told."""
     try:
         data = LocalBackend(run).get(
             f"{layout.RECOVER_INFO}/{recover_info.DATALOADER}", length_bytes=recover_info.MAX_PICKLE_BYTES
         )
-        value = inert.read(data, lambda name: False)
-    except (CkptStoreError, FormatError):
+    except CkptStoreError:
         return 0
-    return len(value) if type(value) is list else 0
+    return recover_info.saved_ranks(data)
 
 
 def strays(patient: Patient) -> Iterator[Diagnosis]:

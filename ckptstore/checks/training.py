@@ -140,7 +140,7 @@ def logs(patient: Patient) -> Iterator[Diagnosis]:
     for text in found.unreadable[:3]:
         yield warn("logs", text, "Look as the user that trains.")
     for seen in found.known:
-        times = f" ({seen.count} times)" if seen.count > 1 else ""
+        times = f" ({seen.times} times)" if seen.times > 1 else ""
         since = "; training went on afterwards" if seen.trained_since else ""
         text = f"{seen.path}{times}: {seen.line}: {seen.known.means}{since}"
         harmless = seen.trained_since and not seen.known.final

@@ -110,6 +110,7 @@ _SELECTION = _compose(
         show_default=True,
         help=f"state: optimizer state beats weights alone that are up to {STATE_WORTH_STEPS} steps newer.",
     ),
+    _which("--include-bad", is_flag=True, help="Although its metrics say that training had gone bad (see status)."),
 )
 
 _TRAINER = _compose(
@@ -167,13 +168,14 @@ def selection_options(function: Function) -> Function:
         log_step: int | None,
         checkpoint_path: str,
         prefer: str,
+        include_bad: bool,
         **rest: Any,
     ) -> Any:
         if log_step is not None:
             if step is not None:
                 raise UsageError("--step and --log-step name the same thing: give one")
             step = from_log_step(log_step)
-        selection = Selection(before_step, max_step, step, checkpoint_path, prefer)
+        selection = Selection(before_step, max_step, step, checkpoint_path, prefer, include_bad)
         return function(*args, selection=selection, **rest)
 
     return _SELECTION(wrapper)

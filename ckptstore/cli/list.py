@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import click
 
+from ckptstore import halt, health
+from ckptstore.cli import condition
 from ckptstore.cli.common import (
     JSON,
     OVERRIDES,
@@ -41,12 +43,13 @@ from ckptstore.errors import NothingToResumeError, UsageError
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.saving import describe, settings
+from ckptstore.ledger import Ledger, side_of
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
 from ckptstore.model import Checkpoint
 
 TITLES = ("step", "log", "epoch:step", "parts", "holds", "format", "files", "size", "age", "status")
-_LEFT = frozenset({"parts", "holds", "format", "status"})
+_LEFT = frozenset({"parts", "holds", "format", "health", "status"})
 #: What a narrow terminal does without, in this order; a pipe gets everything.
 _DISPENSABLE = ("parts", "files", "format")
 _MANY = 8
@@ -84,6 +87,7 @@ def command(
     step = from_log_step(log_step) if log_step is not None else None
     located, backend = open_run(where, as_json=as_json)
     listing = scan(backend)
+    ledger = health.ledger_of(located.run.path)
     shown = [
         checkpoint
         for checkpoint in sorted([*listing.checkpoints, *listing.adopted], key=lambda one: (one.step, one.kind == "adopted"))
@@ -101,14 +105,16 @@ def command(
                 hint=f"`ckptstore list` shows all. {gap(located, listing, bound)}".rstrip(),
             )
     if as_json:
-        _print_json(located, listing, shown)
+        _print_json(located, listing, shown, ledger)
         return
     note_other_at_work(located)
     if not recover_info:
-        _print_table(located, listing, shown, _within(before_step, max_step, step), bound)
+        _print_table(located, listing, shown, _within(before_step, max_step, step), bound, ledger)
     echo()
-    _print_slot(listing)
+    _print_slot(listing, ledger)
     _print_info(listing.recover_info, full=recover_info)
+    if (trip := halt.read(side_of(located.run.path))) is not None:
+        field("breaker", f"TRIPPED at step {trip.step}: training does not start until setup (see `ckptstore status`)")
     if not recover_info:
         _print_config(located)
         for text in listing.notes:
@@ -124,13 +130,16 @@ def _within(before_step: int | None, max_step: int | None, step: int | None) -> 
     return f" up to step {max_step}, {max_step} included" if max_step is not None else ""
 
 
-def _print_json(located: Located, listing: Listing, shown: list[Checkpoint]) -> None:
+def _print_json(located: Located, listing: Listing, shown: list[Checkpoint], ledger: Ledger) -> None:
+    def described(checkpoint: Checkpoint) -> dict[str, object]:
+        return checkpoint_json(checkpoint) | condition.verdict_json(health.of(checkpoint, ledger))
+
     config = located.config or logged_config(located.run)
     print_json(
         {
             "run": run_json(located),
-            "checkpoints": [checkpoint_json(checkpoint) for checkpoint in shown],
-            "slot": checkpoint_json(listing.slot) if listing.slot else None,
+            "checkpoints": [described(checkpoint) for checkpoint in shown],
+            "slot": described(listing.slot) if listing.slot else None,
             "recover_info": info_json(listing.recover_info),
             "config": settings(config) if config else None,
             "notes": list(listing.notes),
@@ -138,7 +147,9 @@ def _print_json(located: Located, listing: Listing, shown: list[Checkpoint]) -> 
     )
 
 
-def _print_table(located: Located, listing: Listing, shown: list[Checkpoint], within: str, bound: int | None) -> None:
+def _print_table(
+    located: Located, listing: Listing, shown: list[Checkpoint], within: str, bound: int | None, ledger: Ledger
+) -> None:
     if within and shown:
         echo(f"checkpoints{within}")
     echo()
@@ -153,7 +164,13 @@ def _print_table(located: Located, listing: Listing, shown: list[Checkpoint], wi
             field("", text)
         return
     now_s = time.time()
-    echo("\n".join(_fitting([_row(checkpoint, now_s) for checkpoint in shown])))
+    titles: tuple[str, ...] = TITLES
+    rows = [_row(checkpoint, now_s) for checkpoint in shown]
+    if ledger:
+        titles = (*titles[:-1], *condition.TITLES, titles[-1])
+        verdicts = [health.of(checkpoint, ledger) for checkpoint in shown]
+        rows = [(*row[:-1], *condition.cells(verdict), row[-1]) for row, verdict in zip(rows, verdicts, strict=True)]
+    echo("\n".join(_fitting(titles, rows)))
     _print_damage(shown)
     notes = [
         f"step {checkpoint.step}: {text}" for checkpoint in shown[-200:] for part in checkpoint.parts for text in part.notes
@@ -166,14 +183,14 @@ def _print_table(located: Located, listing: Listing, shown: list[Checkpoint], wi
         note(f"and {len(notes) - _MANY} more such notes (--json has all)")
 
 
-def _fitting(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def _fitting(all_titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """The table, without columns that people can spare where the terminal is too narrow for all."""
-    titles = list(TITLES)
+    titles = list(all_titles)
     available = width()
     for name in ("", *_DISPENSABLE):
-        if name and (name != "parts" or len({row[TITLES.index("parts")] for row in rows}) == 1):
+        if name and (name != "parts" or len({row[all_titles.index("parts")] for row in rows}) == 1):
             titles.remove(name)
-        kept = [TITLES.index(title) for title in titles]
+        kept = [all_titles.index(title) for title in titles]
         chosen = [tuple(row[i] for i in kept) for row in rows]
         lines = columns(titles, chosen, left=[i for i, title in enumerate(titles) if title in _LEFT])
         if not available or max(len(click.unstyle(line)) for line in (lines[0], *lines[-50:])) <= available:
@@ -208,7 +225,7 @@ def _print_damage(shown: list[Checkpoint]) -> None:
         findings(checkpoint.findings, limit=2, more=f" (`ckptstore show {checkpoint.step}`)")
 
 
-def _print_slot(listing: Listing) -> None:
+def _print_slot(listing: Listing, ledger: Ledger) -> None:
     slot = listing.slot
     if slot is None:
         field("slot", "empty: nothing that AReaL could resume from")
@@ -219,6 +236,9 @@ def _print_slot(listing: Listing) -> None:
         f"{step}, {slot.format}: {', '.join(slot.holds) or 'nothing known'}; {slot.file_count} files, "
         f"{size(slot.size_bytes)}, {age(slot.age_s())} old, {slot.status}",
     )
+    if ledger and slot.step >= 0:
+        verdict = health.of(slot, ledger)
+        field("", f"health {verdict.health}: {verdict.why}")
     findings(slot.findings)
     for text in slot.notes:
         item("·", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -29,6 +30,8 @@ class Progress:
         self._started_s = self._line_s = time.monotonic()
         self._base_bytes = 0
         self._before: Any = None
+        # Found out now: one that has gone is no terminal any more.
+        self._terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
 
     def __enter__(self) -> Progress:
         with contextlib.suppress(ValueError):  # not the main thread
@@ -43,9 +46,17 @@ class Progress:
             signal.signal(signal.SIGHUP, self._before)
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
-        self._quiet, self._terminal = True, False
-        null = open("/dev/null", "w")  # noqa: SIM115 - stays the process's output from now on
-        sys.stdout = sys.stderr = null
+        self._silence()
+
+    def _silence(self) -> None:
+        """The terminal has gone: what would be shown on it goes nowhere. A stream that is a file goes on."""
+        self._quiet = self._quiet or self._terminal
+        self._terminal = False
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(null, descriptor)  # below every buffer: none of them may fail when it is flushed at exit
+        os.close(null)
+        self._terminals = []
 
     def notify(self, doing: str, done_bytes: int, total_bytes: int) -> None:
         """Show that `doing` has come to `done_bytes` of `total_bytes`. Never raises for a terminal that is gone."""
@@ -62,6 +73,7 @@ class Progress:
                 self._line_s = time.monotonic()
                 self._print_line(doing, done_bytes, total_bytes)
         except OSError:  # EIO: the terminal went away before its SIGHUP came
+            self._silence()
             self._quiet = True
 
     def _print_line(self, doing: str, done_bytes: int, total_bytes: int) -> None:
@@ -83,6 +95,8 @@ class Progress:
                 TimeRemainingColumn(compact=True),
                 console=Console(stderr=True),
                 transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._bar.start()
             self._task = self._bar.add_task(doing, total=total_bytes)

@@ -281,6 +281,7 @@ def print_outcome(outcome: Outcome) -> None:
     if plan.nothing_to_do:
         print_skipped(plan)
         done(f"nothing to do: {plan.nothing_to_do}")
+        _print_cleared(outcome)
         return
     where = f"the new trial {os.path.basename(plan.new_trial)}" if plan.new_trial else "the slot"
     done(f"{steps(plan.point.checkpoint)} is in {where}")
@@ -300,7 +301,13 @@ def print_outcome(outcome: Outcome) -> None:
         row("commit", f"by {outcome.medium.method} on {outcome.medium.file_system}; {outcome.medium.durability}")
     if outcome.old_slot:
         row("old slot", f"kept in {outcome.old_slot}; `ckptstore setup --undo` swaps it back")
+    _print_cleared(outcome)
     print_skipped(plan)
+
+
+def _print_cleared(outcome: Outcome) -> None:
+    if outcome.cleared is not None:
+        row("breaker", f"the record of its trip at step {outcome.cleared.step} is cleared: training may start")
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -348,5 +355,6 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "durability": medium.durability if medium else None,
         "kept_old_slot": outcome.old_slot,
         "manifest_sha256": dict(outcome.manifest_sha256),
+        "cleared_trip": outcome.cleared.step if outcome.cleared else None,
         "rolled": outcome.rolled,
     }

@@ -22,7 +22,7 @@ class AdamW:
     initial_lr: float | None = None  #: that of the schedule; None: lr
 
     def group(self, params: Sequence[str] | Sequence[int]) -> dict[str, Value]:
-        """The one parameter group. It has every key that some torch from 2.6 to 2.14 asks for: loaders ignore more."""
+        """The one parameter group. Its keys are those that torch 2.6 and 2.13 ask for: loaders ignore more."""
         return {
             "lr": self.lr,
             "betas": self.betas,
@@ -34,7 +34,7 @@ class AdamW:
             "capturable": False,
             "differentiable": False,
             "fused": self.fused,
-            "decoupled_weight_decay": True,  # from 2.7 on
+            "decoupled_weight_decay": True,  # not asked for by 2.6
             "initial_lr": self.lr if self.initial_lr is None else self.initial_lr,  # set by any LR schedule
             "params": list(params),
         }

@@ -56,8 +56,8 @@ def find_installation(areal_dir: str = "", version: str = "") -> Installation:
     """
     if areal_dir:
         path = os.path.abspath(areal_dir)
-        package = os.path.basename(path) == "areal"
-        found = _inspect(path, "--areal-dir") or (_inspect(os.path.dirname(path), "--areal-dir") if package else None)
+        checkout = os.path.dirname(path) if os.path.basename(path) == "areal" else path  # else it is the package's folder
+        found = _inspect(path, "--areal-dir") or _inspect(checkout, "--areal-dir")
         if found is None:
             raise UsageError(
                 f"--areal-dir {path}: there is no AReaL",

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckptstore.model import DRAFT_PREFIX, FileInfo, Finding, Status
+from ckptstore.model import DRAFT_PREFIX, FileInfo, Finding, Part, Status
 from ckptstore.native import Folder
 
 EXPORT = re.compile(r"epoch([0-9]{1,9})epochstep([0-9]{1,9})globalstep([0-9]{1,9})")  # not \d: it takes any script
@@ -275,6 +275,11 @@ def _weights(by_name: frozenset[str]) -> tuple[str, list[Finding]]:
     if any(name.endswith(".bin") for name in weights) and not any(name.endswith(".safetensors") for name in weights):
         return "hf-bin", findings
     return "hf-sharded" if sets or indexes else "hf", findings
+
+
+def optimizer_ranks(part: Part) -> int:
+    """How many ranks saved the optimizer shards of era A in `part`; 0 where it holds none."""
+    return next((int(match[1]) for file in part.files if (match := _OPTIMIZER.fullmatch(file.name))), 0)
 
 
 def _optimizer_findings(matches: list[re.Match[str]]) -> list[Finding]:

@@ -11,6 +11,7 @@ from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError
 from ckptstore.frameworks.areal import pickled, recover_info, resume_state
 from ckptstore.frameworks.areal.era import Era
+from ckptstore.frameworks.areal.layout import optimizer_ranks
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.resume_state import StepNumbers
 from ckptstore.model import Checkpoint, Part
@@ -40,6 +41,10 @@ class InfoPlan:
 def transfer(part: Part, era: Era, world_size: int) -> Transfer:
     """How `part` becomes what `era` reads."""
     if part.format == era.slot_format:
+        saved = optimizer_ranks(part)
+        if world_size and saved and saved != world_size:
+            refusal = f"its optimizer was saved by {saved} ranks, the trainer has {world_size}: AReaL would start from step 0"
+            return Transfer("copy", "kept", refusal)
         return Transfer("copy", "kept" if "optimizer" in part.holds else "none")
     if part.format == "lora":
         return Transfer("copy", "none", "a LoRA adapter cannot become the training engine's own state")

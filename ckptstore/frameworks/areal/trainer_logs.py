@@ -111,7 +111,7 @@ class Seen(NamedTuple):
     known: Known
     path: str
     line: str
-    count: int
+    times: int
     trained_since: bool  #: a training step was done after it
 
 
