@@ -12,6 +12,7 @@ It appears under its name only when all of it is copied, digested, synced and th
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,9 +20,10 @@ import ckptstore
 from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
+from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, RefusedError, SourceChangedError, from_os_error
 from ckptstore.frameworks.areal import layout, recover_info
-from ckptstore.listing import Listing, adopted_folder, folder_of, read_adopted, read_part, scan
+from ckptstore.listing import Listing, adopted_folder, find_manifest, folder_of, read_adopted, read_part, scan
 from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, FileInfo, Status
@@ -42,7 +44,7 @@ def adopt(backend: Backend, *, notify: Notify | None = None) -> Checkpoint:
     run = listing.run.path
     side = side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
     target = adopted_folder(side, slot.step)
-    if os.path.lexists(target):
+    if _is_adopted(slot, target):
         raise AlreadyExistsError(f"step {slot.step} is adopted already: {target}")
     for part in slot.parts:
         if findings := check_part_structure(backend, part):
@@ -72,6 +74,8 @@ def adopt(backend: Backend, *, notify: Notify | None = None) -> Checkpoint:
             side_folders.like(draft, os.stat(run))
             side_folders.sync_folder(draft)
             os.makedirs(os.path.dirname(target), exist_ok=True)
+            if os.path.lexists(target):  # the same step of a history that was rolled back
+                os.rename(target, os.path.join(side, f"trash-{secrets.token_hex(8)}"))
             native.rename_noreplace(draft, target)
             side_folders.sync_folder(os.path.dirname(target))
             side_folders.sync_folder(side)
@@ -81,8 +85,7 @@ def adopt(backend: Backend, *, notify: Notify | None = None) -> Checkpoint:
             raise from_os_error(error, doing="adopting into", path=target) from error
         finally:
             side_folders.discard(side, os.path.basename(stage.path))
-    found = [checkpoint for checkpoint in read_adopted(side) if checkpoint.step == slot.step]
-    return found[0]
+    return next(checkpoint for checkpoint in read_adopted(side) if checkpoint.step == slot.step)
 
 
 def watch(
@@ -110,16 +113,32 @@ def watch(
 
 
 def prune(backend: Backend, *, keep: int) -> list[int]:
-    """Remove all but the newest `keep` (at least 1) whole adopted steps; the steps removed."""
+    """Remove all but the `keep` (at least 1) whole adopted steps that were adopted last; the steps removed.
+
+    By time, not by number: after a rollback the steps of the abandoned history have the higher numbers.
+    """
     run = backend.location
     side = side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
     whole = sorted(
-        (checkpoint for checkpoint in read_adopted(side) if checkpoint.status is Status.COMMITTED), key=lambda c: c.step
+        (checkpoint for checkpoint in read_adopted(side) if checkpoint.status is Status.COMMITTED),
+        key=lambda checkpoint: os.stat(checkpoint.store).st_ctime_ns,
     )
     doomed = whole[: -max(keep, 1)]
     for checkpoint in doomed:
         side_folders.discard(side, os.path.relpath(adopted_folder(side, checkpoint.step), side))
     return [checkpoint.step for checkpoint in doomed]
+
+
+def _is_adopted(slot: Checkpoint, target: str) -> bool:
+    """Whether `target` holds just these files; a step that was trained anew after a rollback has other times."""
+    if not os.path.lexists(target):
+        return False
+    backend = LocalBackend(target)
+    for part in slot.parts:
+        manifest = find_manifest(backend, part.name)
+        if manifest is None or manifest.inspect(part.files).void:
+            return False
+    return True
 
 
 def _adoptable(listing: Listing) -> Checkpoint:

@@ -53,7 +53,7 @@ def _draw_chart(axes: Any, picture: Picture) -> None:
     values = picture.values or [0.0, 1.0]
     low, high = min(values), max(values)
     margin = (high - low or abs(high) or 1.0) * 0.08
-    axes.set_ylim(low - margin, high + 2.2 * margin)
+    axes.set_ylim(low - margin, high + 3 * margin)
     span = max(picture.last_step - picture.first_step, 1)
     axes.set_xlim(picture.first_step - span * 0.02, picture.last_step + span * 0.03)
     for stretch in picture.stretches:
@@ -79,7 +79,7 @@ def _draw_chart(axes: Any, picture: Picture) -> None:
         _label(axes, first.first_step - 0.5, 0.03, text, _BAD, ha="right")
     if picture.trip_step >= 0:
         axes.axvline(picture.trip_step, color=_BAD, linewidth=1.4, linestyle=(0, (5, 3)))
-        _label(axes, picture.trip_step, 0.97, f"tripped at {picture.trip_step}", _BAD, ha=_side(picture, picture.trip_step))
+        _label(axes, picture.trip_step, 0.90, f"tripped at {picture.trip_step}", _BAD, ha=_side(picture, picture.trip_step))
     if picture.resume_step >= 0:
         axes.axvline(picture.resume_step, color=COLOURS[Health.GOOD], linewidth=1.4)
         text = f"resume from {picture.resume_step}"

@@ -89,6 +89,7 @@ def main() -> None:
     picture = console.export_svg(title="ckptstore", unique_id="demo")
     picture = re.sub(r"@font-face \{.*?\}\n", "", picture, flags=re.DOTALL)  # no fonts from elsewhere
     picture = picture.replace("Fira Code", "ui-monospace, SFMono-Regular, Menlo, DejaVu Sans Mono")
+    picture = picture.replace("<text ", '<text xml:space="preserve" ')  # or some viewers drop the blanks in front
     (HERE / "img").mkdir(exist_ok=True)
     (HERE / "img" / "demo.svg").write_text(picture, encoding="utf-8")
 

@@ -148,7 +148,6 @@ def side_of(trial: Path) -> str:
     return side_folders.side_folder(str(trial), str(trial / "default/recover_checkpoint"))
 
 
-@pytest.mark.xfail(strict=True, reason="adopted steps of the history that was left count as newer, and as adopted already")
 def test_saves_after_a_rollback_are_kept(trial: Path) -> None:
     handler = HandlerA(trial)
     attachment = attach(StatsLogger(), handler, run=trial)

@@ -1,4 +1,4 @@
-"""kill -9 of a setup, in every phase of the commit: afterwards the slot is the old one or the new one, whole, and so is recover_info."""
+"""kill -9 of a setup in every phase of the commit: afterwards slot and recover_info are the old ones or the new ones, whole."""
 
 from __future__ import annotations
 
@@ -152,8 +152,8 @@ def campaign(template: Path, place: Path, method: str, each: int, capsys: pytest
 
 @pytest.mark.parametrize("method", ["exchange", "rename"])
 def test_some_kills(template: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kills = campaign(template, tmp_path / "run", method, 3, capsys)
-    assert min(kills[phase] for phase in PHASES) >= 3
+    kills = campaign(template, tmp_path / "run", method, 2, capsys)
+    assert min(kills[phase] for phase in PHASES) >= 2
 
 
 @pytest.mark.soak

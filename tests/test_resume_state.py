@@ -139,7 +139,6 @@ def test_frequencies_are_never_made_up(yaml: RunConfig | None) -> None:
         synthesize(MIDDLE, yaml)
 
 
-@pytest.mark.xfail(strict=True, reason="a number of another type counts as none, and then nothing is ever saved")
 @pytest.mark.parametrize("value", [1800.0, "1800"])
 def test_a_frequency_of_another_type_is_not_lost(value: Any) -> None:
     yaml = config(**{**FULL.values, "saver": {"freq_epochs": None, "freq_steps": None, "freq_secs": value}})
@@ -199,7 +198,6 @@ def test_the_cursor_of_each_rank() -> None:
     assert any("after batch 11" in note for note in notes)
 
 
-@pytest.mark.xfail(strict=True, reason="the said number of ranks is taken for the data-parallel one")
 def test_a_cursor_where_several_ranks_share_a_batch() -> None:
     yaml = config(**{**FULL.values, "allocation_mode": "sglang:d4+fsdp:d4t2"})
     _, data, _ = synthesize(MIDDLE, yaml, world_size=8)

@@ -24,7 +24,7 @@ class LocalBackend(Backend):
             descriptor = open_beneath(self.location, key)
         except OSError as error:
             raise from_os_error(error, doing="reading", path=f"{self.location}/{key}") from error
-        with open(descriptor, "rb", buffering=0) as file:
+        try:
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
                 raise StorageError(f"reading {self.location}/{key}: not a regular file", operation="open", path=key)
@@ -32,14 +32,15 @@ class LocalBackend(Backend):
             if length_bytes is not None:
                 wanted = min(wanted, length_bytes)
             parts = []
-            try:
-                while wanted > 0 and (data := os.pread(file.fileno(), min(wanted, 1 << 26), offset_bytes)):
-                    parts.append(data)
-                    offset_bytes += len(data)
-                    wanted -= len(data)
-            except OSError as error:
-                raise from_os_error(error, doing="reading", path=f"{self.location}/{key}") from error
+            while wanted > 0 and (data := os.pread(descriptor, min(wanted, 1 << 26), offset_bytes)):
+                parts.append(data)
+                offset_bytes += len(data)
+                wanted -= len(data)
             return parts[0] if len(parts) == 1 else b"".join(parts)
+        except OSError as error:
+            raise from_os_error(error, doing="reading", path=f"{self.location}/{key}") from error
+        finally:
+            os.close(descriptor)
 
     def tree(self, prefix: str = "", *, max_depth: int = 4) -> dict[str, native.Folder]:
         """See Backend.tree."""

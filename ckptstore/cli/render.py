@@ -108,6 +108,11 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def rate(count: float, seconds: float) -> str:
+    """ " at … GB/s", or nothing where too little was moved to tell."""
+    return f" at {count / seconds / 1e9:.2f} GB/s" if count >= 256e6 and seconds > 0 else ""
+
+
 def age(seconds: float) -> str:
     """A duration for people, two digits of sense."""
     if seconds < 0:

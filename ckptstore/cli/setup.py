@@ -33,6 +33,7 @@ from ckptstore.cli.render import (
     item,
     note,
     print_json,
+    rate,
     row,
     safe,
     size,
@@ -215,7 +216,10 @@ def print_plan(plan: Plan) -> None:
         old = plan.old_slot
         if old is not None:
             named = f"step {old.step}" if old.step >= 0 else "unknown step"
-            row("old slot", f"{named}, {old.format}, {size(old.size_bytes)}: kept in {plan.side}; setup --undo swaps it back")
+            row(
+                "old slot",
+                f"{named}, {old.format}, {size(old.size_bytes)}: kept in {_short(plan, plan.side)}; setup --undo swaps it back",
+            )
         else:
             row("old slot", "untouched: the new trial has its own" if plan.new_trial else "none")
     for refusal in plan.refusals:
@@ -229,9 +233,9 @@ def _epoch(plan: Plan) -> str:
 
 
 def _short(plan: Plan, path: str) -> str:
-    """A path within the run as the run's own, any other in full."""
+    """A path in or beside the run as seen from the run's folder, any other in full."""
     run = plan.listing.run.path
-    return os.path.relpath(path, run) if path.startswith(f"{run}/") else path
+    return os.path.relpath(path, run) if path.startswith(f"{os.path.dirname(run)}/") else path
 
 
 def print_notes(plan: Plan) -> None:
@@ -286,21 +290,21 @@ def print_outcome(outcome: Outcome) -> None:
     where = f"the new trial {os.path.basename(plan.new_trial)}" if plan.new_trial else "the slot"
     done(f"{steps(plan.point.checkpoint)} is in {where}")
     row("why", plan.point.why)
-    rate = outcome.copied_bytes / outcome.seconds / 1e9 if outcome.seconds > 0 else 0.0
-    reused = f"; {size(outcome.reused_bytes)} were staged already" if outcome.reused_bytes else ""
-    ways = ", ".join(f"{name} {size(count)}" for name, count in sorted(outcome.strategies.items()))
-    row(
-        "copied",
-        f"{size(outcome.copied_bytes)} in {outcome.seconds:.2f} s, {rate:.2f} GB/s, digested and synced ({ways}){reused}",
-    )
-    for part in plan.point.checkpoint.parts:
-        row("from", _short(plan, part.path))
-        row("to", _short(plan, plan.slots[part.name]))
-        row("", f"manifest sha256 {outcome.manifest_sha256[part.name]}")
+    if plan.transfers:
+        reused = f"; {size(outcome.reused_bytes)} were staged already" if outcome.reused_bytes else ""
+        ways = ", ".join(f"{name} {size(count)}" for name, count in sorted(outcome.strategies.items()))
+        at = rate(outcome.copied_bytes, outcome.seconds)
+        row("copied", f"{size(outcome.copied_bytes)} in {outcome.seconds:.2f} s{at}, digested and synced ({ways}){reused}")
+        for part in plan.point.checkpoint.parts:
+            row("from", _short(plan, part.path))
+            row("to", _short(plan, plan.slots[part.name]))
+            row("", f"manifest sha256 {outcome.manifest_sha256[part.name]}")
+    else:
+        row("slot", "held it already, every digest verified; recover_info/ was made for it")
     if outcome.medium is not None:
         row("commit", f"by {outcome.medium.method} on {outcome.medium.file_system}; {outcome.medium.durability}")
     if outcome.old_slot:
-        row("old slot", f"kept in {outcome.old_slot}; `ckptstore setup --undo` swaps it back")
+        row("old slot", f"kept in {_short(plan, outcome.old_slot)}; `ckptstore setup --undo` swaps it back")
     _print_cleared(outcome)
     print_skipped(plan)
 

@@ -6,8 +6,10 @@ import click
 
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import done, echo, finding_json, findings, item, print_json, safe, size, status
+from ckptstore.cli.render import done, echo, finding_json, findings, item, print_json, rate, safe, size, status
+from ckptstore.cli.weights import print_sanity, sanity_json, weigh
 from ckptstore.errors import NotFoundError, NothingToResumeError, UsageError
+from ckptstore.health import Health
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Where
 from ckptstore.model import Checkpoint, Level
@@ -32,6 +34,7 @@ from ckptstore.verify import UNSEALED, Report, verify_all
     multiple=True,
     help="Its manifest must be exactly this one (show and setup print it); once a part.",
 )
+@click.option("--weights", "with_weights", is_flag=True, help="Are the numbers sane: NaN, zeroed blocks, jumps, a standstill.")
 @JSON
 @location_options
 @click.argument("words", nargs=-1, metavar="[STEP]... [KEY=VALUE]...")
@@ -42,6 +45,7 @@ def command(
     log_steps: tuple[int, ...],
     level: str,
     expected: tuple[str, ...],
+    with_weights: bool,
     as_json: bool,
     words: tuple[str, ...],
 ) -> int:
@@ -59,13 +63,17 @@ def command(
         raise UsageError("--expect-digest pins one checkpoint", hint="Name its step, or say --slot.")
     with Progress(quiet=as_json) as progress:
         reports = verify_all(backend, chosen, Level(level), progress.notify)
+        sanity = weigh(backend, listing, reports, progress.notify) if with_weights else []
     strangers = [digest for digest in expected if digest.lower() not in reports[0].manifest_sha256]
-    ok = not strangers and all(report.ok for report in reports)
+    ok = not strangers and all(report.ok for report in reports) and not any(found.health is Health.BAD for found in sanity)
     if as_json:
-        print_json({"level": level, "ok": ok, "pinned": not strangers, "reports": [_json(report) for report in reports]})
+        document: dict[str, object] = {"level": level, "ok": ok, "pinned": not strangers}
+        document |= {"weights": [sanity_json(found) for found in sanity]} if with_weights else {}
+        print_json(document | {"reports": [_json(report) for report in reports]})
         return 0 if ok else 3
     echo()
     _print(reports)
+    print_sanity(sanity)
     for digest in strangers:
         item("✗", f"its manifest is not the one with SHA-256 {digest}: it was changed, or is another one", fg="red")
     return 0 if ok else 3
@@ -89,8 +97,7 @@ def _print(reports: list[Report]) -> None:
         name = "slot, " if checkpoint.kind == "slot" else ""
         step = f"step {checkpoint.step}" if checkpoint.step >= 0 else "unknown step"
         detail = f"{checkpoint.file_count} files, {size(checkpoint.size_bytes)}"
-        if report.bytes_read and report.seconds > 0:
-            detail += f", read at {report.bytes_read / report.seconds / 1e9:.2f} GB/s"
+        detail += f", read{at}" if (at := rate(report.bytes_read, report.seconds)) else ""
         echo(f"{name}{step:<9} {status(checkpoint.status)}  {safe(detail)}")
         findings(report.findings)
         for text in report.notes:

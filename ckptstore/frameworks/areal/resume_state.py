@@ -132,15 +132,30 @@ def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
+_UNITS = ("epochs", "steps", "secs")
+
 _Frequencies = tuple[int | None, int | None, int | None]  # epochs, steps, seconds
 
 
 def _frequencies(config: RunConfig, block: str) -> _Frequencies | None:
-    values = tuple(config.get(f"{block}.freq_{unit}") for unit in ("epochs", "steps", "secs"))
+    values = tuple(config.get(f"{block}.freq_{unit}") for unit in _UNITS)
     if all(value is None for value in values) and (block != "evaluator" or config.get(block) is None):
         return None  # the YAML does not tell; that nothing is evaluated is common, that nothing is saved is not
-    epochs, steps, seconds = (value if type(value) is int else None for value in values)
+    epochs, steps, seconds = (_count(value, f"{block}.freq_{unit}") for value, unit in zip(values, _UNITS, strict=True))
     return epochs, steps, seconds
+
+
+def _count(value: Any, key: str) -> int | None:
+    """A frequency as AReaL would convert it: OmegaConf takes 1800.0 and "1800" for a whole number as well."""
+    if value is None:
+        return None
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not number.is_integer():
+            raise ValueError
+    except (TypeError, ValueError):
+        raise RefusedError(f"{key} is {value!r:.40}, which is no whole number", hint="Correct the YAML.") from None
+    return int(number)
 
 
 def _stored_frequencies(document: Mapping[str, Any] | None) -> _Frequencies | None:
@@ -196,7 +211,9 @@ def _dataloader(numbers: StepNumbers, config: RunConfig | None, world_size: int)
         return {}, "data order: exact (the step ended its epoch)"
     batch = config.get("train_dataset.batch_size") if config else None
     workers = config.get("train_dataset.num_workers") if config else None
-    ranks = world_size or (data_parallel_world(config.text("allocation_mode")) if config else 0)
+    ranks = data_parallel_world(config.text("allocation_mode")) if config else 0
+    if world_size and ranks != world_size:
+        ranks = 0  # tensor-parallel ranks share a batch: only a trainer that is data-parallel alone is sure
     if type(batch) is int and workers == 0 and ranks > 0 and batch % ranks == 0:
         cursor = _cursor(numbers.epoch_step + 1, batch // ranks)
         return [

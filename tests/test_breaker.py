@@ -1,0 +1,697 @@
+"""The circuit breaker: what trips it and what must not, what it leaves behind, and that a launcher cannot get past it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ckptstore import halt, health, ledger, pins, recovery
+from ckptstore.backends import open_backend
+from ckptstore.breaker import CircuitBreaker
+from ckptstore.breaker_config import BreakerConfig
+from ckptstore.choose import Selection
+from ckptstore.errors import CkptStoreError, NothingToResumeError, TrainingHalted, UsageError
+from ckptstore.listing import scan
+from ckptstore.plan import Options
+from ckptstore.rules import (
+    REWARD,
+    Above,
+    AllOf,
+    AnyOf,
+    Arm,
+    Below,
+    Collapse,
+    Missing,
+    NonFinite,
+    Rule,
+    Sign,
+    Spike,
+    Unchanged,
+    Watch,
+    Zero,
+    match,
+    parse,
+)
+from tests import trees
+
+NAN, INF = math.nan, math.inf
+GOOD = 0.75
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CIRCUIT_BREAKER_THRESHOLD", "CIRCUIT_BREAKER_ENABLED", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def trips_at(breaker: CircuitBreaker, values: Iterable[float | None], *, first: int = 0, key: str = REWARD) -> int:
+    """The step at which it halts, -1 if it never does."""
+    for step, value in enumerate(values, first):
+        try:
+            breaker.observe({} if value is None else {key: value}, step)
+        except TrainingHalted as error:
+            assert error.step == step
+            return step
+    return -1
+
+
+def streak_trips(rule: Rule, values: Iterable[float | None]) -> int:
+    watch = Watch(rule)
+    for step, value in enumerate(values):
+        watch.look({rule.metric: value}.get, step)
+        if watch.tripped:
+            return step
+    return -1
+
+
+# The story
+
+
+def test_step_188_replayed(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path, slot="dcp", recover_info=140, slot_step=140)
+    slot_before = {path.name: path.read_bytes() for path in (run / "default/recover_checkpoint").iterdir()}
+    saved: list[str] = []
+
+    def save(folder: str) -> None:
+        saved.append(folder)
+        Path(folder, "model.safetensors").write_bytes(b"post mortem")
+
+    breaker = CircuitBreaker(run, save=save)
+    with pytest.raises(TrainingHalted) as halted:
+        for log_step in range(1, 700):
+            breaker.observe({REWARD: GOOD if log_step < 188 else 0.0}, log_step - 1)
+    error = halted.value
+    assert (error.step, error.since_step, error.last_good_step) == (196, 187, 140)
+    message = str(error)
+    assert "Train step 197 of the log" in message
+    assert "was 0 for 10 steps in a row, since global step 187 (Train step 188 of the log)" in message
+    assert f"python -m ckptstore.recover resume --run {run} --max-step 140" in message
+    side = Path(ledger.side_of(str(run)))
+    assert [Path(folder).parent for folder in saved] == [side / "quarantine"]
+    assert (Path(saved[0]) / "model.safetensors").read_bytes() == b"post mortem"
+    assert {path.name: path.read_bytes() for path in (run / "default/recover_checkpoint").iterdir()} == slot_before
+    assert [(pin.step, pin.path) for pin in pins.read(str(side))] == [(140, "default/epoch2epochstep46globalstep140")]
+    trip = halt.read(str(side))
+    assert trip is not None
+    assert (trip.step, trip.post_mortem, trip.rule) == (196, "saved", Zero().spec())
+    # The recovery: the checkpoint of 187 was updated with rewards of zero.
+    point = recovery.plan(open_backend(run), Selection(), Options(as_is=True)).point
+    assert point.checkpoint.step == 140
+    assert any("health bad" in skip.reasons[0] for skip in point.skipped if skip.checkpoint.step == 187)
+    assert recovery.plan(open_backend(run), Selection(include_bad=True), Options(as_is=True)).point.checkpoint.step == 187
+    with pytest.raises(TrainingHalted, match="before this start"):
+        CircuitBreaker(run)
+    outcome = recovery.setup(open_backend(run), Selection(), Options(as_is=True))
+    assert outcome.cleared is not None
+    assert outcome.cleared.step == 196
+    CircuitBreaker(run).observe({REWARD: GOOD}, 141)
+    assert pins.read(str(side)), "the pin outlives the recovery"
+
+
+def test_it_raises_again_where_the_trainer_swallows_it(tmp_path: Path) -> None:
+    breaker = CircuitBreaker(threshold=2)
+    assert trips_at(breaker, [GOOD, 0, 0]) == 2
+    assert breaker.tripped
+    with pytest.raises(TrainingHalted):
+        breaker.observe({REWARD: GOOD}, 3)
+
+
+def test_the_error_survives_pickling() -> None:
+    original = halt.Trip(step=7, since_step=3, saw="x", command="y", last_good_step=1, run="/r").error()
+    copy = pickle.loads(pickle.dumps(original))
+    assert (str(copy), copy.step, copy.since_step, copy.last_good_step, copy.command) == (str(original), 7, 3, 1, "y")
+
+
+# What must not trip, and what must
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "trips"),
+    [
+        ("good", [GOOD] * 300, -1),
+        ("cold start", [0.0] * 99 + [0.1] * 50, -1),
+        ("cold start for ever", [0.0] * 300, -1),
+        ("one zero", [GOOD] * 5 + [0.0] + [GOOD] * 20, -1),
+        ("nine zeros", [GOOD] * 5 + [0.0] * 9 + [GOOD], -1),
+        ("nine and nine", [GOOD, *[0.0] * 9, GOOD, *[0.0] * 9, GOOD], -1),
+        ("missing once", [GOOD] * 5 + [None] + [GOOD] * 20, -1),
+        ("missing for long", [GOOD] * 5 + [None] * 200, -1),
+        ("ten zeros", [GOOD] + [0.0] * 10, 10),
+        ("minus zero", [GOOD] + [-0.0] * 10, 10),
+        ("missing does not end a streak", [GOOD] + [0.0, None] * 10, 19),
+        ("NaN does not end a streak", [GOOD] + [0.0] * 5 + [NAN] + [0.0] * 4, 10),
+        ("NaN alone", [GOOD] + [NAN] * 10, 10),
+        ("infinite alone", [GOOD] + [INF] * 10, 10),
+        ("a tiny reward is none of zero", [GOOD] + [1e-12] * 100, -1),
+        ("negative rewards", [-1.0] * 50 + [0.0] * 10, 59),
+    ],
+)
+def test_default_rule(name: str, values: list[float | None], trips: int) -> None:
+    assert trips_at(CircuitBreaker(), values) == trips
+
+
+def test_evaluation_steps_do_not_count() -> None:
+    breaker = CircuitBreaker()
+    for step in range(300):
+        breaker.observe({"grpo_actor/task_reward/avg": GOOD, "eval-rollout/task_reward/avg": 0.0}, step)
+        breaker.observe({"eval-rollout/task_reward/avg": 0.0}, step)
+
+
+def test_arm_always_is_the_literal_rule_of_old_guides() -> None:
+    assert trips_at(CircuitBreaker(arm="always"), [0.0] * 20) == 9
+    assert trips_at(CircuitBreaker(arm=Arm.ALWAYS, threshold=50), [0.0] * 60) == 49
+
+
+R = {"metric": "x"}
+A = {"arm": Arm.ALWAYS, "metric": "x"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "trips"),
+    [
+        (Zero(**R, patience=2), [1, 0, 0], 2),
+        (Zero(**R, patience=2), [0, 0, 0], -1),
+        (Zero(**A, patience=2), [0, 0, 0], 1),
+        (Zero(**R, patience=1), [1, 0], 1),
+        (NonFinite(metric="x"), [NAN] * 3, 2),
+        (NonFinite(metric="x"), [NAN, 1, NAN, 1, INF, -INF, NAN], 6),
+        (NonFinite(metric="x"), [0, 0, 0, 0], -1),
+        (NonFinite(metric="x", arm=Arm.FIRST_GOOD), [NAN] * 9, -1),
+        (Missing(**R, patience=3), [1, None, None, None], 3),
+        (Missing(**R, patience=3), [1, None, None, 1, None], -1),
+        (Missing(**R, patience=3), [None] * 9, -1),
+        (Missing(**R, patience=3), [NAN, None, None, None], 3),
+        (Missing(**A, patience=3), [None] * 9, 2),
+        (Below(**R, bound=0.5, patience=2), [0.6, 0.4, 0.4], 2),
+        (Below(**R, bound=0.5, patience=2), [0.6, 0.5, 0.5, 0.4, 0.6], -1),
+        (Below(**R, bound=0.5, patience=2), [0.6, NAN, 0.4], 2),
+        (Above(**R, bound=5, patience=2), [1, 6, INF], 2),
+        (Above(**R, bound=5, patience=2), [1, 5, 5, 6, 5], -1),
+        (Collapse(**R, patience=3, warmup_steps=5), [0.8] * 10 + [0.1] * 3, 12),
+        (Collapse(**R, patience=3, warmup_steps=5), [0.8] * 10 + [0.2] * 9, -1),
+        (Collapse(**R, patience=3, warmup_steps=5), [0.8] * 4 + [0.0] * 9, -1),
+        (Collapse(**R, patience=3, warmup_steps=5), [0.8] * 10 + [NAN] * 3, 12),
+        (Collapse(**R, patience=3, warmup_steps=5), [-0.1] * 10 + [-1.0] * 3, 12),
+        (Collapse(**R, patience=3, warmup_steps=5), [-1.0] * 10 + [-0.1] * 9, -1),
+        (Collapse(**R, patience=3, warmup_steps=5, drop=0.5), [0.8] * 10 + [0.39] * 3, 12),
+        (Collapse(**R, patience=9, warmup_steps=5, halflife_steps=1), [0.8] * 10 + [0.1] * 9, 18),
+        (Spike(**R, warmup_steps=5), [1.0] * 6 + [11.0] * 3, 8),
+        (Spike(**R, warmup_steps=5), [1.0] * 6 + [9.0] * 9, -1),
+        (Spike(**R, warmup_steps=5), [1.0] * 6 + [11.0, 1.0, 11.0, 1.0], -1),
+        (Spike(**R, warmup_steps=5), [1.0] * 6 + [NAN] * 3, 8),
+        (Unchanged(**R, patience=3), [1, 2, 2, 2, 2], 4),
+        (Unchanged(**R, patience=3), [1, 2, 2, 2, 3, 3, 3], -1),
+        (Unchanged(**R, patience=3, tolerance=0.1), [1, 1.05, 0.95, 1.0], 3),
+        (Unchanged(**R, patience=3, tolerance=0.1), [1, 1.08, 1.16, 1.24, 1.32, 1.4], -1),
+        (Unchanged(**R, patience=3), [1, NAN, NAN, NAN], 3),
+    ],
+    ids=lambda value: value.name if isinstance(value, Rule) else str(value),
+)
+def test_each_rule(rule: Rule, values: list[float | None], trips: int) -> None:
+    assert streak_trips(rule, values) == trips
+    (again,) = parse([json.loads(json.dumps(rule.spec()))])
+    assert again == rule
+
+
+@pytest.mark.parametrize(
+    ("steps", "both", "either"),
+    [
+        ([(1, 1), (0, 1), (1, 0), (0, 0)], Sign.BAD, Sign.BAD),
+        ([(1, 1), (0, 1)], Sign.GOOD, Sign.BAD),
+        ([(1, 1), (1, 1)], Sign.GOOD, Sign.GOOD),
+        ([(1, 1), (0, None)], Sign.SILENT, Sign.BAD),
+        ([(1, 1), (1, None)], Sign.GOOD, Sign.GOOD),
+        ([(1, 1), (None, None)], Sign.SILENT, Sign.SILENT),
+    ],
+)
+def test_combined_rules(steps: list[tuple[float | None, float | None]], both: Sign, either: Sign) -> None:
+    for rule, wanted in ((Zero(metric="a") & Zero(metric="b"), both), (Zero(metric="a") | Zero(metric="b"), either)):
+        watch = Watch(rule)
+        signs = [watch.look({"a": a, "b": b}.get, step) for step, (a, b) in enumerate(steps)]
+        assert signs[-1] is wanted
+        assert parse([rule.spec()]) == (rule,)
+        assert rule.metrics == ("a", "b")
+
+
+def test_a_combination_names_its_metrics() -> None:
+    rule = AllOf(rules=(Zero(metric="reward"), Below(metric="length", bound=10)), patience=2)
+    breaker = CircuitBreaker(rules=[rule])
+    breaker.observe({"reward": 1.0, "length": 100.0}, 0)
+    breaker.observe({"reward": 0.0, "length": 5.0}, 1)
+    with pytest.raises(TrainingHalted, match="reward was 0 and length was below 10 for 2 steps"):
+        breaker.observe({"reward": 0.0, "length": 5.0}, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Zero(patience=0),
+        lambda: Zero(patience=True),
+        lambda: Zero(patience=1.5),  # type: ignore[arg-type]
+        lambda: Zero(metric=""),
+        lambda: Zero(arm="sometimes"),  # type: ignore[arg-type]
+        lambda: Below(bound=NAN),
+        lambda: Collapse(halflife_steps=0),
+        lambda: AnyOf(rules=(Zero(),)),
+        lambda: parse("zero"),
+        lambda: parse([{"nil": {}}]),
+        lambda: parse([{"zero": {"patients": 3}}]),
+        lambda: parse([{"zero": 3}]),
+        lambda: parse([{"zero": {}, "below": {}}]),
+        lambda: parse([{"zero": {"patience": "ten"}}]),
+        lambda: parse([{"all": {"rules": ["zero"]}}]),
+        lambda: CircuitBreaker(threshold=0),
+        lambda: CircuitBreaker(rules=[]),
+        lambda: CircuitBreaker(reduce="sum"),  # type: ignore[arg-type]
+    ],
+)
+def test_nonsense_is_refused_with_a_reason(wrong: Any) -> None:
+    with pytest.raises(UsageError) as refused:
+        wrong()
+    assert str(refused.value)
+
+
+# Finding and reading the metric
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "found"),
+    [
+        (REWARD, ["grpo_actor/task_reward/avg"], "grpo_actor/task_reward/avg"),
+        (REWARD, ["ppo_actor/task_reward/avg"], "ppo_actor/task_reward/avg"),
+        (REWARD, ["ppo_actor/task_reward/avg", "grpo_actor/task_reward/avg"], "grpo_actor/task_reward/avg"),
+        (REWARD, ["zzz/task_reward/avg", "ppo_actor/task_reward/avg"], "ppo_actor/task_reward/avg"),
+        (REWARD, ["task_reward/avg"], "task_reward/avg"),
+        (REWARD, ["a/b/task_reward/avg"], "a/b/task_reward/avg"),
+        (REWARD, ["grpo_actor/task_reward/max"], None),
+        (REWARD, ["grpo_actor/no_task_reward/avg"], None),
+        (REWARD, ["eval-rollout/task_reward/avg", "Evaluation/task_reward/avg"], None),
+        ("eval-rollout/task_reward/avg", ["eval-rollout/task_reward/avg"], "eval-rollout/task_reward/avg"),
+        ("reward", ["rollout/reward"], "rollout/reward"),
+        ("rollout/reward", ["eval-rollout/reward", "other/reward"], None),
+        ("grad_norm", ["x/grad_norm", "grad_norm"], "grad_norm"),
+        ("grad_norm", [3, None, ("grad_norm",)], None),
+    ],
+)
+def test_the_metric_is_found_by_its_end(name: str, keys: list[Any], found: str | None) -> None:
+    assert match(name, keys) == found
+
+
+class Scalar:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def item(self) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        0,
+        0.0,
+        False,
+        np.float32(0),
+        np.int64(0),
+        np.zeros(()),
+        torch.tensor(0.0),
+        torch.zeros(1, dtype=torch.bfloat16),
+        Scalar(0),
+    ],
+    ids=repr,
+)
+def test_numbers_of_all_kinds(zero: Any) -> None:
+    breaker = CircuitBreaker(threshold=3)
+    breaker.observe({REWARD: torch.tensor(0.7)}, 0)
+    with pytest.raises(TrainingHalted):
+        for step in range(1, 4):
+            breaker.observe({REWARD: zero}, np.int64(step))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value", [None, "0", [], {}, torch.zeros(2), np.zeros(3), object(), 1j], ids=lambda v: type(v).__name__
+)
+def test_what_is_no_number_is_missing(value: Any) -> None:
+    breaker = CircuitBreaker(threshold=2)
+    breaker.observe({REWARD: GOOD}, 0)
+    for step in range(1, 9):
+        breaker.observe({REWARD: value}, step)
+    assert breaker.streak == 0
+
+
+def test_an_integer_beyond_floats_is_infinite() -> None:
+    assert trips_at(CircuitBreaker(rules=[NonFinite(metric="x")]), [10**400] * 3, key="x") == 2
+
+
+def test_a_list_of_dicts_a_minibatch_each() -> None:
+    breaker = CircuitBreaker(threshold=2)
+    breaker.observe([{"loss": 1.0}, {REWARD: GOOD}], 0)
+    breaker.observe([{REWARD: 0.0}, {REWARD: GOOD}], 1)
+    with pytest.raises(TrainingHalted):
+        breaker.observe([{REWARD: 0.0}], 2)
+
+
+def test_nothing_at_all_is_a_step_without_metrics() -> None:
+    breaker = CircuitBreaker(threshold=1)
+    for stats in (None, {}, [], [{}], iter([{}])):
+        breaker.observe(stats, 0)
+
+
+# Settings
+
+
+def test_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIRCUIT_BREAKER_THRESHOLD", "3")
+    assert trips_at(CircuitBreaker(threshold=10), [GOOD] + [0.0] * 20) == 3
+    monkeypatch.setenv("CIRCUIT_BREAKER_ENABLED", "False")
+    assert trips_at(CircuitBreaker(enabled=True), [GOOD] + [0.0] * 99) == -1
+    monkeypatch.setenv("CIRCUIT_BREAKER_ENABLED", "1")
+    assert trips_at(CircuitBreaker(enabled=False), [GOOD] + [0.0] * 20) == 3
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("CIRCUIT_BREAKER_THRESHOLD", "ten"), ("CIRCUIT_BREAKER_THRESHOLD", "0"), ("CIRCUIT_BREAKER_THRESHOLD", "-1"),
+     ("CIRCUIT_BREAKER_THRESHOLD", "٣"), ("CIRCUIT_BREAKER_ENABLED", "maybe")],
+)  # fmt: skip
+def test_an_environment_that_makes_no_sense_is_an_error(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=variable):
+        CircuitBreaker()
+
+
+def test_settings_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "alice")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"experiment_name: e\ntrial_name: t\ncluster: {{fileroot: {tmp_path}}}\n"
+        "circuit_breaker:\n  threshold: 4\n  metric: my/score/avg\n"
+    )
+    breaker = CircuitBreaker.from_config(str(path))
+    assert breaker.run == f"{tmp_path}/checkpoints/alice/e/t"
+    assert trips_at(breaker, [GOOD] + [0.0] * 9, key="other/score/avg") == 4
+    path.write_text(path.read_text().replace("trial_name: t", "trial_name: u") + "  rules: [nonfinite: {patience: 2}]\n")
+    assert trips_at(CircuitBreaker.from_config(str(path)), [GOOD] + [0.0] * 9 + [NAN] * 9) == 11
+    assert trips_at(CircuitBreaker.from_config({"circuit_breaker": {"threshold": 2}}, run=str(tmp_path / "v")), [1, 0, 0]) == 2
+    with pytest.raises(UsageError, match="fileroot"):
+        CircuitBreaker.from_config({})
+
+
+@pytest.mark.parametrize(
+    "block",
+    [3, {"treshold": 3}, {"enabled": "yes"}, {"threshold": 0}, {"rules": "zero"}, {"alive": "seq_len"}, {"arm": "never"}],
+)
+def test_a_wrong_block_is_refused(block: Any) -> None:
+    with pytest.raises(UsageError):
+        BreakerConfig.of_block(block).make_rules()
+
+
+def test_off_means_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trees.make_run(tmp_path)
+    assert trips_at(CircuitBreaker(run, threshold=1), [GOOD, 0.0]) == 1
+    off = CircuitBreaker(run, enabled=False)
+    assert "is off" in caplog.text
+    assert trips_at(off, [0.0] * 99) == -1
+    assert halt.read(ledger.side_of(str(run))) is not None
+
+
+# What is said
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_metric_that_is_never_good_is_said_loudly_once(caplog: pytest.LogCaptureFixture) -> None:
+    assert trips_at(CircuitBreaker(), [0.0] * 99) == -1
+    assert not messages(caplog)
+    assert trips_at(CircuitBreaker(), [0.0] * 300) == -1
+    (text,) = messages(caplog)
+    assert "from the start, for 100 steps" in text
+
+
+def test_a_metric_that_is_never_there_is_said_with_what_is(caplog: pytest.LogCaptureFixture) -> None:
+    breaker = CircuitBreaker()
+    for step in range(300):
+        breaker.observe({"loss/avg": 1.0}, step)
+    (text,) = messages(caplog)
+    assert REWARD in text
+    assert "loss/avg" in text
+
+
+def test_a_metric_that_goes_missing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert trips_at(CircuitBreaker(), [GOOD] * 3 + [None] * 30) == -1
+    (text,) = messages(caplog)
+    assert "missing for 10 steps" in text
+
+
+@pytest.mark.parametrize(
+    ("length", "n_seqs", "wanted"),
+    [
+        (90.0, 32.0, "looks dead (grpo_actor/seq_len/avg fell at step 20)"),
+        (0.0, 0.0, "looks dead"),
+        (500.0, 32.0, "looks alive"),
+        (None, None, ""),
+    ],
+)
+def test_server_dead_or_policy_bad(length: float | None, n_seqs: float | None, wanted: str) -> None:
+    def stats(reward: float, length: float | None, n_seqs: float | None) -> Mapping[str, float]:
+        found = {REWARD: reward, "grpo_actor/seq_len/avg": length, "grpo_actor/n_seqs": n_seqs}
+        return {key: value for key, value in found.items() if value is not None}
+
+    breaker = CircuitBreaker(threshold=3)
+    for step in range(20):
+        breaker.observe(stats(GOOD, 512.0, 32.0), step)
+    with pytest.raises(TrainingHalted) as halted:
+        for step in range(20, 30):
+            breaker.observe(stats(0.0, length, n_seqs), step)
+    text = str(halted.value)
+    assert wanted in text
+    assert wanted or "inference server" not in text
+
+
+@pytest.mark.parametrize(("answer", "wanted"), [(True, "looks alive"), (False, "looks dead"), (None, "ConnectionError")])
+def test_the_server_is_asked_on_a_trip_alone(answer: bool | None, wanted: str) -> None:
+    asked = []
+
+    def ask() -> bool:
+        asked.append(1)
+        if answer is None:
+            raise ConnectionError("refused")
+        return answer
+
+    breaker = CircuitBreaker(threshold=2, server_alive=ask)
+    breaker.observe({REWARD: GOOD}, 0)
+    breaker.observe({REWARD: 0.0}, 1)
+    assert not asked
+    with pytest.raises(TrainingHalted, match=wanted):
+        breaker.observe({REWARD: 0.0}, 2)
+
+
+# On a trip
+
+
+def test_a_failing_post_mortem_save_halts_all_the_same(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+
+    def save(folder: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(TrainingHalted) as halted:
+        breaker = CircuitBreaker(run, threshold=1, save=save)
+        breaker.observe({REWARD: GOOD}, 0)
+        breaker.observe({REWARD: 0.0}, 1)
+    assert isinstance(halted.value.__cause__, OSError)
+    trip = halt.read(ledger.side_of(str(run)))
+    assert trip is not None
+    assert trip.post_mortem.startswith("failed: OSError(28")
+
+
+def test_the_record_is_there_before_the_save_begins(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    seen: list[Any] = []
+
+    def save(folder: str) -> None:
+        seen.append(halt.read(ledger.side_of(str(run))))
+        raise KeyboardInterrupt  # the save takes an hour, and somebody has enough
+
+    breaker = CircuitBreaker(run, threshold=1, save=save)
+    breaker.observe({REWARD: GOOD}, 150)
+    with pytest.raises(KeyboardInterrupt):
+        breaker.observe({REWARD: 0.0}, 151)
+    assert seen[0].step == 151
+    assert [pin.step for pin in pins.read(ledger.side_of(str(run)))] == [140]
+    with pytest.raises(TrainingHalted):
+        CircuitBreaker(run)
+
+
+def test_a_second_trip_has_a_quarantine_of_its_own(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    folders: list[str] = []
+    for _ in range(2):
+        breaker = CircuitBreaker(run, threshold=1, save=folders.append)
+        breaker.observe({REWARD: GOOD}, 150)
+        with pytest.raises(TrainingHalted):
+            breaker.observe({REWARD: 0.0}, 151)
+        assert halt.reset(ledger.side_of(str(run))) is not None
+    assert len(set(folders)) == 2
+
+
+def test_without_checkpoints_it_says_that_none_is_left(tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints/alice/e/t"
+    with pytest.raises(TrainingHalted) as halted:
+        breaker = CircuitBreaker(run, threshold=1)
+        breaker.observe({REWARD: GOOD}, 0)
+        breaker.observe({REWARD: 0.0}, 1)
+    assert "No good checkpoint is left" in str(halted.value)
+    assert halted.value.last_good_step == -1
+    assert not run.exists(), "the trainer's own folder is the trainer's to make"
+
+
+def test_a_record_that_cannot_be_read_still_halts(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    side = Path(ledger.side_of(str(run)))
+    side.mkdir(parents=True)
+    for damage in (b"", b"{", b"[1]", b'{"step": "x"}', b"\xff" * 99):
+        (side / halt.NAME).write_bytes(damage)
+        with pytest.raises(TrainingHalted):
+            CircuitBreaker(run)
+        assert halt.reset(str(side)) is not None
+    CircuitBreaker(run)
+
+
+def test_a_ledger_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trees.make_run(tmp_path)
+    side = Path(ledger.side_of(str(run)))
+    side.parent.mkdir(exist_ok=True)
+    side.write_text("a file where the side folder should be")
+    assert trips_at(CircuitBreaker(run), [GOOD] + [0.0] * 20) == 10
+    assert any("could not be written" in text for text in messages(caplog))
+
+
+# Memory
+
+
+def test_the_streak_survives_a_crash_of_the_trainer(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    assert trips_at(CircuitBreaker(run), [GOOD] * 5 + [0.0] * 6) == -1
+    assert trips_at(CircuitBreaker(run), [0.0] * 9, first=11) == 14, "six and four make ten"
+
+
+def test_going_back_takes_back_what_came_after(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    assert trips_at(CircuitBreaker(run), [GOOD] * 5 + [0.0] * 6) == -1
+    again = CircuitBreaker(run)
+    assert trips_at(again, [0.0] * 4, first=5) == -1, "resumed from step 4: the zeros after it are not counted twice"
+    assert again.streak == 4
+    assert again.armed
+
+
+def test_reset_forgives_the_streak(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    side = ledger.side_of(str(run))
+    assert trips_at(CircuitBreaker(run), [GOOD] + [0.0] * 10) == 10
+    halt.reset(side)
+    assert trips_at(CircuitBreaker(run), [0.0] * 30, first=11) == 20, "ten more, not one"
+    assert health.at_step(5, ledger.read(ledger.path_in(side)), saved_at_s=0).health is health.Health.BAD, "but bad it was"
+
+
+def test_state_dict_takes_the_place_of_the_ledger() -> None:
+    rules = [Zero(patience=5), Collapse(patience=5, warmup_steps=3), Zero(metric="a") | Unchanged(metric="b")]
+    values = [0.7, 0.8, 0.75, 0.9, 0.8, 0.01, 0.0]
+    one, two = CircuitBreaker(rules=rules), CircuitBreaker(rules=rules)
+    assert trips_at(one, values) == -1
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    rest = [0.0] * 9
+    assert trips_at(two, rest, first=7) == trips_at(one, rest, first=7) == 9
+    three = CircuitBreaker(rules=[Below(bound=0.5)])
+    three.load_state_dict(one.state_dict())
+    assert three.streak == 0, "another rule's memory is not its own"
+
+
+# Launchers
+
+
+LAUNCHER = """
+import subprocess, sys
+for attempt in range(int(sys.argv[1])):
+    if subprocess.run([sys.executable, *sys.argv[2:]]).returncode == 0:
+        break
+"""
+TRAINER = """
+import json, sys
+from pathlib import Path
+from ckptstore.breaker import CircuitBreaker
+run, log = Path(sys.argv[1]), Path(sys.argv[2])
+breaker = CircuitBreaker(run, save=lambda folder: Path(folder, "weights").write_text("x"))
+info = run / "recover_info/step_info.json"
+first = json.loads(info.read_text())["global_step"] + 1 if info.exists() else 0
+bad = Path(log.parent, "server-is-dead").exists()
+for step in range(first, 250):
+    with log.open("a") as file:
+        file.write(f"{step}\\n")
+    breaker.observe({"ppo_actor/task_reward/avg": 0.0 if bad and step >= 187 else 0.7}, step)
+"""
+
+
+def test_a_launcher_that_tries_again_does_not_get_past_it(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path / "root", slot="dcp", recover_info=140, slot_step=140)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    (tmp_path / "server-is-dead").touch()
+    log = tmp_path / "trained"
+    launch = [sys.executable, str(tmp_path / "launcher.py"), "4", str(tmp_path / "trainer.py"), str(run), str(log)]
+    result = subprocess.run(launch, capture_output=True, text=True, timeout=60, check=False)
+    steps = [int(line) for line in log.read_text().split()]
+    assert steps == list(range(141, 197)), "one attempt trained; three more did not do a step, nor begin at step 0"
+    assert result.stderr.count("TrainingHalted") == 4
+    assert result.stderr.count("before this start") == 3
+    # With recover_info moved aside, AReaL would begin at step 0 over the run; not while it is halted.
+    (run / "recover_info").rename(run.with_name("aside"))
+    subprocess.run(launch, capture_output=True, timeout=60, check=False)
+    assert len(log.read_text().split()) == len(steps)
+    run.with_name("aside").rename(run / "recover_info")
+    # Recovered, it trains on from the last good step.
+    (tmp_path / "server-is-dead").unlink()
+    recovery.setup(open_backend(run), Selection(), Options(as_is=True, force=True))
+    subprocess.run(launch, capture_output=True, timeout=60, check=True)
+    assert [int(line) for line in log.read_text().split()][len(steps) :] == list(range(141, 250))
+    assert recovery.plan(open_backend(run), Selection(), Options(as_is=True)).point.checkpoint.step in (140, 187)
+
+
+# Choosing
+
+
+def test_nothing_healthy_is_nothing_to_resume_from(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path, steps=[46])
+    assert trips_at(CircuitBreaker(run), [GOOD] * 40 + [0.0] * 10) == 49
+    with pytest.raises(NothingToResumeError) as nothing:
+        recovery.plan(open_backend(run), Selection())
+    assert "unhealthy" in str(nothing.value)
+    assert "--include-bad" in nothing.value.hint
+    named = recovery.plan(open_backend(run), Selection(step=46), Options(as_is=True)).point
+    assert "although its health is bad" in named.why
+
+
+def test_the_listing_and_the_breaker_agree_on_the_last_good(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path, every=10, last=99)
+    assert trips_at(CircuitBreaker(run, threshold=5), [GOOD] * 55 + [0.0] * 10) == 59
+    trip = halt.read(ledger.side_of(str(run)))
+    assert trip is not None
+    assert trip.last_good_step == 49
+    found = scan(open_backend(run))
+    judged = health.ledger_of(str(run))
+    healths = {checkpoint.step: health.of(checkpoint, judged).health.value for checkpoint in found.checkpoints}
+    assert healths == {9: "good", 19: "good", 29: "good", 39: "good", 49: "good"} | dict.fromkeys((59, 69, 79, 89, 99), "bad")
+    assert isinstance(trip.error(), CkptStoreError)
