@@ -156,8 +156,11 @@ def picture(tables: dict[str, list[Row]], path: Path) -> bool:
     return True
 
 
-def write(source: Path, page: Path) -> None:
-    figures = json.loads(source.read_text())
+def write(sources: list[Path], page: Path) -> None:
+    """Write the page from one JSON, or from several of the same machine (tables that were run one by one)."""
+    figures, *others = (json.loads(source.read_text()) for source in sources)
+    for other in others:
+        figures["benchmarks"] += other["benchmarks"]
     tables = tables_of(figures)
     info = figures["machine_info"]
     command = f"./run bench --size {info.get('size', '')}"

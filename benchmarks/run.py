@@ -1,6 +1,6 @@
 """Run the benchmarks and write docs/performance.md: benchmarks/run.py [--dir DIR] [--size 8GiB] [--json FILE] [pytest options].
 
-This is `./run bench`. `--report-only FILE` renders an earlier JSON again. Options of pytest choose what runs, for example
+This is `./run bench`. `--report-only FILE…` renders earlier ones again. Options of pytest choose what runs, for example
 `-k "shards and warm"` or `benchmarks/test_digest.py`.
 """
 
@@ -21,11 +21,11 @@ def main() -> int:
     parser.add_argument("--rounds", default="4", help="turns of each contender; the first is dropped")
     parser.add_argument("--json", default="", help="where to keep the figures (default: .benchmarks/last.json)")
     parser.add_argument("--output", default="", help="the page to write (default: docs/performance.md)")
-    parser.add_argument("--report-only", default="", metavar="FILE", help="only render this JSON")
+    parser.add_argument("--report-only", nargs="+", metavar="FILE", help="only render these JSON files, as one")
     options, others = parser.parse_known_args()
     page = Path(options.output or HERE.parent / "docs" / "performance.md")
     if options.report_only:
-        report.write(Path(options.report_only), page)
+        report.write([Path(file) for file in options.report_only], page)
         return 0
     figures = Path(options.json or HERE.parent / ".benchmarks" / "last.json").absolute()
     figures.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def main() -> int:
     command += others if places else [*others, *(str(HERE / f"test_{name}.py") for name in ("copy", "digest", "save"))]
     status = subprocess.run(command).returncode
     if figures.exists():
-        report.write(figures, page)
+        report.write([figures], page)
         print(f"figures: {figures}\npage:    {page}")
     return status
 

@@ -199,7 +199,7 @@ class CircuitBreaker:
             os.makedirs(os.path.dirname(self.run), exist_ok=True)  # the trainer makes it later, and the side folder is in it
             self._side = ledgers.side_of(self.run)
             side_folders.make_side(self._side)
-        except OSError as error:
+        except (CkptStoreError, OSError) as error:
             log.error("the breaker cannot record anything in %s: %s", self._side, error)
             return
         self._writer = Writer(ledgers.path_in(self._side))
@@ -311,20 +311,23 @@ class CircuitBreaker:
             if self._reduce:
                 self._ranks.any(False)
             raise trip.error()
-        folder = self._quarantine(step)
-        failure: Exception | None = None
-        self._update(halt.with_post_mortem(trip, folder, "saving"))
+        self._post_mortem(self._save, self._quarantine(step), trip)
+        raise self._trip.error()
+
+    def _post_mortem(self, save: Save, folder: str, trip: Trip) -> None:
+        self._note(folder, "saving")
+        how = "interrupted"
         try:
-            self._save(folder)
+            save(folder)
+            how = "saved"
         except Exception as error:
-            failure = error
+            how = f"failed: {error!r:.200}"
             raise trip.error() from error  # the save was a courtesy: the halt is what matters
         finally:
-            if self._reduce:
+            if self._reduce and how != "interrupted":
                 self._ranks.any(False)  # a rank that left now would have the launcher kill those that still save
-            self._trip = halt.with_post_mortem(trip, folder, f"failed: {failure!r:.200}" if failure else "saved")
-            self._update(self._trip)
-        raise self._trip.error()
+            self._note(folder, how)
+            self._trip = halt.with_post_mortem(trip, folder, how)
 
     def _keep(self, trip: Trip) -> None:
         """Make the trip durable, and pin what is needed to recover. Nothing here keeps training from being halted."""
@@ -352,12 +355,16 @@ class CircuitBreaker:
             log.error("%s cannot be made: %s", folder, error)
         return folder
 
-    def _update(self, trip: Trip) -> None:
-        if self._side and self._ranks.rank == 0:
-            try:
-                halt.rewrite(self._side, trip)
-            except OSError as error:
-                log.error("the TRIPPED record could not be completed: %s", error)
+    def _note(self, folder: str, how: str) -> None:
+        """Complete the record with what became of the post-mortem save; who wrote it may have been another rank."""
+        if not self._side or self._ranks.rank != 0:
+            return
+        try:
+            trip = halt.read(self._side)
+            if trip is not None:
+                halt.rewrite(self._side, halt.with_post_mortem(trip, folder, how))
+        except (CkptStoreError, OSError) as error:
+            log.error("the TRIPPED record could not be completed: %s", error)
 
 
 def _number(value: Any) -> float | None:

@@ -242,11 +242,16 @@ def _mapped(rows: Iterable[tuple[bool, int, float, dict[str, float]]], kind: str
 
 def new_to(ledger: ledgers.Ledger, records: Iterable[Record]) -> list[Record]:
     """Those of `records` that the ledger does not have yet: importing a file twice changes nothing."""
-    known = {
-        (record.step, at_s, _shown(record)) for branch in ledger.branches for record in branch for at_s in {record.at_s, 0.0}
-    }
-    return [record for record in records if (record.step, record.at_s, _shown(record)) not in known]
+    known: dict[int, list[Record]] = {}
+    for branch in ledger.branches:
+        for record in branch:
+            known.setdefault(record.step, []).append(record)
+    return [record for record in records if not any(_within(record, old) for old in known.get(record.step, ()))]
 
 
-def _shown(record: Record) -> str:
-    return repr(sorted(record.metrics.items()))  # as text: NaN equals itself
+def _within(record: Record, old: Record) -> bool:
+    """Whether `old` says all that `record` does, of about the same time (another attempt may give the same numbers)."""
+    if record.at_s and abs(record.at_s - old.at_s) > ledgers.CLOCK_SKEW_S:
+        return False
+    # As text: NaN equals itself.
+    return all(name in old.metrics and repr(old.metrics[name]) == repr(value) for name, value in record.metrics.items())

@@ -109,9 +109,12 @@ class Ledger:
             line = self.line(branch)
             at = bisect_left(line, step, key=_step)
             after = at == 0 or line[at - 1].at_s <= saved_at_s + CLOCK_SKEW_S
-            if after and (at == len(line) or line[at].at_s + CLOCK_SKEW_S >= saved_at_s):
+            reaches = at < len(line)
+            # A run that died before it recorded the step's metrics ends with the step before.
+            before = line[at].at_s + CLOCK_SKEW_S >= saved_at_s if reaches else line[-1].step >= step - 1
+            if after and before:
                 return branch
-            if reaching < 0 and at < len(line):
+            if reaching < 0 and reaches:
                 reaching = branch
         return reaching
 

@@ -400,7 +400,8 @@ bool supports_direct(const std::string& folder) {
 }
 
 void be_nice(int nice) noexcept {
-  if (nice > 0) ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), nice);
+  const auto thread = static_cast<id_t>(::gettid());
+  if (nice > ::getpriority(PRIO_PROCESS, thread)) ::setpriority(PRIO_PROCESS, thread, nice);
 }
 
 }  // namespace ckptstore

@@ -37,7 +37,8 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Three exports and a slot after the last, all of AReaL v0.3."""
-    path = trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46, 93, 140], slot="era_a", slot_step=140, recover_info=140)
+    path = trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46, 93, 140], slot="era_a", slot_step=140)
+    trees.set_age(trees.write_recover_info(path, 140, world_size=2), 3600)
     trees.set_age(tmp_path / "logs", 3600)
     return path
 

@@ -1,164 +1,222 @@
-"""kill -9 of a setup in every phase of the commit: afterwards slot and recover_info are the old ones or the new ones, whole."""
+"""kill -9 of `setup` in every phase of the commit: the slot holds the old checkpoint or the new one, whole, every time.
+
+Most kills at random moments would hit the start of Python or the copy; here each phase gets its share. In the copy the
+engine's own threads are struck at their system calls (native/faults.c); elsewhere kill_child.py counts operations, and strace
+strikes at system calls of an unchanged process.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import io
+import itertools
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections import Counter
+import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ckptstore import cli, recovery
-from ckptstore.backends import open_backend
-from ckptstore.choose import Selection
-from ckptstore.plan import Options
+from ckptstore import cli
 from tests import trees
-from tests.crashing import Tree, content, without_manifest
+from tests.crashing import content, without_manifest
+from tests.kill_phases import PHASES
 
-ROOT = Path(__file__).parent.parent
-OLD_STEP, NEW_STEP = 93, 46
-SLOT = "default/recover_checkpoint"
-PHASES = ("start", "copy", "manifest", "journal", "publish", "set aside", "journal away")
+CHILD = Path(__file__).parent / "kill_child.py"
+BIG_BYTES = 3 << 20
+WORDS = ("setup", "--as-is", "--json", "--run")
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose slot holds step 93 with optimizer state, and an export of step 46 with shards of 24 MB in all."""
-    root = tmp_path_factory.mktemp("template")
-    run = trees.make_run(root, steps=[NEW_STEP], slot="era_a", slot_step=OLD_STEP, recover_info=OLD_STEP, logs=False)
-    for number in range(3):
-        weights = trees.safetensors_bytes({f"extra.{number}.weight": ("F32", (2048, 1024))}, seed=number)
-        (trees.checkpoint(run, NEW_STEP) / f"extra-{number}.safetensors").write_bytes(weights)
-    trees.set_age(run, 3600)
-    return run
+def faults(tmp_path_factory):
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the fault library")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = Path(__file__).parent / "native/faults.c"
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
+    return library
 
 
-def fresh_copy(template: Path, place: Path) -> Path:
-    fileroot = template.parents[3]
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(fileroot, place, symlinks=True)
-    return place / template.relative_to(fileroot)
+class Campaign:
+    """Kills one setup after the other, and judges what each left. `kills` counts them by the phase they hit."""
+
+    def __init__(self, place: Path, faults: Path | None, kind: str) -> None:
+        self.place, self.faults = place, faults
+        self.kills: collections.Counter[str] = collections.Counter()
+        self.finished = 0
+        self.states: collections.Counter[str] = collections.Counter()
+        self.template = place / "template"
+        self.parts = ("default",) if kind == "one" else ("default", "critic")
+        run = self.run_below(self.template)
+        for number, part in enumerate(self.parts):
+            export = trees.write_model(trees.checkpoint(run, 46, part), seed=number)
+            (export / "big.txt").write_bytes(random.Random(number).randbytes(BIG_BYTES))
+            if kind != "half" or part == "default":
+                old = trees.write_dcp_slot(run / part / "recover_checkpoint", seed=number)
+                (old / "__0_1.distcp").write_bytes(random.Random(100 + number).randbytes(BIG_BYTES))
+        trees.set_age(run, 3600)
+        self.new = {part: content(trees.checkpoint(run, 46, part)) for part in self.parts}
+        self.old = {part: content(run / part / "recover_checkpoint") for part in self.parts}
+
+    @staticmethod
+    def run_below(root: Path) -> Path:
+        return root / "checkpoints/alice/exp/trial"
+
+    def fresh(self) -> Path:
+        """The same run as at the beginning, times and all."""
+        work = self.place / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        subprocess.run(["cp", "-a", self.template, work], check=True)
+        return self.run_below(work)
+
+    def strike(self, *, fallback: bool, fault: str = "", strace: str = "", delay_s: float = -1.0, **spec) -> bool:
+        """One setup that is to be killed; False when it came to its end before."""
+        run = self.fresh()
+        reading, writing = os.pipe()
+        spec |= {"fallback": fallback, "report": writing}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHILD.parents[1]), *sys.path])}
+        if fault:
+            environment |= {"LD_PRELOAD": str(self.faults), "FAULT": f"{fault}:kill", "FAULT_PATH": "/stage-"}
+        tracer = ["strace", "-f", "-qq", "-o", "/dev/null", "--seccomp-bpf", "-e", f"inject={strace}"] if strace else []
+        process = subprocess.Popen(
+            [*tracer, sys.executable, CHILD, json.dumps(spec), *WORDS, run],
+            env=environment,
+            pass_fds=[writing],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        os.close(writing)
+        if delay_s >= 0:
+            timer = threading.Timer(delay_s, process.kill)
+            timer.start()
+        said = process.communicate()[1]
+        with open(reading, "rb") as pipe:
+            phases = pipe.read().decode().split("\n")[:-1]
+        if delay_s >= 0:
+            timer.cancel()
+        what = f"{spec} {fault} {strace} in {phases[-1:]}"
+        if process.returncode == 0:
+            self.finished += 1
+            assert self.state(run) == "new", what
+            return False
+        assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), f"{what}: {said.decode()[-2000:]}"
+        self.kills[phases[-1] if phases else "start-up"] += 1
+        self.judge(run, what)
+        return True
+
+    def state(self, run: Path) -> str:
+        """Old, new, or what it should never be; by the bytes of every file."""
+        found = set()
+        for part in self.parts:
+            slot = run / part / "recover_checkpoint"
+            here = without_manifest(content(slot)) if slot.exists() else {}
+            found.add("new" if here == self.new[part] else "old" if here == self.old[part] else f"WRONG {part}: {sorted(here)}")
+        return found.pop() if len(found) == 1 else f"MIXED {sorted(found)}"
+
+    def judge(self, run: Path, what: str) -> None:
+        """After a kill: any command settles it, nothing of ours lies in the trial, nothing is lost, and life goes on."""
+        assert quietly("list", "--json", "--run", run) == 0, what
+        state = self.state(run)
+        assert state in ("old", "new"), f"{what}: {state}"
+        self.states[state] += 1
+        for path in run.rglob("*"):
+            if "ckptstore" in path.name or path.name.startswith(("stage-", "old-", "trash-", "probe-")):
+                assert path.name == "ckptstore.manifest.json", f"{what}: {path}"
+                assert path.parent.name == "recover_checkpoint", f"{what}: {path}"
+        assert quietly(*WORDS, run) == 0, what
+        assert self.state(run) == "new", what
+        side = run.parent / ".ckptstore" / run.name
+        kept = [content(path) for path in side.glob("old-*/*")]
+        for part in self.parts:
+            assert not self.old[part] or self.old[part] in kept, f"{what}: the old {part} is lost"
+        assert not (side / "journal.json").exists(), what
 
 
-def child(run: Path, at: int, when: str, method: str) -> list[str]:
-    return [sys.executable, "-m", "tests.kill_child", str(run), str(NEW_STEP), str(at), when, method]
+def quietly(*words) -> int:
+    """The command line in this process; its words go nowhere unless it fails."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = cli.run([str(word) for word in words])
+    if code:
+        print(said.getvalue())
+    return code
 
 
-def phase_of(details: list[str]) -> list[str]:
-    """The phase of each operation of an uninterrupted setup."""
-    copied = next(i for i, text in enumerate(details) if text.startswith("copy_files"))
-    journal = next(i for i, text in enumerate(details) if text.startswith("rename") and text.endswith("/journal.json"))
-    away = next(i for i, text in enumerate(details) if text.startswith("unlink") and text.endswith("/journal.json"))
-    # The old slot is set aside after the last rename that puts something into the run.
-    into_run = [
-        i
-        for i, text in enumerate(details)
-        if i > journal and text.startswith("rename") and (f"/{SLOT}" in text or "/trial0/recover_info" in text)
-    ]
-    published = max(
-        i for i in into_run if ".ckptstore" not in details[i].split()[-1] or details[i].startswith("rename_exchange")
-    )
-    phases = []
-    for i in range(len(details)):
-        if i < copied:
-            phases.append("start")
-        elif i == copied:
-            phases.append("copy")
-        elif i < journal:
-            phases.append("manifest")
-        elif i <= journal + 1:
-            phases.append("journal")
-        elif i <= published:
-            phases.append("publish")
-        elif i < away:
-            phases.append("set aside")
-        else:
-            phases.append("journal away")
-    return phases
+@pytest.fixture
+def place() -> Iterator[Path]:
+    folder = tempfile.mkdtemp(prefix="ckptstore-kill-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    yield Path(folder)
+    shutil.rmtree(folder)
 
 
-def places(details: list[str], each: int, rng: random.Random) -> list[tuple[str, int, str]]:
-    """(phase, operation, before or after): `each` of every phase, spread over its operations."""
-    phases = phase_of(details)
-    chosen = []
-    for phase in PHASES:
-        if phase == "copy":
-            continue
-        possible = [(phase, i + 1, when) for i, found in enumerate(phases) if found == phase for when in ("before", "after")]
-        rng.shuffle(possible)
-        chosen += [possible[i % len(possible)] for i in range(each)]
-    return chosen
+#: The engine's system calls that a kill in the copy strikes: which, and at which of them.
+COPY_FAULTS = [f"{call}:{nth}" for nth in (1, 2, 3, 5, 7, 9) for call in ("pwrite64", "fsync", "futimens", "openat64")]
 
 
-def judge(run: Path, old: Tree, new: Tree, trial_names: set[str]) -> str:
-    """What lies there after the next command, found with code of its own: "old" or "new"; anything else fails."""
-    assert cli.run(["list", "--run", str(run), "--json"]) == 0
-    slot = without_manifest(content(run / SLOT))
-    step = json.loads((run / "recover_info/step_info.json").read_text())["global_step"]
-    saver = json.loads((run / "recover_info/saver_info.json").read_text())
-    assert saver, "recover_info still blocks"
-    assert (slot, step) in ((old, OLD_STEP), (new, NEW_STEP)), f"a mixture: step {step}, {len(slot)} files"
-    assert {path.name for path in run.iterdir()} == trial_names, "something of ours is in the trial"
-    assert not (run.parent / ".ckptstore" / run.name / "journal.json").exists()
-    return "old" if slot == old else "new"
+def every_point(campaign: Campaign, phase: str, *, fallback: bool) -> None:
+    """Kill after the first operation of a phase, after the next, and so on until one setup survives."""
+    for nth in itertools.count(1):
+        if not campaign.strike(fallback=fallback, phase=phase, nth=nth, when="after"):
+            assert nth > 1, f"there is no operation in phase {phase}"
+            return
 
 
-def campaign(template: Path, place: Path, method: str, each: int, capsys: pytest.CaptureFixture[str]) -> Counter[str]:
-    rng = random.Random(188)
-    run = fresh_copy(template, place)
-    old, trial_names = without_manifest(content(run / SLOT)), {path.name for path in run.iterdir()}
-    started = time.monotonic()
-    whole = subprocess.run(child(run, 0, "before", method), capture_output=True, text=True, cwd=ROOT, check=True)
-    duration_s = time.monotonic() - started
-    new = without_manifest(content(run / SLOT))
-    assert new != old
-    details = whole.stdout.splitlines()
-    kills: Counter[str] = Counter()
-    outcomes: Counter[str] = Counter()
-
-    def check(phase: str) -> None:
-        kills[phase] += 1
-        outcomes[judge(run, old, new, trial_names)] += 1
-        recovery.setup(open_backend(run), Selection(step=NEW_STEP), Options(world_size=2))
-        assert without_manifest(content(run / SLOT)) == new
-
-    for phase, at, when in places(details, each, rng):
-        run = fresh_copy(template, place)
-        done = subprocess.run(child(run, at, when, method), capture_output=True, cwd=ROOT, check=False)
-        assert done.returncode == -signal.SIGKILL, (phase, at, when, done.stderr[-500:])
-        check(phase)
-    while kills["copy"] < each:  # at random moments: while the engine's threads are at work
-        run = fresh_copy(template, place)
-        process = subprocess.Popen(child(run, 0, "before", method), stdout=subprocess.DEVNULL, cwd=ROOT)
-        try:
-            process.wait(rng.uniform(0.5, 1.0) * duration_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        if process.wait() == -signal.SIGKILL:
-            check("copy")
-    capsys.readouterr()
-    with capsys.disabled():
-        print(f"\n{method}: kills {dict(kills)}, slot afterwards {dict(outcomes)}")
-    assert outcomes["old"]
-    assert outcomes["new"]
-    return kills
-
-
-@pytest.mark.parametrize("method", ["exchange", "rename"])
-def test_some_kills(template: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kills = campaign(template, tmp_path / "run", method, 2, capsys)
-    assert min(kills[phase] for phase in PHASES) >= 2
+@pytest.mark.parametrize("fallback", [False, True], ids=["exchange", "fallback"])
+def test_killed_in_every_phase(place, faults, fallback):
+    """Twenty kills spread over all phases, for each way of replacing."""
+    campaign = Campaign(place, faults, "both")
+    for nth in (1, 200, 700):
+        campaign.strike(fallback=fallback, phase="start-up", nth=nth, when="before")
+    for fault in ("pwrite64:2", "fsync:3", "futimens:4"):
+        campaign.strike(fallback=fallback, fault=fault)
+    for phase, nths in (
+        ("manifest", (4, 16)),
+        ("journal", (1, 2, 3)),
+        ("exchange", (1, 2, 4, 5, 7)),
+        ("set-aside", (1, 2, 3)),
+        ("journal removal", (1, 3)),
+    ):
+        for nth in nths:
+            campaign.strike(fallback=fallback, phase=phase, nth=nth, when="after")
+    assert set(campaign.kills) == set(PHASES), campaign.kills
+    assert sum(campaign.kills.values()) >= 18, campaign.kills
+    assert set(campaign.states) == {"old", "new"}
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("method", ["exchange", "rename"])
-def test_two_hundred_kills(template: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kills = campaign(template, tmp_path / "run", method, 29, capsys)
-    assert sum(kills.values()) >= 200
-    assert min(kills[phase] for phase in PHASES) >= 20
+@pytest.mark.parametrize("kind", ["one", "both", "half"])
+@pytest.mark.parametrize("fallback", [False, True], ids=["exchange", "fallback"])
+def test_two_hundred_kills(place, faults, fallback, kind, record_property):
+    """At least 200, and at least 20 in each phase: every operation of the commit, many of the copy, and random moments."""
+    campaign = Campaign(place, faults, kind)
+    chance = random.Random(f"{fallback} {kind}")
+    for phase in PHASES[2:]:
+        # Each operation once; then again with other ones until the phase has had its share.
+        every_point(campaign, phase, fallback=fallback)
+        nths = itertools.cycle(range(1, max(campaign.kills[phase], 1) + 1))
+        while campaign.kills[phase] < 20:
+            campaign.strike(fallback=fallback, phase=phase, nth=next(nths), when=chance.choice(["before", "after"]))
+    for fault in COPY_FAULTS:
+        campaign.strike(fallback=fallback, fault=fault)
+    while campaign.kills["start-up"] < 20:
+        campaign.strike(fallback=fallback, phase="start-up", nth=chance.randrange(1, 900), when="before")
+    if shutil.which("strace"):
+        for call in ("renameat2", "rename", "fsync", "unlink", "mkdir"):
+            for nth in (1, 2, 3, 4):
+                campaign.strike(fallback=fallback, strace=f"{call}:signal=SIGKILL:when={nth}")
+    while sum(campaign.kills.values()) < 200:
+        campaign.strike(fallback=fallback, delay_s=chance.uniform(0.05, 0.6))
+    report = dict(campaign.kills) | {"finished before": campaign.finished} | dict(campaign.states)
+    record_property("kills", json.dumps(report))
+    print(f"\n{'fallback' if fallback else 'exchange'}, {kind}: {report}")
+    assert all(campaign.kills[phase] >= 20 for phase in PHASES), campaign.kills
+    assert set(campaign.states) == {"old", "new"}

@@ -109,7 +109,7 @@ def size(count: float) -> str:
 
 
 def rate(count: float, seconds: float) -> str:
-    """ " at … GB/s", or nothing where too little was moved to tell."""
+    """The words `at … GB/s` after a size, or nothing where too little was moved to tell."""
     return f" at {count / seconds / 1e9:.2f} GB/s" if count >= 256e6 and seconds > 0 else ""
 
 
