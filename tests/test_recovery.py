@@ -254,14 +254,16 @@ def test_resumable_state_does_not_leave_the_slot_unasked(tmp_path):
     """A DCP slot with its optimizer is worth more than an adapter; --as-is takes it, and --undo brings the slot back."""
     run = make_run(tmp_path, steps=(), slot="dcp", recover_info=60)
     trees.set_age(trees.write_lora(run / "default" / trees.folder_name(140)), 3600)
-    before = content(slot(run))
+    before, info = content(slot(run)), content(run / "recover_info")
     with pytest.raises(RefusedError, match="--as-is"):
         setup(run, Selection(step=140), Options())
     assert content(slot(run)) == before
     setup(run, Selection(step=140))
     assert_holds(run, 140)
+    assert content(run / "recover_info") == info
     recovery.undo(LocalBackend(run))
     assert content(slot(run)) == before
+    assert content(run / "recover_info") == info, "what setup never touched, undo does not take away"
 
 
 def test_a_part_in_the_slot_that_the_checkpoint_lacks(tmp_path):
