@@ -23,10 +23,12 @@ _TORCH = {  # torch's names, of dtypes and of the storages of old
     **dict.fromkeys(("float32", "float", "FloatStorage"), "F32"),
     **dict.fromkeys(("float16", "half", "HalfStorage"), "F16"),
     **dict.fromkeys(("bfloat16", "BFloat16Storage"), "BF16"),
+    **dict.fromkeys(("complex64", "ComplexFloatStorage"), "C64"),
+    **dict.fromkeys(("complex128", "ComplexDoubleStorage"), "C128"),
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
-_UNREADABLE = ("float8_", "float4_", "float6_", "complex", "F8_", "F4", "F6_", "C64")  #: numbers that are not scanned
+_UNREADABLE = ("float8_", "float4_", "float6_", "F8_", "F4", "F6_", "C64", "C128")  #: numbers that are not scanned
 
 
 class Place(NamedTuple):
@@ -209,7 +211,7 @@ def _named_storages(code: bytes) -> dict[str, tuple[str, str]]:
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, (list, tuple, inert.Record)):
-            if id(value) in seen:
+            if id(value) in seen:  # a crafted pickle may hold itself
                 continue
             seen.add(id(value))
         if isinstance(value, inert.Pairs):
@@ -220,7 +222,7 @@ def _named_storages(code: bytes) -> dict[str, tuple[str, str]]:
         elif isinstance(value, inert.Record):
             if (storage := _storage_of(value)) is not None:
                 named.setdefault(storage[0], (path or "tensor", storage[1]))
-            waiting += [(path, value.arguments), (path, value.state)]
+            waiting += [(path, value.arguments), (path, value.state), (path, value.pairs)]
     return named
 
 

@@ -57,19 +57,17 @@ class Copier {
         queue_(files, options.chunk_bytes),
         tasks_(files.size()) {
     result_.digests.resize(files.size());
-    std::size_t small = 0;
     for (std::size_t i = 0; i < files.size(); ++i) {
       tasks_[i].chunks_left = queue_.chunks_of(i);
       result_.digests[i].chunks.resize(files[i].bytes == 0 ? 0 : queue_.chunks_of(i));
       total_bytes_ += files[i].bytes;
-      small += files[i].bytes <= kSmallFileBytes;
       const std::string& name = files[i].name;
       for (auto slash = name.find('/'); slash != std::string::npos;
            slash = name.find('/', slash + 1)) {
         folders_.insert(name.substr(0, slash));
       }
     }
-    sync_whole_system_ = syncs() && small >= kFilesWorthASystemSync &&
+    sync_whole_system_ = syncs() && files.size() >= kFilesWorthASystemSync &&
                          sync_file_system_is_durable(destination_.fd.get());
   }
 
@@ -244,8 +242,7 @@ class Copier {
     task.source.check_unchanged();
     task.destination.finish(spec.bytes, task.source.mtime());
     task.source.close();
-    const bool small = spec.bytes <= kSmallFileBytes;
-    if (!syncs() || (small && sync_whole_system_)) {
+    if (!syncs() || sync_whole_system_) {
       task.destination.close();
       return;
     }

@@ -177,7 +177,8 @@ void Destination::finish(std::uint64_t bytes, const struct timespec& mtime) {
   const bool padded = direct_ && bytes != round_up(bytes);
   if (padded || bytes_before_ > bytes) truncate(buffered_.get(), bytes, shown());
   set_mtime(buffered_.get(), mtime, shown());
-  direct_.close(shown());  // many finished files may wait for their sync: one descriptor each is enough
+  direct_.close(
+      shown());  // many finished files may wait for their sync: one descriptor each is enough
 }
 
 void Destination::sync() { ckptstore::sync(buffered_.get(), shown()); }

@@ -113,7 +113,8 @@ void sync_path(const std::string& path);
 /// Whether a scratch file in this folder takes an aligned O_DIRECT write and gives it back.
 bool supports_direct(const std::string& folder);
 
-/// Lowers the priority of the calling thread alone to `nice` (0 to 19). Never raises it. Best effort.
+/// Lowers the priority of the calling thread alone to `nice` (0 to 19). Never raises it. Best
+/// effort.
 void be_nice(int nice) noexcept;
 
 }  // namespace ckptstore

@@ -127,6 +127,8 @@ def chunks_of(data, size=4096):
 
 def test_restore_checks_digests_in_the_manifests_own_chunks(store, run, tmp_path):
     """A manifest of another version may have used other chunks."""
+    for part in ("default", "critic"):
+        (trees.checkpoint(run, 93, part) / "big.txt").write_bytes(os.urandom(10_000))
     store.seal(93)
     for part in ("default", "critic"):
         path = trees.checkpoint(run, 93, part) / MANIFEST_NAME

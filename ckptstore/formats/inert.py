@@ -39,14 +39,15 @@ class Name:
 
 
 class Record:
-    """An object that loading would make: what would be called, with what, and the state it would be given."""
+    """An object that loading would make: what would be called, with what, the state and the items it would be given."""
 
-    __slots__ = ("arguments", "made_by", "state")
+    __slots__ = ("arguments", "made_by", "pairs", "state")
 
     def __init__(self, made_by: Name, arguments: Any) -> None:
         self.made_by = made_by
         self.arguments = arguments
         self.state: Any = None
+        self.pairs: Pairs | None = None  #: of an OrderedDict and its like
 
 
 class Pairs(list[Any]):
@@ -174,15 +175,15 @@ def _signed(piece: bytes) -> int:
     return int.from_bytes(piece, "little", signed=True)
 
 
-def _top(items: list[Any], kind: type) -> Any:
-    target = items[-1]
+def _extend(machine: _Machine, items: list[Any], kind: type) -> Any:
+    target: Any = machine.stack[-1]
+    if type(target) is Record and kind is Pairs:
+        if target.pairs is None:
+            target.pairs = Pairs()
+        target = target.pairs
     if type(target) is not kind:
         raise FormatError("not a whole pickle")
-    return target
-
-
-def _extend(machine: _Machine, items: list[Any], kind: type) -> Any:
-    _top(machine.stack, kind).extend(items)
+    target.extend(items)
     return _NOTHING
 
 
