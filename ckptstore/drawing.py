@@ -96,11 +96,12 @@ def _side(picture: Picture, step: int, *, left: bool = False) -> str:
 
 def _label(axes: Any, step: float, height: float, text: str, colour: str, *, ha: str) -> None:
     shift = 5 if ha == "left" else -5
-    axes.annotate(
+    label = axes.annotate(
         text, (step, height), xycoords=axes.get_xaxis_transform(), xytext=(shift, 0), textcoords="offset points",
         ha=ha, va="top" if height > 0.5 else "bottom", color=colour, fontsize=9.5, fontweight="bold",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5}, zorder=6,
     )  # fmt: skip
+    label.set_in_layout(False)  # a label at the edge must not squeeze the chart
 
 
 def _draw_line(axes: Any, points: Points, colour: str, width: float) -> None:

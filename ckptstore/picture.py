@@ -57,7 +57,7 @@ class Picture:
 
     def _steps(self) -> list[int]:
         ends = [step for points in (self.points, *self.abandoned) if points for step in (points[0][0], points[-1][0])]
-        return [*ends, *(mark.step for mark in self.marks)]
+        return [*ends, *(mark.step for mark in self.marks), *(s for s in (self.trip_step, self.resume_step) if s >= 0)]
 
     @property
     def values(self) -> list[float]:

@@ -15,8 +15,8 @@ namespace {
 
 constexpr std::uint64_t kDefaultBlockBytes = 2 << 20;
 constexpr std::uint64_t kSmallFileBytes = 1 << 20;  // up to here O_DIRECT costs more than it saves
-constexpr std::size_t kFilesWorthASystemSync =
-    32;  // from here one syncfs is cheaper than a sync each
+// From here one syncfs is cheaper than a sync, and an emptying of the disk's own cache, for each.
+constexpr std::size_t kFilesWorthASystemSync = 8;
 // Files are synced together at the end, or when so many wait: every sync empties the disk's own
 // cache, which stalls the writes of the next file. Few enough for a process that is short of
 // descriptors.

@@ -103,6 +103,7 @@ def whole_manifests(draw):
     )
 
 
+@settings(deadline=None)
 @given(whole_manifests())
 def test_round_trip(manifest):
     """What was written is read back equal, byte for byte, so that the SHA-256 that people pin stays the same."""
@@ -269,6 +270,7 @@ def test_unsafe_names_are_refused(name):
         check_names(["a", name])
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40) | st.lists(st.sampled_from(["..", ".", "", "a", "b\0", "c\n", "d"]), max_size=4).map("/".join))
 def test_a_name_is_safe_or_refused(name):
     """Whatever passes stays below the folder, by the rules of the operating system's own path joining."""
@@ -321,12 +323,13 @@ def parse_or_error(data):
     assert parse(manifest.to_bytes()) == manifest
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes(data):
     parse_or_error(data)
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_random_edits(data):
     """A few bytes of a real manifest changed, cut out, doubled or moved: still one of two outcomes."""
@@ -355,7 +358,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_random_values(data):
     """Valid JSON of the right shape, with wrong values in any place."""

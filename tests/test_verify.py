@@ -217,7 +217,7 @@ def occurrences(text, word):
         at = text.find(word, at + 1)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_300_random_damages_are_all_found(sealed, tmp_path, data):
     """After sealing, nothing changes unseen: either it is reported, or the checkpoint no longer counts as COMMITTED.

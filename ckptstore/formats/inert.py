@@ -180,10 +180,11 @@ def _extend(machine: _Machine, items: list[Any], kind: type) -> Any:
     if type(target) is Record and kind is Pairs:
         if target.pairs is None:
             target.pairs = Pairs()
-        target = target.pairs
+        target.pairs.extend(items)
+        return _NOTHING
     if type(target) is not kind:
         raise FormatError("not a whole pickle")
-    target.extend(items)
+    list.extend(target, items)
     return _NOTHING
 
 
