@@ -182,9 +182,10 @@ def _extend(machine: _Machine, items: list[Any], kind: type) -> Any:
             target.pairs = Pairs()
         target.pairs.extend(items)
         return _NOTHING
-    if type(target) is not kind:
+    fits = type(target) is kind
+    if not fits:
         raise FormatError("not a whole pickle")
-    list.extend(target, items)
+    target.extend(items)
     return _NOTHING
 
 
