@@ -23,6 +23,8 @@ _HOMES = {
     "Outcome": "ckptstore.recovery",
     "setup": "ckptstore.recovery",
     "undo": "ckptstore.recovery",
+    "CircuitBreaker": "ckptstore.breaker",
+    "SaveSchedule": "ckptstore.schedule",
     "open_backend": "ckptstore.backends",
     "Checkpoint": "ckptstore.model",
     "Part": "ckptstore.model",
@@ -42,6 +44,7 @@ _HOMES = {
     "BusyError": "ckptstore.errors",
     "RefusedError": "ckptstore.errors",
     "NothingToResumeError": "ckptstore.errors",
+    "TrainingHalted": "ckptstore.errors",
     "IntegrityError": "ckptstore.errors",
     "ManifestError": "ckptstore.errors",
     "DigestMismatchError": "ckptstore.errors",
@@ -53,6 +56,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from ckptstore.backends import open_backend as open_backend
+    from ckptstore.breaker import CircuitBreaker as CircuitBreaker
     from ckptstore.choose import ResumePoint as ResumePoint
     from ckptstore.choose import Selection as Selection
     from ckptstore.errors import AccessError as AccessError
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from ckptstore.errors import RefusedError as RefusedError
     from ckptstore.errors import SourceChangedError as SourceChangedError
     from ckptstore.errors import StorageError as StorageError
+    from ckptstore.errors import TrainingHalted as TrainingHalted
     from ckptstore.errors import UsageError as UsageError
     from ckptstore.listing import Listing as Listing
     from ckptstore.manifest import Manifest as Manifest
@@ -84,6 +89,7 @@ if TYPE_CHECKING:
     from ckptstore.recovery import Outcome as Outcome
     from ckptstore.recovery import setup as setup
     from ckptstore.recovery import undo as undo
+    from ckptstore.schedule import SaveSchedule as SaveSchedule
     from ckptstore.store import CheckpointStore as CheckpointStore
     from ckptstore.verify import Report as Report
 

@@ -15,8 +15,8 @@ namespace {
 
 constexpr std::uint64_t kDefaultBlockBytes = 2 << 20;
 constexpr std::uint64_t kSmallFileBytes = 1 << 20;  // up to here O_DIRECT costs more than it saves
-// From here one syncfs is cheaper than a sync, and an emptying of the disk's own cache, for each.
-constexpr std::size_t kFilesWorthASystemSync = 8;
+constexpr std::size_t kFilesWorthASystemSync =
+    32;  // from here one syncfs is cheaper than a sync each
 // Files are synced together at the end, or when so many wait: every sync empties the disk's own
 // cache, which stalls the writes of the next file. Few enough for a process that is short of
 // descriptors.
@@ -57,17 +57,19 @@ class Copier {
         queue_(files, options.chunk_bytes),
         tasks_(files.size()) {
     result_.digests.resize(files.size());
+    std::size_t small = 0;
     for (std::size_t i = 0; i < files.size(); ++i) {
       tasks_[i].chunks_left = queue_.chunks_of(i);
       result_.digests[i].chunks.resize(files[i].bytes == 0 ? 0 : queue_.chunks_of(i));
       total_bytes_ += files[i].bytes;
+      small += files[i].bytes <= kSmallFileBytes;
       const std::string& name = files[i].name;
       for (auto slash = name.find('/'); slash != std::string::npos;
            slash = name.find('/', slash + 1)) {
         folders_.insert(name.substr(0, slash));
       }
     }
-    sync_whole_system_ = syncs() && files.size() >= kFilesWorthASystemSync &&
+    sync_whole_system_ = syncs() && small >= kFilesWorthASystemSync &&
                          sync_file_system_is_durable(destination_.fd.get());
   }
 
@@ -242,7 +244,8 @@ class Copier {
     task.source.check_unchanged();
     task.destination.finish(spec.bytes, task.source.mtime());
     task.source.close();
-    if (!syncs() || sync_whole_system_) {
+    const bool small = spec.bytes <= kSmallFileBytes;
+    if (!syncs() || (small && sync_whole_system_)) {
       task.destination.close();
       return;
     }

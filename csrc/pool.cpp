@@ -3,7 +3,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -23,7 +22,6 @@
 namespace ckptstore {
 namespace {
 
-constexpr std::size_t kHugePageBytes = 2 << 20;
 constexpr auto kTickInterval = std::chrono::milliseconds(100);
 
 class SignalsBlocked {
@@ -136,13 +134,10 @@ unsigned default_threads() {
   return static_cast<unsigned>(std::clamp(cores, 4, 32));
 }
 
-AlignedBlock::AlignedBlock(std::size_t bytes) : bytes_(round_up(bytes)) {
-  const bool huge = bytes_ % kHugePageBytes == 0;
-  const std::size_t alignment = huge ? kHugePageBytes : kAlignmentBytes;
-  data_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, bytes_)));
+AlignedBlock::AlignedBlock(std::size_t bytes)
+    : bytes_(round_up(bytes)),
+      data_(static_cast<std::byte*>(std::aligned_alloc(kAlignmentBytes, bytes_))) {
   if (!data_) throw std::bad_alloc();
-  // In one piece of memory a request is one segment: fewer and larger transfers. Only advice.
-  if (huge) ::madvise(data_.get(), bytes_, MADV_HUGEPAGE);
 }
 
 void AlignedBlock::Free::operator()(std::byte* data) const noexcept { std::free(data); }

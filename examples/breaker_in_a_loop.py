@@ -16,9 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptstore import CheckpointStore
-from ckptstore.breaker import CircuitBreaker
-from ckptstore.errors import TrainingHalted
+from ckptstore import CheckpointStore, CircuitBreaker, Options, TrainingHalted
 
 SERVER_DIES_AT = 60
 SAVE_EVERY = 10
@@ -66,8 +64,10 @@ def main() -> None:
     print(f"resume point: step {point.checkpoint.step}, since it is {point.why}")
     for skipped in point.skipped:
         print(f"  passed over: step {skipped.checkpoint.step}: {skipped.reasons[0]}")
-    store.setup()  # puts it into the recover slot, and lets training start again
-    weights = Path(point.checkpoint.parts[0].path)
+    # Into the recover slot, and the way is clear again. Forced, since the training ended only a moment ago; as it is, since
+    # this loop is no AReaL and needs none of its files.
+    store.setup(options=Options(force=True, as_is=True))
+    weights = run / "default/recover_checkpoint"
     trained = train(run, first=point.checkpoint.step + 1, weights=weights, server_works=True)
     print(f"start 3: resumed after step {point.checkpoint.step}, trained {trained} steps, reward is fine")
 

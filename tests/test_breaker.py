@@ -694,3 +694,12 @@ def test_the_listing_and_the_breaker_agree_on_the_last_good(tmp_path: Path) -> N
     healths = {checkpoint.step: health.of(checkpoint, judged).health.value for checkpoint in found.checkpoints}
     assert healths == {9: "good", 19: "good", 29: "good", 39: "good", 49: "good"} | dict.fromkeys((59, 69, 79, 89, 99), "bad")
     assert isinstance(trip.error(), CkptStoreError)
+
+
+def test_the_example_runs_as_its_text_says(tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "examples/breaker_in_a_loop.py"
+    done = subprocess.run([sys.executable, str(example), str(tmp_path)], capture_output=True, text=True, timeout=60, check=True)
+    assert "start 1: training is halted at global step 69" in done.stdout
+    assert "start 2: training was halted at global step 69 (Train step 70 of the log) before this start" in done.stdout
+    assert "passed over: step 69: health bad" in done.stdout
+    assert done.stdout.endswith("start 3: resumed after step 59, trained 60 steps, reward is fine\n")
