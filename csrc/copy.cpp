@@ -283,10 +283,11 @@ class Copier {
     for (auto folder = folders_.rbegin(); folder != folders_.rend(); ++folder) {
       if (cancelled_) return;
       const std::string shown = destination_.shown(*folder);
-      sync(open_beneath(destination_.fd.get(), *folder, O_RDONLY | O_DIRECTORY, 0, shown).get(),
-           shown);
+      const UniqueFd fd =
+          open_beneath(destination_.fd.get(), *folder, O_RDONLY | O_DIRECTORY, 0, shown);
+      sync_folder(fd.get(), shown);
     }
-    sync(destination_.fd.get(), destination_.path);
+    sync_folder(destination_.fd.get(), destination_.path);
   }
 
   void read_back() {

@@ -291,6 +291,12 @@ void set_mtime(int fd, const struct timespec& mtime, const std::string& path) {
 
 void sync(int fd, const std::string& path) { check(kSystem.fsync(fd), "sync", path); }
 
+void sync_folder(int fd, const std::string& path) {
+  if (kSystem.fsync(fd) == 0) return;
+  if (errno == EINVAL || errno == ENOTSUP || errno == ENOSYS) return;
+  fail("sync", path);
+}
+
 void sync_file_system(int fd, const std::string& path) {
   check(kSystem.syncfs(fd), "sync the file system of", path);
 }

@@ -83,6 +83,10 @@ void set_mtime(int fd, const struct timespec& mtime, const std::string& path);
 /// fsync of a file or folder. Never retried: after an error the kernel may call lost pages clean.
 void sync(int fd, const std::string& path);
 
+/// fsync of a folder. File systems that have no such thing answer EINVAL, ENOTSUP or ENOSYS: not an
+/// error here, the caller's probe tells people what durability that gives. Any other error is one.
+void sync_folder(int fd, const std::string& path);
+
 /// syncfs: everything dirty on the file system of `fd`. Reports errors since `fd` was opened.
 void sync_file_system(int fd, const std::string& path);
 

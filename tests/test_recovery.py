@@ -768,7 +768,6 @@ def test_a_trial_that_is_a_mount_of_its_own(tmp_path):
 
 
 #: The engine fails a copy where folders cannot be synced, although the probe reports it as a property (csrc/copy.cpp).
-ENGINE_SYNCS_FOLDERS = pytest.mark.xfail(reason="the engine takes EINVAL of a folder's fsync for a failed copy", strict=False)
 
 
 @pytest.mark.root
@@ -779,8 +778,8 @@ ENGINE_SYNCS_FOLDERS = pytest.mark.xfail(reason="the engine takes EINVAL of a fo
         ("refuse",),
         ("lie",),
         ("nodirect", "nofallocate"),
-        pytest.param(("nofsyncdir", "nodirect", "nofallocate"), marks=ENGINE_SYNCS_FOLDERS),
-        pytest.param(("refuse", "nofsyncdir"), marks=ENGINE_SYNCS_FOLDERS),
+        ("nofsyncdir", "nodirect", "nofallocate"),
+        ("refuse", "nofsyncdir"),
     ],
 )
 def test_rented_volumes(tmp_path, modes):
