@@ -274,7 +274,7 @@ class CircuitBreaker:
     def _warn_of_silence(self, stats: Stats, step: int) -> None:
         for watch in self._watches:
             name = watch.rule.metric
-            if watch.steps == 0 and self._observed >= UNARMED_STEPS:
+            if watch.steps == 0 and self._observed == UNARMED_STEPS:
                 dicts = (stats,) if isinstance(stats, Mapping) else tuple(stats or ())
                 seen = sorted({str(key) for metrics in dicts for key in metrics})
                 text = f"no metric {name} in {self._observed} steps: the breaker watches nothing; there are "

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ckptstore import health
+from ckptstore import places
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.ledger import Ledger
 from ckptstore.listing import RESUMABLE, Listing, backend_for, find_manifest, read_part
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.verify import verify
+
+if TYPE_CHECKING:
+    from ckptstore.health import Verdict
+
+    Judge = Callable[[Checkpoint], Verdict]
 
 #: How many steps of weights a resumable state is worth: Adam's moments need about as many to recover.
 STATE_WORTH_STEPS = 20
@@ -96,14 +102,14 @@ def resume_point(
     """
     skipped: list[Skipped] = []
     newest: Checkpoint | None = None
-    ledger = health.ledger_of(listing.run.path)
-    judge = Ledger() if selection.include_bad or selection.named else ledger
+    verdict_on = _judge(listing)
+    strict = not (selection.include_bad or selection.named)
     for candidate in _candidates(backend, listing, selection):
         if newest is not None and candidate.step < newest.step - STATE_WORTH_STEPS:
             break
         if newest is not None and "optimizer" not in candidate.holds:
             continue
-        checkpoint, reasons = _examine(backend, candidate, failed or {}, judge)
+        checkpoint, reasons = _examine(backend, candidate, failed or {}, verdict_on if strict else None)
         if reasons:
             if newest is None:
                 skipped.append(Skipped(checkpoint, reasons))
@@ -115,7 +121,7 @@ def resume_point(
         if selection.named or selection.prefer != "state" or "optimizer" in checkpoint.holds:
             break
     if newest is not None:
-        why = _why(newest, skipped, selection, health.of(newest, ledger))
+        why = _why(newest, skipped, selection, verdict_on and verdict_on(newest))
         return ResumePoint(newest, tuple(skipped), why)
     if selection.named and skipped:
         bad = skipped[0]
@@ -126,16 +132,24 @@ def resume_point(
     raise _nothing(listing, selection, skipped)
 
 
+def _judge(listing: Listing) -> Judge | None:
+    """What tells a checkpoint's health; None where no metrics were recorded."""
+    if not places.has_ledger(listing.run.path):
+        return None
+    from ckptstore import health  # 20 ms, and most runs have no ledger
+
+    return functools.partial(health.of, ledger=health.ledger_of(listing.run.path))
+
+
 def _examine(
-    backend: Backend, checkpoint: Checkpoint, failed: Mapping[str, str], ledger: Ledger
+    backend: Backend, checkpoint: Checkpoint, failed: Mapping[str, str], verdict_on: Judge | None
 ) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint as level structure sees it, and what is wrong with it."""
     if checkpoint.parts[0].path in failed:
         return checkpoint, (failed[checkpoint.parts[0].path],)
     if not checkpoint.status.usable:
         return checkpoint, tuple(map(str, checkpoint.findings))
-    verdict = health.of(checkpoint, ledger)
-    if not verdict.health.resumable:
+    if verdict_on is not None and not (verdict := verdict_on(checkpoint)).health.resumable:
         return checkpoint, (f"health {verdict.health}: {verdict.why}",)
     # A copy of ours in the slot is checked while nothing else will read it: all its digests, here and now.
     ours = checkpoint.kind == "slot" and checkpoint.status is Status.COMMITTED
@@ -181,15 +195,18 @@ def _at_path(backend: Backend, listing: Listing, path: str) -> Checkpoint:
     return Checkpoint(-1, -1, -1, "export", (part,), ("neither its name nor a manifest tells its step",))
 
 
-def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, verdict: health.Verdict) -> str:
-    warning = "" if verdict.health.resumable else f", although its health is {verdict.health} ({verdict.why})"
+def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, verdict: Verdict | None) -> str:
+    warning = healthy = ""
+    if verdict is not None and not verdict.health.resumable:
+        warning = f", although its health is {verdict.health} ({verdict.why})"
+    elif verdict is not None and verdict.value is not None:
+        healthy = f", health {verdict.health} ({verdict.why})"
     if selection.named:
         return f"you named it{warning}"
     vouched = "its files are whole"
     if checkpoint.status is Status.COMMITTED:
         vouched = "all its digests match" if checkpoint.kind == "slot" else "its manifest is checked while it is copied"
     newer = f", {len(skipped)} newer one{'s' * (len(skipped) > 1)} skipped" if skipped else ""
-    healthy = f", health good ({verdict.why})" if verdict.health is health.Health.GOOD else ""
     return f"{selection}: {vouched}{healthy}{newer}{warning}"
 
 

@@ -3,6 +3,7 @@
 disk       fileroot, kind of disk, user, permissions, space, clock
 run        halted or interrupted, what is whole, the slot against recover_info, ranks, stray folders
 training   recover and saver settings, what a crash would cost, the logs
+saving     how often to save
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import time
 from collections.abc import Sequence
 
 from ckptstore.backends.local import LocalBackend
-from ckptstore.checks import Diagnosis, Patient, Severity, bad, disk, run, training
+from ckptstore.checks import Diagnosis, Patient, Severity, bad, disk, run, saving, training
 from ckptstore.config import RunConfig
 from ckptstore.errors import CkptStoreError
 from ckptstore.frameworks.areal.launch import Installation, logged_config
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.listing import scan
 
-CHECKS = (*disk.ALL, *run.ALL, *training.ALL)
+CHECKS = (*disk.ALL, *run.ALL, *training.ALL, *saving.ALL)
 _UNKNOWN = Installation("", "", "", "not looked for")
 
 

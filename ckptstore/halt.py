@@ -19,10 +19,9 @@ from typing import Any
 
 from ckptstore import side as side_folders
 from ckptstore.errors import TrainingHalted, from_os_error
-from ckptstore.ledger import Writer
-from ckptstore.ledger import path_in as ledger_path
+from ckptstore.places import ledger_in
+from ckptstore.places import trip_in as path_in
 
-NAME = "TRIPPED.json"
 MAX_BYTES = 1 << 20
 
 
@@ -84,11 +83,6 @@ def recovery_command(run: str, last_good_step: int) -> str:
     return f"python -m ckptstore.recover resume --run {shlex.quote(run)} --max-step {last_good_step}"
 
 
-def path_in(side: str) -> str:
-    """The record's path in a run's side folder."""
-    return os.path.join(side, NAME)
-
-
 def read(side: str) -> Trip | None:
     """The record of a run, None where it is not halted. AccessError or StorageError where that cannot be told."""
     try:
@@ -140,7 +134,7 @@ def rewrite(side: str, trip: Trip) -> None:
 
 
 def _draft(side: str, trip: Trip) -> str:
-    draft = os.path.join(side, f"{NAME}.{secrets.token_hex(4)}")
+    draft = os.path.join(side, f"{os.path.basename(path_in(side))}.{secrets.token_hex(4)}")
     side_folders.write_durably(draft, json.dumps(asdict(trip), indent=2).encode() + b"\n")
     side_folders.like(draft, os.stat(side), mode=0o644)
     return draft
@@ -164,7 +158,9 @@ def reset(side: str) -> Trip | None:
     """Let training start again: remove the record, and note in the ledger that what went before is forgiven."""
     trip = clear(side)
     if trip is not None:
-        writer = Writer(ledger_path(side))
+        from ckptstore.ledger import Writer  # only now: all verbs look for the record, and hardly any finds one
+
+        writer = Writer(ledger_in(side))
         writer.event("reset", trip.step, time.time(), since_step=trip.since_step)
         writer.sync()
         writer.close()

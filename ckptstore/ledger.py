@@ -23,12 +23,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ckptstore import places
 from ckptstore import side as side_folders
 from ckptstore.errors import UsageError, from_os_error
-from ckptstore.frameworks.areal import layout
 from ckptstore.rules import ALIVE, Rule, default_rules, parse
 
-NAME = "metrics.jsonl"
+side_of = places.side_of
+path_in = places.ledger_in
 VERSION = 1
 MAX_LINE_BYTES = 1 << 20
 MAX_METRICS = 4096  #: of one line
@@ -127,18 +128,6 @@ MAX_BRANCHES = 64
 
 def _step(record: Record) -> int:
     return record.step
-
-
-def side_of(run: str) -> str:
-    """The side folder of a run given by its own folder, which may be missing yet."""
-    if not os.path.isdir(os.path.dirname(run)):
-        return os.path.join(os.path.dirname(run), layout.SIDE, os.path.basename(run))
-    return side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
-
-
-def path_in(side: str) -> str:
-    """The ledger's path in a run's side folder."""
-    return os.path.join(side, NAME)
 
 
 def read(path: str) -> Ledger:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, StrEnum
 from typing import Any, ClassVar
@@ -44,18 +44,21 @@ class Arm(StrEnum):
     ALWAYS = "always"  #: from the first step on
 
 
-def match(name: str, keys: Iterable[str]) -> str | None:
+def match(name: str, keys: Collection[str]) -> str | None:
     """The key that the metric `name` means: itself, else one that ends like it behind another prefix.
 
     `grpo_actor/task_reward/avg` is found as `ppo_actor/task_reward/avg` too, but never as `eval-rollout/task_reward/avg`.
     """
-    tail = "/" + _suffix(name)
-    found = []
-    for key in keys:
-        if key == name:
-            return key
-        if isinstance(key, str) and (key.endswith(tail) or key == tail[1:]):
-            found.append(key)
+    if name in keys:
+        return name
+    suffix = _suffix(name)
+    tail = "/" + suffix
+    try:
+        found = [key for key in keys if key.endswith(tail)]
+    except AttributeError:  # keys that are no text
+        found = [key for key in keys if isinstance(key, str) and key.endswith(tail)]
+    if suffix in keys:
+        found.append(suffix)
     if not _EVALUATION.match(name):
         found = [key for key in found if not _EVALUATION.match(key)]
     return min(found, key=_preference, default=None)

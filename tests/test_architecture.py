@@ -23,6 +23,7 @@ LAYERS = (
     ("backends.base", "backends.local", "backends", "formats", "formats.*"),
     ("frameworks", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe"),
+    ("places",),
     ("damage", "ledger", "halt", "pins"),
     ("listing", "health", "importing"),
     ("verify", "seal", "commit", "running"),

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from ckptstore import halt, health, ledger, pins, recovery
+from ckptstore import halt, health, importing, ledger, pins, places, recovery
 from ckptstore.backends import open_backend
 from ckptstore.breaker import CircuitBreaker
 from ckptstore.breaker_config import BreakerConfig
 from ckptstore.choose import Selection
 from ckptstore.errors import CkptStoreError, NothingToResumeError, TrainingHalted, UsageError
 from ckptstore.listing import scan
+from ckptstore.picture import compose
 from ckptstore.plan import Options
 from ckptstore.rules import (
     REWARD,
@@ -563,7 +565,7 @@ def test_a_record_that_cannot_be_read_still_halts(tmp_path: Path) -> None:
     side = Path(ledger.side_of(str(run)))
     side.mkdir(parents=True)
     for damage in (b"", b"{", b"[1]", b'{"step": "x"}', b"\xff" * 99):
-        (side / halt.NAME).write_bytes(damage)
+        Path(places.trip_in(str(side))).write_bytes(damage)
         with pytest.raises(TrainingHalted):
             CircuitBreaker(run)
         assert halt.reset(str(side)) is not None
@@ -703,3 +705,28 @@ def test_the_example_runs_as_its_text_says(tmp_path: Path) -> None:
     assert "start 2: training was halted at global step 69 (Train step 70 of the log) before this start" in done.stdout
     assert "passed over: step 69: health bad" in done.stdout
     assert done.stdout.endswith("start 3: resumed after step 59, trained 60 steps, reward is fine\n")
+
+
+def test_the_sample_run_with_real_files(tmp_path: Path) -> None:
+    """The whole story on the run of examples/sample_run.py: 25 MB a checkpoint, a DCP slot, the log that tells it."""
+    root = Path(__file__).parent.parent
+    make = [sys.executable, str(root / "examples/sample_run.py"), str(tmp_path), "--slot", "dcp"]
+    subprocess.run(make, capture_output=True, timeout=120, check=True)
+    (run,) = tmp_path.glob("checkpoints/*/*/*")
+    (log,) = tmp_path.glob("logs/*/*/*/main.log")
+    replayed = {record.step: dict(record.metrics) for record in importing.read(str(log)).records}
+    shutil.copytree(run / "default/recover_checkpoint", tmp_path / "before")
+    breaker = CircuitBreaker(run, save=lambda folder: Path(folder, "weights").touch())
+    error = halted_by(breaker, replayed.items())
+    assert error is not None
+    assert (error.step + 1, error.since_step + 1, error.last_good_step) == (197, 188, 140), "the log's 197 and 188"
+    before = {path.name: path.read_bytes() for path in (tmp_path / "before").iterdir()}
+    assert {path.name: path.read_bytes() for path in (run / "default/recover_checkpoint").iterdir()} == before
+    outcome = recovery.setup(open_backend(run), Selection(), Options(force=True))
+    assert outcome.plan.point.checkpoint.step == 140
+    passed_over = {skip.checkpoint.step: skip.reasons[0] for skip in outcome.plan.point.skipped}
+    assert passed_over.keys() == {187, 234}
+    assert "health bad" in passed_over[187]
+    picture = compose(open_backend(run))
+    assert (picture.trip_step, picture.halted, picture.resume_step) == (196, False, 140)
+    assert [(stretch.first_step, stretch.last_step) for stretch in picture.stretches] == [(187, 196)]

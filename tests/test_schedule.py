@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 from ckptstore import ledger
 from ckptstore.backends.local import LocalBackend
 from ckptstore.config import RunConfig
+from ckptstore.doctor import examine
 from ckptstore.errors import UsageError
+from ckptstore.frameworks.areal.layout import run_ref
 from ckptstore.frameworks.areal.recover_info import CONTROL_FIELDS
 from ckptstore.listing import scan
 from ckptstore.schedule import (
@@ -213,3 +216,26 @@ def test_measuring(tmp_path: Path) -> None:
     slow = [file._replace(mtime_ns=file.mtime_ns + n * 500_000_000) for n, file in enumerate(part.files)]
     slower = dataclasses.replace(checkpoints[0], parts=(dataclasses.replace(part, files=tuple(slow)),))
     assert measured_save_s([slower, checkpoints[1]]) == pytest.approx(0.5 * (len(slow) - 1))
+
+
+@pytest.mark.parametrize(
+    ("saver", "save_s", "severity", "text"),
+    [
+        ({"freq_epochs": 1}, 20.0, "ok", "would waste the least"),
+        ({"freq_epochs": 100}, 20.0, "warn", "as it is set now"),
+        ({}, 20.0, "ok", "would waste the least"),
+        ({"freq_epochs": 1}, None, "", ""),
+    ],
+)
+def test_the_doctor_advises(tmp_path: Path, saver: dict[str, Any], save_s: float | None, severity: str, text: str) -> None:
+    run = trees.make_run(tmp_path, steps=[46, 93, 140])
+    for step in (46, 93, 140) if save_s is not None else ():
+        path = trees.checkpoint(run, step) / "config.json"
+        os.utime(path, (path.stat().st_mtime - save_s, path.stat().st_mtime - save_s))
+    found = examine(run_ref(str(run)), config=RunConfig("run.yaml", {"saver": saver}))
+    (mine,) = [one for one in found if one.check == "interval"] or [None]
+    assert (mine.severity.value if mine else "") == severity
+    if mine is not None:
+        assert text in mine.found
+        assert "a save takes 20.0 s or more, failures are 12.0 h apart (assumed)" in mine.found
+        assert (mine.severity.value == "warn") == mine.remedy.startswith("Write recover.freq_steps: ")

@@ -168,3 +168,13 @@ def test_setup_says_that_training_may_start(run: Path, cli: Cli) -> None:
     assert result.code == 0, result.err
     assert "the record of its trip at step 196 is cleared" in result.out
     assert halt.read(side_of(run)) is None
+
+
+def test_suspect_ones_are_passed_over_too(run: Path, cli: Cli) -> None:
+    breaker = CircuitBreaker(run)
+    for step in range(190):  # the machine went away after three zeros: nothing tripped
+        breaker.observe({REWARD: 0.75 if step < 187 else 0.0}, step)
+    chosen = cli("setup", "--run", run, "--dry-run", "--json").json
+    assert chosen["checkpoint"]["step"] == 140
+    assert all("health suspect" in skipped["reasons"][0] for skipped in chosen["skipped"])
+    assert "suspect  step 187:" in cli("status", "--run", run).out

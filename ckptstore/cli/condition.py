@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import click
 
-from ckptstore.health import Health, Verdict
+from ckptstore.health import Health, Verdict, ledger_of, of
+from ckptstore.model import Checkpoint
 
 COLOURS = {Health.GOOD: "green", Health.UNKNOWN: "bright_black", Health.SUSPECT: "yellow", Health.BAD: "red"}
 MARKS = {Health.GOOD: "♥", Health.UNKNOWN: "·", Health.SUSPECT: "?", Health.BAD: "✗"}
-TITLES = ("reward", "health")
 
 
-def cells(verdict: Verdict) -> tuple[str, str]:
-    """The cells under TITLES."""
-    return metric(verdict.value), health(verdict.health)
+class Shown(NamedTuple):
+    """One verdict in each way of showing it."""
+
+    cells: tuple[str, str]  #: the metric's value, and the health
+    text: str
+    json: dict[str, Any]
+
+
+def of_all(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, Shown]:
+    """The verdicts on checkpoints of a run, by their identity."""
+    ledger = ledger_of(run)
+    shown = {}
+    for checkpoint in checkpoints:
+        verdict = of(checkpoint, ledger)
+        text = f"health {verdict.health}: {verdict.why}"
+        shown[id(checkpoint)] = Shown((metric(verdict.value), health(verdict.health)), text, verdict_json(verdict))
+    return shown
 
 
 def metric(value: float | None) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from ckptstore import halt, health
-from ckptstore.cli import condition
+from ckptstore import halt, places
 from ckptstore.cli.common import (
     JSON,
     OVERRIDES,
@@ -43,7 +43,6 @@ from ckptstore.errors import NothingToResumeError, UsageError
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.saving import describe, settings
-from ckptstore.ledger import Ledger, side_of
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
 from ckptstore.model import Checkpoint
@@ -53,6 +52,12 @@ _LEFT = frozenset({"parts", "holds", "format", "health", "status"})
 #: What a narrow terminal does without, in this order; a pipe gets everything.
 _DISPENSABLE = ("parts", "files", "format")
 _MANY = 8
+NO_VERDICT = {"health": "unknown", "health_why": "no metrics are recorded", "metric": "", "value": None}
+
+if TYPE_CHECKING:
+    from ckptstore.cli.condition import Shown
+
+    Verdicts = Mapping[int, Shown]
 
 
 @click.command("list", cls=Verb, short_help="What is there, and what of it is whole.")
@@ -87,7 +92,7 @@ def command(
     step = from_log_step(log_step) if log_step is not None else None
     located, backend = open_run(where, as_json=as_json)
     listing = scan(backend)
-    ledger = health.ledger_of(located.run.path)
+    verdicts = _verdicts(located.run.path, [*listing.checkpoints, *listing.adopted, *([listing.slot] if listing.slot else [])])
     shown = [
         checkpoint
         for checkpoint in sorted([*listing.checkpoints, *listing.adopted], key=lambda one: (one.step, one.kind == "adopted"))
@@ -105,21 +110,30 @@ def command(
                 hint=f"`ckptstore list` shows all. {gap(located, listing, bound)}".rstrip(),
             )
     if as_json:
-        _print_json(located, listing, shown, ledger)
+        _print_json(located, listing, shown, verdicts)
         return
     note_other_at_work(located)
     if not recover_info:
-        _print_table(located, listing, shown, _within(before_step, max_step, step), bound, ledger)
+        _print_table(located, listing, shown, _within(before_step, max_step, step), bound, verdicts)
     echo()
-    _print_slot(listing, ledger)
+    _print_slot(listing, verdicts)
     _print_info(listing.recover_info, full=recover_info)
-    if (trip := halt.read(side_of(located.run.path))) is not None:
+    if (trip := halt.read(places.side_of(located.run.path))) is not None:
         field("breaker", f"TRIPPED at step {trip.step}: training does not start until setup (see `ckptstore status`)")
     if not recover_info:
         _print_config(located)
         for text in listing.notes:
             note(text)
         _print_end(shown, before_step, max_step)
+
+
+def _verdicts(run: str, checkpoints: Sequence[Checkpoint]) -> Verdicts:
+    """What is known of each checkpoint's health, by its identity; nothing where no metrics were recorded."""
+    if not places.has_ledger(run):
+        return {}
+    from ckptstore.cli import condition  # 20 ms, and most runs have no ledger
+
+    return condition.of_all(run, checkpoints)
 
 
 def _within(before_step: int | None, max_step: int | None, step: int | None) -> str:
@@ -130,9 +144,10 @@ def _within(before_step: int | None, max_step: int | None, step: int | None) -> 
     return f" up to step {max_step}, {max_step} included" if max_step is not None else ""
 
 
-def _print_json(located: Located, listing: Listing, shown: list[Checkpoint], ledger: Ledger) -> None:
+def _print_json(located: Located, listing: Listing, shown: list[Checkpoint], verdicts: Verdicts) -> None:
     def described(checkpoint: Checkpoint) -> dict[str, object]:
-        return checkpoint_json(checkpoint) | condition.verdict_json(health.of(checkpoint, ledger))
+        found = verdicts[id(checkpoint)].json if verdicts else NO_VERDICT
+        return checkpoint_json(checkpoint) | found
 
     config = located.config or logged_config(located.run)
     print_json(
@@ -148,7 +163,7 @@ def _print_json(located: Located, listing: Listing, shown: list[Checkpoint], led
 
 
 def _print_table(
-    located: Located, listing: Listing, shown: list[Checkpoint], within: str, bound: int | None, ledger: Ledger
+    located: Located, listing: Listing, shown: list[Checkpoint], within: str, bound: int | None, verdicts: Verdicts
 ) -> None:
     if within and shown:
         echo(f"checkpoints{within}")
@@ -166,10 +181,10 @@ def _print_table(
     now_s = time.time()
     titles: tuple[str, ...] = TITLES
     rows = [_row(checkpoint, now_s) for checkpoint in shown]
-    if ledger:
-        titles = (*titles[:-1], *condition.TITLES, titles[-1])
-        verdicts = [health.of(checkpoint, ledger) for checkpoint in shown]
-        rows = [(*row[:-1], *condition.cells(verdict), row[-1]) for row, verdict in zip(rows, verdicts, strict=True)]
+    if verdicts:
+        titles = (*titles[:-1], "reward", "health", titles[-1])
+        cells = [verdicts[id(checkpoint)].cells for checkpoint in shown]
+        rows = [(*row[:-1], *more, row[-1]) for row, more in zip(rows, cells, strict=True)]
     echo("\n".join(_fitting(titles, rows)))
     _print_damage(shown)
     notes = [
@@ -225,7 +240,7 @@ def _print_damage(shown: list[Checkpoint]) -> None:
         findings(checkpoint.findings, limit=2, more=f" (`ckptstore show {checkpoint.step}`)")
 
 
-def _print_slot(listing: Listing, ledger: Ledger) -> None:
+def _print_slot(listing: Listing, verdicts: Verdicts) -> None:
     slot = listing.slot
     if slot is None:
         field("slot", "empty: nothing that AReaL could resume from")
@@ -236,9 +251,8 @@ def _print_slot(listing: Listing, ledger: Ledger) -> None:
         f"{step}, {slot.format}: {', '.join(slot.holds) or 'nothing known'}; {slot.file_count} files, "
         f"{size(slot.size_bytes)}, {age(slot.age_s())} old, {slot.status}",
     )
-    if ledger and slot.step >= 0:
-        verdict = health.of(slot, ledger)
-        field("", f"health {verdict.health}: {verdict.why}")
+    if verdicts and slot.step >= 0:
+        field("", verdicts[id(slot)].text)
     findings(slot.findings)
     for text in slot.notes:
         item("·", text)
