@@ -153,8 +153,8 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
         side_folders.sync_folder(current.side)
     except OSError as error:
         raise from_os_error(error, doing="syncing", path=stage.path) from error
-    if options.new_trial:
-        place_trial(current, stage, trial_folder(current.listing, options))
+
+    def outcome(old_slot: str = "") -> Outcome:
         return Outcome(
             plan=current,
             medium=medium,
@@ -162,8 +162,13 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
             reused_bytes=reused,
             seconds=time.monotonic() - started,
             strategies=strategies,
+            old_slot=old_slot,
             manifest_sha256=pins,
         )
+
+    if options.new_trial:
+        place_trial(current, stage, trial_folder(current.listing, options))
+        return outcome()
     tell("replacing the slot", current.needed_bytes, current.needed_bytes)
     moves, aside = commit.plan_moves(current.side, stage.path, dict(current.slots) if current.transfers else {})
     for move in moves:
@@ -178,16 +183,7 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
     commit.publish(current.side, commit.Journal("setup", checkpoint.step, medium.method, moves, created_at=commit.now()))
     _discard_redundant(backend, current, keep=aside)
     kept = os.path.join(current.side, aside)
-    return Outcome(
-        plan=current,
-        medium=medium,
-        copied_bytes=copied,
-        reused_bytes=reused,
-        seconds=time.monotonic() - started,
-        strategies=strategies,
-        old_slot=kept if os.path.isdir(kept) else "",
-        manifest_sha256=pins,
-    )
+    return outcome(kept if os.path.isdir(kept) else "")
 
 
 def _cannot_be_read(backend: Backend, checkpoint: Checkpoint) -> str:
