@@ -13,7 +13,7 @@
 namespace ckptstore {
 namespace {
 
-constexpr std::uint64_t kDefaultBlockBytes = 2 << 20;
+constexpr std::uint64_t kDefaultBlockBytes = 8 << 20;
 constexpr std::uint64_t kSmallFileBytes = 1 << 20;  // up to here O_DIRECT costs more than it saves
 constexpr std::size_t kFilesWorthASystemSync =
     32;  // from here one syncfs is cheaper than a sync each
