@@ -46,7 +46,14 @@ def digest_files(
     progress: _Progress | None,
 ) -> list[_Digest | _Failure]: ...
 def scan_tree(
-    root: bytes, *, max_depth: int, threads: int, folder_type: type[_Folder], entry_type: type
+    root: bytes,
+    *,
+    max_depth: int,
+    wanted: bytes,
+    wanted_bytes: int,
+    threads: int,
+    folder_type: type[_Folder],
+    entry_type: type,
 ) -> dict[str, _Folder]: ...
 def crc64(data: Buffer, value: int, implementation: str) -> int: ...
 def crc64_combine(a: int, b: int, b_bytes: int) -> int: ...

@@ -146,7 +146,7 @@ def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folde
     notes: list[str] = []
     status = worst([Status.COMPLETE, *(finding.status for finding in findings)])
     if ours is not None:
-        status = _judge_manifest(backend, folder, files, findings, notes)
+        status = _judge_manifest(backend, folder, folders[folder].content, files, findings, notes)
     return Part(
         name=name,
         path=f"{backend.location}/{folder}" if folder else backend.location,
@@ -160,10 +160,14 @@ def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folde
     )
 
 
-def _judge_manifest(backend: Backend, folder: str, files: list[FileInfo], findings: list[Finding], notes: list[str]) -> Status:
-    """The status of a part that has a manifest; adds to `findings` and `notes`."""
+def _judge_manifest(
+    backend: Backend, folder: str, data: bytes | None, files: list[FileInfo], findings: list[Finding], notes: list[str]
+) -> Status:
+    """The status of a part that has a manifest (`data`, if it came with the listing); adds to `findings` and `notes`."""
     try:
-        data = backend.get(f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME, length_bytes=manifests.MAX_BYTES + 1)
+        if data is None:
+            key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
+            data = backend.get(key, length_bytes=manifests.MAX_BYTES + 1)
         if not findings and manifests.vouches_for(data, files):
             return Status.COMMITTED
         seen = manifests.parse(data).inspect(files)
@@ -324,7 +328,9 @@ def _newest(run: layout.RunTree) -> tuple[str, int]:
         # What is older than our manifest in a slot or a recover_info is ours; what is newer, the trainer has saved since.
         written = path.rpartition("/")[2] in (layout.SLOT, layout.RECOVER_INFO)
         ours_ns = max((entry.mtime_ns for entry in folder.entries if entry.name == MANIFEST_NAME), default=0) if written else 0
+        at_least_ns = max(newest[0], ours_ns)
         for entry in folder.entries:
-            if entry.mtime_ns > max(newest[0], ours_ns) and entry.name != MANIFEST_NAME and stat.S_ISREG(entry.mode):
-                newest = (entry.mtime_ns, f"{path}/{entry.name}" if path else entry.name)
+            if entry.mtime_ns > at_least_ns and entry.name != MANIFEST_NAME and stat.S_ISREG(entry.mode):
+                at_least_ns = entry.mtime_ns
+                newest = (at_least_ns, f"{path}/{entry.name}" if path else entry.name)
     return newest[1], newest[0]

@@ -117,7 +117,7 @@ def _at_run(path: str, config: RunConfig | None) -> Located:
         facts = [] if near else [f"{parent} holds {_some(_names(parent))}" if os.path.isdir(parent) else f"nor is {parent}"]
         raise NoRunError(f"--run {path}: there is no such folder", facts=facts, hint=hint)
     run = run_ref(path)
-    tree = sort_out(scan_tree(path, max_depth=2))
+    tree = sort_out(scan_tree(path, max_depth=1))
     if not (tree.exports or tree.slots or tree.recover_info):
         _refuse_other_folder(path)
     return Located(run, "given by --run", config, tuple(_warnings(run.fileroot or path, "", config, run)))
@@ -145,7 +145,7 @@ def _refuse_other_folder(path: str) -> None:
 
 def _is_run(path: str) -> bool:
     try:
-        tree = sort_out(scan_tree(path, max_depth=2))
+        tree = sort_out(scan_tree(path, max_depth=1))
     except OSError:
         return False
     return bool(tree.exports or tree.slots)

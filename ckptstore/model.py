@@ -36,7 +36,8 @@ _WORST_LAST = tuple(Status)
 
 def worst(statuses: Iterable[Status]) -> Status:
     """The worst of `statuses`; PARTIAL for none, since a checkpoint without parts is unfinished."""
-    return max(statuses, key=_WORST_LAST.index, default=Status.PARTIAL)
+    statuses = list(statuses)
+    return statuses[0] if len(statuses) == 1 else max(statuses, key=_WORST_LAST.index, default=Status.PARTIAL)
 
 
 class Level(StrEnum):
@@ -123,8 +124,8 @@ class Checkpoint:
     @property
     def holds(self) -> tuple[str, ...]:
         """What every part holds, in the order of the first part."""
-        if not self.parts:
-            return ()
+        if len(self.parts) < 2:
+            return self.parts[0].holds if self.parts else ()
         common = set.intersection(*(set(part.holds) for part in self.parts))
         return tuple(item for item in self.parts[0].holds if item in common)
 

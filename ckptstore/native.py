@@ -103,10 +103,14 @@ class Entry(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """What a folder holds, in no order. `error`: the errno if it could not be read (entirely), else 0."""
+    """What a folder holds, in no order. `error`: the errno if it could not be read (entirely), else 0.
+
+    `content`: of the file that scan_tree was asked to read, where it is there, not large, and could be read.
+    """
 
     error: int
     entries: list[Entry]
+    content: bytes | None = None
 
 
 def copy_files(
@@ -225,14 +229,25 @@ def digest_files(
     }
 
 
-def scan_tree(root: Path, *, max_depth: int = 4, threads: int = 0) -> dict[str, Folder]:
+def scan_tree(
+    root: Path, *, max_depth: int = 4, wanted: str = "", wanted_bytes: int = 1 << 16, threads: int = 0
+) -> dict[str, Folder]:
     """List `root` and the folders below it, `max_depth` levels down (0: the root alone), with what lstat says.
 
     Keys are paths relative to the root, "" for the root itself. Links are listed and never followed; a folder that cannot
-    be read has its errno. Names that vanish meanwhile are left out. Raises NotFoundError or AccessError for the root.
+    be read has its errno. Names that vanish meanwhile are left out. A regular file named `wanted`, up to `wanted_bytes`,
+    is read on the way. Raises NotFoundError or AccessError for the root.
     """
     try:
-        return _native.scan_tree(os.fsencode(root), max_depth=max_depth, threads=threads, folder_type=Folder, entry_type=Entry)
+        return _native.scan_tree(
+            os.fsencode(root),
+            max_depth=max_depth,
+            wanted=os.fsencode(wanted),
+            wanted_bytes=wanted_bytes,
+            threads=threads,
+            folder_type=Folder,
+            entry_type=Entry,
+        )
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
 

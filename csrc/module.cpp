@@ -195,13 +195,14 @@ class CollectorPaused {
   bool was_enabled_;
 };
 
-py::dict scan_binding(const std::string& root, int max_depth, unsigned threads,
-                      const py::type& folder_type, const py::type& entry_type) {
+py::dict scan_binding(const std::string& root, int max_depth, const std::string& wanted,
+                      std::uint64_t wanted_bytes, unsigned threads, const py::type& folder_type,
+                      const py::type& entry_type) {
   const Waker waker{py::none()};
   std::vector<Folder> folders;
   {
     const py::gil_scoped_release released;
-    folders = scan_tree(root, max_depth, threads, [&] { waker(0, 0); });
+    folders = scan_tree(root, max_depth, {wanted, wanted_bytes}, threads, [&] { waker(0, 0); });
   }
   const CollectorPaused paused;
   auto* const type = reinterpret_cast<PyTypeObject*>(entry_type.ptr());
@@ -212,7 +213,8 @@ py::dict scan_binding(const std::string& root, int max_depth, unsigned threads,
       PyList_SET_ITEM(entries.ptr(), static_cast<Py_ssize_t>(i),
                       entry_to_python(type, folder.entries[i]).release().ptr());
     }
-    result[text(folder.path)] = folder_type(folder.error, entries);
+    const py::object content = folder.content ? py::object(py::bytes(*folder.content)) : py::none();
+    result[text(folder.path)] = folder_type(folder.error, entries, content);
   }
   return result;
 }
@@ -255,7 +257,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("nice"),
              py::arg("progress"));
   module.def("scan_tree", scan_binding, py::arg("root"), py::kw_only(), py::arg("max_depth"),
-             py::arg("threads"), py::arg("folder_type"), py::arg("entry_type"));
+             py::arg("wanted"), py::arg("wanted_bytes"), py::arg("threads"), py::arg("folder_type"),
+             py::arg("entry_type"));
   module.def("crc64", crc64_binding, py::arg("data"), py::arg("value"), py::arg("implementation"));
   module.def("crc64_combine", crc64_combine, py::arg("a"), py::arg("b"), py::arg("b_bytes"));
   module.def("implementations", [] {

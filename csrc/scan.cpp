@@ -71,8 +71,11 @@ class Frontier {
 
 class Scanner {
  public:
-  Scanner(const std::string& root, int max_depth)
-      : root_(open_folder(root)), max_depth_(max_depth), frontier_(Pending{"", 0}) {}
+  Scanner(const std::string& root, int max_depth, const Wanted& wanted)
+      : root_(open_folder(root)),
+        max_depth_(max_depth),
+        wanted_(wanted),
+        frontier_(Pending{"", 0}) {}
 
   std::vector<Folder> run(unsigned threads, const std::function<void()>& tick) {
     const auto guarded = [&] {
@@ -107,7 +110,7 @@ class Scanner {
   }
 
   Folder read_folder(const Pending& folder, std::vector<Pending>& found) {
-    Folder result{folder.path, 0, {}};
+    Folder result{folder.path, 0, {}, {}};
     UniqueFd fd;
     try {
       fd = open_beneath(root_.get(), folder.path.empty() ? "." : folder.path,
@@ -139,6 +142,7 @@ class Scanner {
             {name, static_cast<std::uint64_t>(status.st_size),
              std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec,
              status.st_ino, status.st_mode, status.st_uid});
+        if (S_ISREG(status.st_mode) && name == wanted_.name) result.content = read_file(fd, status);
         if (S_ISDIR(status.st_mode) && folder.depth < max_depth_) {
           found.push_back({folder.path.empty() ? std::string(name) : folder.path + "/" + name,
                            folder.depth + 1});
@@ -148,8 +152,27 @@ class Scanner {
     return result;
   }
 
+  std::optional<std::string> read_file(const UniqueFd& folder, const struct stat& seen) const {
+    const auto bytes = static_cast<std::uint64_t>(seen.st_size);
+    if (bytes > wanted_.most_bytes) return std::nullopt;
+    try {
+      const UniqueFd fd =
+          open_beneath(folder.get(), wanted_.name, O_RDONLY | O_NONBLOCK, 0, wanted_.name);
+      struct stat status{};
+      if (::fstat(fd.get(), &status) < 0 || status.st_ino != seen.st_ino) return std::nullopt;
+      std::string content(bytes, '\0');
+      content.resize(read_at(fd.get(), content.data(), bytes, 0, wanted_.name));
+      return content;
+    } catch (const IoError&) {
+      return std::nullopt;
+    } catch (const Refused&) {
+      return std::nullopt;
+    }
+  }
+
   const UniqueFd root_;
   const int max_depth_;
+  const Wanted wanted_;
   Frontier frontier_;
   std::atomic<bool> cancelled_{false};
   std::mutex mutex_;
@@ -158,9 +181,9 @@ class Scanner {
 
 }  // namespace
 
-std::vector<Folder> scan_tree(const std::string& root, int max_depth, unsigned threads,
-                              const std::function<void()>& tick) {
-  return Scanner(root, max_depth).run(threads != 0 ? threads : default_threads(), tick);
+std::vector<Folder> scan_tree(const std::string& root, int max_depth, const Wanted& wanted,
+                              unsigned threads, const std::function<void()>& tick) {
+  return Scanner(root, max_depth, wanted).run(threads != 0 ? threads : default_threads(), tick);
 }
 
 }  // namespace ckptstore

@@ -613,7 +613,8 @@ def test_files_that_vanish_while_listing(run, monkeypatch):
     def tree(*args, **kwargs):
         found = whole_tree(*args, **kwargs)
         (trees.checkpoint(run, 187) / MANIFEST_NAME).unlink()
-        return found
+        # As from a medium that lists without contents, or for a manifest too large to be read on the way.
+        return {path: folder._replace(content=None) for path, folder in found.items()}
 
     monkeypatch.setattr(backend, "tree", tree)
     (checkpoint,) = scan(backend).at_step(187)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -407,3 +408,31 @@ def test_what_differs_is_damage_or_a_later_save(change, void, status):
 def test_our_own_manifest_is_no_file_of_the_checkpoint():
     inspection = EXAMPLE.inspect([*infos(), FileInfo(MANIFEST_NAME, 9, 9, 9)])
     assert not inspection.void
+
+
+# --- the short way of vouches_for() agrees with the parser ----------------------------------------------------------
+
+PLAIN = Manifest(
+    7, 0, 6, "default", "seal", (FileEntry("a.bin", 4, 10, 1, 5, (5,)), FileEntry("b/c", 0, 11, 2, 0, ())), chunk_bytes=1 << 23
+)
+
+
+def test_the_short_way_is_taken_for_what_we_write():
+    assert manifests._canonical_inventory(PLAIN.to_bytes()) == {"a.bin": (4, 10), "b/c": (0, 11)}
+    assert vouches_for(PLAIN.to_bytes(), [FileInfo("a.bin", 4, 10, 9), FileInfo("b/c", 0, 11, 9)])
+    assert not vouches_for(PLAIN.to_bytes(), [FileInfo("a.bin", 4, 10, 9), FileInfo("b/c", 1, 11, 9)])
+    assert not vouches_for(PLAIN.to_bytes(), [FileInfo("a.bin", 4, 10, 9)])
+
+
+@given(at=st.integers(0, 10_000), new=st.binary(max_size=3), cut=st.integers(0, 3))
+def test_the_short_way_sees_what_the_parser_sees(at, new, cut):
+    """Any edit of a manifest: what the regular expressions take for whole is JSON, and says to a parser the same inventory."""
+    data = PLAIN.to_bytes()
+    at %= len(data)
+    changed = data[:at] + new + data[at + cut :]
+    inventory = manifests._canonical_inventory(changed)
+    if inventory is None or not vouches_for(changed, infos(PLAIN)):
+        return
+    with contextlib.suppress(ManifestError):  # what only parse() looks at: digests that don't belong to the size, say
+        assert {file.path: (file.size_bytes, file.mtime_ns) for file in parse(changed).files} == inventory
+    assert isinstance(json.loads(changed), dict)

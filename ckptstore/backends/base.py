@@ -27,5 +27,6 @@ class Backend(ABC):
     def tree(self, prefix: str = "", *, max_depth: int = 4) -> dict[str, Folder]:
         """All folders at or below `prefix` ("" first, paths relative to it) with their entries, links not followed.
 
+        Where the medium gives it with the listing, a folder comes with the `content` of its MANIFEST_NAME.
         A folder that cannot be read is there with its errno and no entries. A missing `prefix` is NotFoundError.
         """

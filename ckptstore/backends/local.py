@@ -10,6 +10,7 @@ from pathlib import Path
 from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import StorageError, from_os_error
+from ckptstore.model import MANIFEST_NAME
 
 
 class LocalBackend(Backend):
@@ -45,7 +46,7 @@ class LocalBackend(Backend):
     def tree(self, prefix: str = "", *, max_depth: int = 4) -> dict[str, native.Folder]:
         """See Backend.tree."""
         path = os.path.join(self.location, prefix) if prefix else self.location
-        return native.scan_tree(path, max_depth=max_depth)
+        return native.scan_tree(path, max_depth=max_depth, wanted=MANIFEST_NAME)
 
 
 def open_beneath(root: str, key: str) -> int:

@@ -172,3 +172,20 @@ def test_supports_direct(tmp_path):
     assert os.listdir(tmp_path) == []
     with pytest.raises(FileNotFoundError):
         native.supports_direct(tmp_path / "nowhere")
+
+
+def test_reads_the_wanted_file_on_the_way(tree):
+    """Its content where it is a regular file of that name within the cap; everything else is left to who opens it by path."""
+    for name, content in (("a1/note", b"one\0"), ("a2/note", b""), ("a3/note", b"x" * 101), ("a4/b1/note", b"y" * 100)):
+        (tree / name).write_bytes(content)
+    (tree / "a5" / "note").symlink_to(tree / "a1" / "note")
+    (tree / "a6" / "note").mkdir()
+    os.mkfifo(tree / "a7" / "note")
+    (tree / "a8" / "note2").write_bytes(b"no")
+    found = native.scan_tree(tree, wanted="note", wanted_bytes=100)
+    assert {path: folder.content for path, folder in found.items() if folder.content is not None} == {
+        "a1": b"one\0",
+        "a2": b"",
+        "a4/b1": b"y" * 100,
+    }
+    assert all(folder.content is None for folder in native.scan_tree(tree).values())

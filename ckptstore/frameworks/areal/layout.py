@@ -160,18 +160,18 @@ def files_of(folders: Mapping[str, Folder], path: str) -> tuple[list[FileInfo], 
             continue
         if folder.error:
             findings.append(Finding(inside, f"cannot be read ({os.strerror(folder.error)})", Status.PARTIAL))
-        for entry in folder.entries:
-            name = f"{inside}/{entry.name}" if inside else entry.name
-            mode = entry.mode
-            if entry.name.startswith(DRAFT_PREFIX):
+        for name, size_bytes, mtime_ns, inode, mode, _ in folder.entries:  # unpacked: this runs 100,000 times
+            if name.startswith(DRAFT_PREFIX):
                 continue
+            if inside:
+                name = f"{inside}/{name}"
             if stat.S_ISREG(mode):
-                files.append(FileInfo(name, entry.size_bytes, entry.mtime_ns, entry.inode))
+                files.append(FileInfo(name, size_bytes, mtime_ns, inode))
             elif stat.S_ISDIR(mode):
                 pending.append(name)
             else:
                 kind = "symlink" if stat.S_ISLNK(mode) else "other"
-                files.append(FileInfo(name, 0, entry.mtime_ns, entry.inode, kind))
+                files.append(FileInfo(name, 0, mtime_ns, inode, kind))
     files.sort()
     return files, findings
 
