@@ -10,7 +10,8 @@ inside the trial, where AReaL takes every folder for a model. The steps (docs/de
     5  publish     first a recover_info that AReaL refuses loudly, then every slot, last the real recover_info, so that
                    no mixture of steps is ever resumed from. Each by RENAME_EXCHANGE of the staged folder and the slot;
                    where the file system cannot, the old slot is renamed aside and the new one in: between the two the
-                   slot is missing, and the journal says where both are
+                   slot is missing, and the journal says where both are. recover_info is then replaced file by file
+                   (inplace.py), for it must never be missing
     6  sync        the slot's parent and the stage
     7  set aside   the old slot to side/old-<time>-<random>/{part}/ (`setup --undo` swaps it back)
     8  journal away, side fsynced
@@ -31,11 +32,11 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from ckptstore import native
+from ckptstore import inplace, native
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, CommitUncertain, ManifestError, NotCommitted, NotFoundError, RefusedError
-from ckptstore.frameworks.areal.layout import files_of
+from ckptstore.frameworks.areal.layout import RECOVER_INFO, files_of
 from ckptstore.lock import RunLock, busy
 from ckptstore.manifest import MAX_BYTES, check_name
 from ckptstore.manifest import parse as parse_manifest
@@ -67,7 +68,12 @@ class Journal:
 
 
 def identity(folder: str) -> str:
-    """What lies in `folder`, told by content: our commit id, else names, sizes and times. Empty without a folder or files."""
+    """What lies in `folder`, told by content: our commit id, else names, sizes and times. Empty without a folder or files.
+
+    A recover_info that we block with is BLOCKED, whatever lies beside its deciding file.
+    """
+    if inplace.is_blocked(folder):
+        return inplace.BLOCKED
     backend = LocalBackend(folder)
     try:
         tree = backend.tree(max_depth=8)
@@ -271,7 +277,7 @@ def _take_back(side: str, journal: Journal) -> None:
     """
     try:
         for move in reversed(journal.moves):
-            _take_back_one(side, move)
+            _take_back_one(side, move, journal.method)
             _sync_around(side, move)
         for move in journal.moves:
             # A slot that the trainer has made anew: what was in it before lies in the stage, which the next setup reuses.
@@ -290,8 +296,21 @@ def _take_back(side: str, journal: Journal) -> None:
         ) from error
 
 
-def _take_back_one(side: str, move: Move) -> None:
+def _in_place(move: Move, method: str) -> bool:
+    return method == "rename" and os.path.basename(move.slot) == RECOVER_INFO
+
+
+def _take_back_one(side: str, move: Move, method: str) -> None:
     slot, staged, aside = _at(side, move.slot), _at(side, move.staged), _at(side, move.aside)
+    if _in_place(move, method) and move.old and move.new and identity(slot) == move.new:
+        if move.old == inplace.BLOCKED:
+            inplace.block(side, slot)
+        elif identity(aside) != move.old:
+            raise CkptStoreError(f"the recover_info that {slot} held before is not in {aside}")
+        else:
+            inplace.fill(side, slot, aside)
+            side_folders.remove_tree(aside)
+        return
     if move.new and identity(slot) == move.new:
         if os.path.lexists(staged):
             native.rename_exchange(staged, slot)
@@ -343,6 +362,14 @@ def _publish_one(side: str, move: Move, method: str) -> None:
     elif not there:
         side_folders.remove_empty(slot)  # AReaL's helpers leave such
         side_folders.rename_in(staged, slot)
+    elif _in_place(move, method):
+        if move.new == inplace.BLOCKED:
+            _make_parents(side, aside)
+            if not os.path.lexists(aside):
+                inplace.keep(side, slot, aside)
+            inplace.block(side, slot)
+        else:
+            inplace.fill(side, slot, staged)
     else:
         _make_parents(side, aside)
         os.rename(slot, aside)
@@ -372,10 +399,10 @@ def _make_parents(side: str, path: str) -> None:
 
 
 def _sync_around(side: str, move: Move) -> None:
-    """Step 6: both names of a move."""
-    for path in (_at(side, move.slot), _at(side, move.staged)):
-        if os.path.isdir(os.path.dirname(path)):
-            side_folders.sync_folder(os.path.dirname(path))
+    """Step 6: both names of a move, and what was renamed inside of the slot."""
+    for folder in (_at(side, move.slot), os.path.dirname(_at(side, move.slot)), os.path.dirname(_at(side, move.staged))):
+        if os.path.isdir(folder):
+            side_folders.sync_folder(folder)
 
 
 def _set_aside(side: str, move: Move) -> None:
@@ -383,8 +410,11 @@ def _set_aside(side: str, move: Move) -> None:
     staged, aside = _at(side, move.staged), _at(side, move.aside)
     if staged == aside or not os.path.isdir(staged):
         return
-    if not identity(staged):
+    if not (there := identity(staged)):
         side_folders.remove_empty(staged)
+        return
+    if there == move.new and os.path.basename(move.slot) == RECOVER_INFO:  # the slot has a copy of it
+        side_folders.remove_tree(staged)
         return
     _make_parents(side, aside)
     side_folders.rename_in(staged, aside)

@@ -61,7 +61,7 @@ class Medium:
         if not self.exchange:
             return (
                 "durable; but this file system cannot exchange two folders: a crash in the instant between two renames leaves "
-                "none until the next ckptstore command, and AReaL would start from step 0 (--new-trial has no such instant)"
+                "no slot until the next ckptstore command, and AReaL refuses to resume (--new-trial has no such instant)"
             )
         return "durable: files, folders and renames were synced"
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("frameworks", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe"),
     ("places",),
-    ("damage", "ledger", "halt", "pins"),
+    ("damage", "ledger", "halt", "pins", "inplace"),
     ("listing", "health", "importing"),
     ("verify", "seal", "commit", "running"),
     ("choose",),

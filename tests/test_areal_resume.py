@@ -439,14 +439,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
     return Killer(monkeypatch)
 
 
-#: Without an exchange recover_info is renamed aside before the other one is renamed in: in between there is none at all, and
-#: AReaL starts fresh without a word.
-NO_EXCHANGE = pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="recover_info is missing for a moment without exchange"
-)
-
-
-@pytest.fixture(params=["exchange", pytest.param("rename", marks=NO_EXCHANGE)])
+@pytest.fixture(params=["exchange", "rename"])
 def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How slots are replaced: by what the file system offers, or as on one that has no exchange."""
     if request.param == "rename":

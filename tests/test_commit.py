@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import commit, native, recovery
+from ckptstore import commit, inplace, native, recovery
 from ckptstore import side as side_folders
 from ckptstore.backends import LocalBackend
 from ckptstore.choose import Selection
-from ckptstore.commit import Journal, Move
+from ckptstore.commit import Journal, Move, identity
 from ckptstore.errors import (
     BusyError,
     CkptStoreError,
@@ -646,3 +646,65 @@ def test_identity_with_garbage_for_a_manifest(tmp_path, content):
     (tmp_path / "a/ckptstore.manifest.json").unlink()
     (tmp_path / "a/ckptstore.manifest.json").symlink_to("config.json")
     assert commit.identity(str(tmp_path / "a")).startswith("files:")
+
+
+# --- recover_info where folders cannot be exchanged ----------------------------------------------------------------
+
+
+class TestInPlace:
+    """inplace.py: whatever is in the folder meanwhile, its deciding file is the one that AReaL refuses."""
+
+    def folders(self, tmp_path):
+        side, folder, source = (tmp_path / name for name in ("side", "recover_info", "new"))
+        for path in (side, folder, source):
+            path.mkdir()
+        (folder / inplace.DECIDING).write_text('{"old": 1}')
+        (folder / "step_info.json").write_text("old")
+        (folder / "odd").mkdir()
+        (folder / "odd" / "file").write_text("old")
+        (source / inplace.DECIDING).write_text('{"new": 1}')
+        (source / "step_info.json").write_text("new")
+        (source / "more.json").write_text("new")
+        (source / "more.json").chmod(0o640)
+        os.utime(source / "more.json", ns=(5, 7_000_000_001))
+        return str(side), str(folder), str(source)
+
+    def test_block_and_fill(self, tmp_path):
+        side, folder, source = self.folders(tmp_path)
+        before, after = identity(folder), identity(source)
+        inplace.keep(side, folder, os.path.join(side, "kept"))
+        assert identity(os.path.join(side, "kept")) == before
+        inplace.block(side, folder)
+        assert inplace.is_blocked(folder)
+        assert identity(folder) == inplace.BLOCKED
+        assert (tmp_path / "recover_info/step_info.json").read_text() == "old"
+        inplace.fill(side, folder, source)
+        assert identity(folder) == after
+        assert sorted(os.listdir(folder)) == sorted(os.listdir(source))
+        copied = os.stat(os.path.join(folder, "more.json"))
+        assert (copied.st_mode & 0o777, copied.st_mtime_ns) == (0o640, 7_000_000_001)
+        assert sorted(os.listdir(side)) == ["kept"]
+
+    def test_fill_goes_on_where_it_was_killed(self, tmp_path, monkeypatch):
+        side, folder, source = self.folders(tmp_path)
+        inplace.block(side, folder)
+        rename = os.rename
+        for allowed in range(10):
+            left = [allowed]
+
+            def counted(*names, left=left):
+                if not left[0]:
+                    raise OSError(errno.EIO, "killed here")
+                left[0] -= 1
+                rename(*names)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "rename", counted)
+                try:
+                    inplace.fill(side, folder, source)
+                except OSError:
+                    assert inplace.is_blocked(folder), allowed
+                else:
+                    break
+        assert allowed == 3
+        assert identity(folder) == identity(source)

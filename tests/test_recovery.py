@@ -890,7 +890,7 @@ class Counting(LocalBackend):
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_thousands_of_checkpoints_cost_one_look_at_each(tmp_path, count):
-    """Listing reads one tree and one manifest a sealed checkpoint; choosing opens the files of the chosen one alone."""
+    """Listing reads one tree, which brings the manifests along; choosing opens the files of the chosen one alone."""
     place = Path("/dev/shm") if count > 1000 and os.path.isdir("/dev/shm") else tmp_path
     root = place / f"ckptstore-test-{os.getpid()}"
     root.mkdir()
@@ -903,7 +903,7 @@ def test_thousands_of_checkpoints_cost_one_look_at_each(tmp_path, count):
         assert len(listing.checkpoints) == count
         sealed = sum(checkpoint.status is Status.COMMITTED for checkpoint in listing.checkpoints)
         assert sealed == (count // 10 if count <= 300 else 0)
-        assert (backend.trees, backend.reads) == (1, sealed)
+        assert (backend.trees, backend.reads) == (1, 0)
         backend = Counting(run)
         point = resume_point(backend, listing, Selection())
         assert point.checkpoint.step == count - 1

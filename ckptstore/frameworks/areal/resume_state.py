@@ -107,10 +107,9 @@ def blocking() -> dict[str, bytes]:
     return {
         STEP_INFO: _json({"epoch": 0, "epoch_step": 0, "global_step": 0, "steps_per_epoch": 1}),
         STATS_LOGGER: _json({"last_commit_step": 0}),
-        **{name: _json({}) for name in CONTROLS},
+        # None of the keys that its controls read; for the person who finds it, what to do.
+        **{name: _json({"ckptstore": "a setup was interrupted: run any ckptstore command on this run"}) for name in CONTROLS},
         DATALOADER: pickled.dumps({}),
-        # Not one of AReaL's: for the person who finds it.
-        "ckptstore-setup-was-interrupted.txt": b"Run any ckptstore command on this run: it finishes the setup.\n",
     }
 
 
