@@ -6,8 +6,16 @@ at any instant included.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +38,7 @@ from ckptstore.plan import Options
 from tests import areal_rules, trees
 from tests.areal_rules import Engine, Fresh, Resumed
 
+KILL_CHILD = Path(__file__).parent / "kill_child.py"
 VERSIONS = {"A": "0.3.4", "B": "0.4.1", "C": "1.0.4"}
 STEPS_PER_EPOCH = 47
 HOUR_S = 3600.0
@@ -538,6 +547,50 @@ def test_a_crash_during_undo_is_never_silent(tmp_path: Path, killer: Killer, met
         assert judge(run, 100, 140) in ("old", "new")
     order = [outcome for n, outcome in enumerate(seen) if not n or seen[n - 1] != outcome]
     assert order == ["old", "loud", "new"]
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("fallback", [False, True], ids=["exchange", "rename"])
+def test_kill_9_at_random_moments_is_never_silent(tmp_path: Path, fallback: bool, kills: int) -> None:
+    """The command itself, killed from outside once its imports are done; then AReaL, then any command, then AReaL again."""
+    chance = random.Random(f"{fallback} {kills}")
+    template = two_parts(tmp_path / "template")
+    seen: collections.Counter[str] = collections.Counter()
+    longest_s = 0.3
+    while sum(seen[how] for how in ("old", "loud", "new")) < kills:
+        root = tmp_path / "run"
+        shutil.copytree(tmp_path / "template", root, symlinks=True)
+        run = dataclasses.replace(template, trial=root / template.trial.relative_to(tmp_path / "template"))
+        reading, writing = os.pipe()
+        words = ["setup", "--step", "100", "--areal-version", VERSIONS["A"], "--world-size", "2", "--force", "--json"]
+        process = subprocess.Popen(
+            [sys.executable, KILL_CHILD, json.dumps({"fallback": fallback, "report": writing}), *words, "--run", run.trial],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(KILL_CHILD.parents[1]), *sys.path])},
+            pass_fds=[writing],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            pipe.readline()  # it has come to its first phase
+            started = time.monotonic()
+            timer = threading.Timer(chance.uniform(0, longest_s), process.kill)
+            timer.start()
+            phases = pipe.read().decode().split()
+        timer.cancel()
+        ended = process.wait()
+        if ended == 0:
+            longest_s = time.monotonic() - started
+        assert ended in (0, -signal.SIGKILL), (ended, phases)
+        how = judge(run, 140, 100)
+        seen["finished" if ended == 0 else how] += 1
+        said = commit.roll_forward(run.side)
+        assert judge(run, 140, 100) in ("old", "new"), f"killed in {phases}, rolled forward ({said})"
+        run.setup(Selection(step=100), force=True)
+        run.assert_resumes(run.start(), 100)
+        shutil.rmtree(root)
+    print(f"\n{'rename' if fallback else 'exchange'}: {dict(seen)}")
+    assert kills < 100 or min(seen["old"], seen["loud"], seen["new"]) > 0, seen
 
 
 def contents(folder: Path) -> dict[str, bytes]:
