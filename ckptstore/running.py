@@ -1,15 +1,21 @@
-"""Is the trainer of a run still at work? Two signs: its files change, or a process names it."""
+"""Is the trainer of a run still at work? Two signs: its files change, or a process names it.
+
+What a trainer wrote that the circuit breaker then halted is no sign: people paste the command from its message at once.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 
+from ckptstore import halt, places
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.listing import Listing
 
 RECENT_S = 120.0
+LAST_WORDS_S = 20.0  #: a halted trainer's logs end with its traceback, and its ranks end one after the other
 _TRAINERS = ("python", "torchrun", "accelerate", "deepspeed", "ray")
 
 
@@ -17,11 +23,26 @@ def signs_of_life(listing: Listing, *, now_s: float | None = None) -> list[str]:
     """Why the trainer seems to be running; empty when nothing says so."""
     now_s = time.time() if now_s is None else now_s
     signs = []
+    halted_s = _halted_at_s(listing.run)
     for path, mtime_s in ((listing.newest_file, listing.newest_mtime_ns / 1e9), _newest_log(listing.run)):
-        if path and abs(now_s - mtime_s) < RECENT_S:  # a node's clock may be ahead of ours
+        if path and mtime_s > halted_s and abs(now_s - mtime_s) < RECENT_S:  # a node's clock may be ahead of ours
             signs.append(f"{path} was written {max(now_s - mtime_s, 0):.0f} s ago")
     signs.extend(f"process {pid} names this run: {command}" for pid, command in _processes(listing.run))
     return signs
+
+
+def _halted_at_s(run: RunRef) -> float:
+    """Until when files belong to a trainer that was halted and has ended; 0 where that cannot be shown."""
+    trip = halt.read(places.side_of(run.path))
+    if trip is None or trip.host != socket.gethostname() or trip.pid <= 0:
+        return 0.0
+    try:
+        os.kill(trip.pid, 0)
+    except ProcessLookupError:
+        return trip.at_s + LAST_WORDS_S
+    except PermissionError:
+        pass  # there is such a process, another user's
+    return 0.0
 
 
 def _newest_log(run: RunRef) -> tuple[str, float]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import native, probe, recovery, room
+from ckptstore import halt, native, probe, recovery, room
 from ckptstore import side as side_folders
 from ckptstore.backends import LocalBackend
 from ckptstore.choose import Selection, resume_point
@@ -306,6 +308,31 @@ def test_a_trainer_that_just_logged(tmp_path):
         setup(run)
     trees.set_age(tmp_path / "logs", 3600)
     setup(run)
+
+
+def test_a_trainer_that_was_halted_and_has_ended(tmp_path):
+    """The breaker's message says what to type: it works at once, if the halted process is gone, and not before."""
+    run = make_run(tmp_path, logs=True)
+    trainer = a_process("somebody")
+    try:
+        trip = halt.Trip(run=str(run), step=196, at_s=time.time(), host=socket.gethostname(), pid=trainer.pid)
+        side_folders.make_side(side := side_folders.side_folder(str(run), str(slot(run))))
+        assert halt.write_first(side, trip)
+        with pytest.raises(RefusedError, match=r"config\.yaml was written"):
+            setup(run)
+        trainer.communicate("")
+        halt.rewrite(side, dataclasses.replace(trip, at_s=time.time() - 60))
+        with pytest.raises(RefusedError, match=r"config\.yaml was written"):  # long after the halt: somebody else's
+            setup(run)
+        halt.rewrite(side, dataclasses.replace(trip, host="elsewhere"))
+        with pytest.raises(RefusedError, match=r"config\.yaml was written"):
+            setup(run)
+        halt.rewrite(side, trip)
+        setup(run)
+        assert halt.read(side) is None
+    finally:
+        trainer.kill()
+        trainer.wait()
 
 
 def a_process(*words):
