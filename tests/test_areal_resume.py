@@ -556,7 +556,7 @@ def test_kill_9_at_random_moments_is_never_silent(tmp_path: Path, fallback: bool
     chance = random.Random(f"{fallback} {kills}")
     template = two_parts(tmp_path / "template")
     seen: collections.Counter[str] = collections.Counter()
-    longest_s = 0.3
+    whole_s = 0.0  # how long an undisturbed one takes from its first phase on
     while sum(seen[how] for how in ("old", "loud", "new")) < kills:
         root = tmp_path / "run"
         shutil.copytree(tmp_path / "template", root, symlinks=True)
@@ -574,13 +574,14 @@ def test_kill_9_at_random_moments_is_never_silent(tmp_path: Path, fallback: bool
         with open(reading, "rb") as pipe:
             pipe.readline()  # it has come to its first phase
             started = time.monotonic()
-            timer = threading.Timer(chance.uniform(0, longest_s), process.kill)
-            timer.start()
+            timer = threading.Timer(chance.uniform(0.3, 1.1) * whole_s, process.kill)
+            if whole_s:
+                timer.start()
             phases = pipe.read().decode().split()
         timer.cancel()
         ended = process.wait()
         if ended == 0:
-            longest_s = time.monotonic() - started
+            whole_s = time.monotonic() - started
         assert ended in (0, -signal.SIGKILL), (ended, phases)
         how = judge(run, 140, 100)
         seen["finished" if ended == 0 else how] += 1

@@ -20,6 +20,7 @@ class Shown(NamedTuple):
     cells: tuple[str, str]  #: the metric's value, and the health
     text: str
     json: dict[str, Any]
+    resumable: bool
 
 
 def of_all(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, Shown]:
@@ -29,7 +30,9 @@ def of_all(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, Shown]:
     for checkpoint in checkpoints:
         verdict = of(checkpoint, ledger)
         text = f"health {verdict.health}: {verdict.why}"
-        shown[id(checkpoint)] = Shown((metric(verdict.value), health(verdict.health)), text, verdict_json(verdict))
+        shown[id(checkpoint)] = Shown(
+            (metric(verdict.value), health(verdict.health)), text, verdict_json(verdict), verdict.health.resumable
+        )
     return shown
 
 

@@ -124,7 +124,7 @@ def command(
         _print_config(located)
         for text in listing.notes:
             note(text)
-        _print_end(shown, before_step, max_step)
+        _print_end(shown, verdicts, before_step, max_step)
 
 
 def _verdicts(run: str, checkpoints: Sequence[Checkpoint]) -> Verdicts:
@@ -283,12 +283,14 @@ def _print_config(located: Located) -> None:
     field("config", config.path)
 
 
-def _print_end(shown: list[Checkpoint], before_step: int | None, max_step: int | None) -> None:
+def _print_end(shown: list[Checkpoint], verdicts: Verdicts, before_step: int | None, max_step: int | None) -> None:
     newest = next((checkpoint for checkpoint in reversed(shown) if checkpoint.status.usable), None)
     if newest is None:
         return
     echo()
     field("newest", f"{steps(newest)} is the newest whole one listed")
+    if verdicts and not verdicts[id(newest)].resumable:
+        field("", f"{verdicts[id(newest)].text}: setup passes it over (--include-bad does not)")
     bound = (
         f" --before-step {before_step}"
         if before_step is not None
