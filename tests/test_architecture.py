@@ -20,7 +20,7 @@ ROOT = Path(ckptstore.__file__).parent
 LAYERS = (
     ("errors", "model"),
     ("manifest", "native", "config", "rules", "ranks"),
-    ("backends.base", "backends.local", "backends", "formats", "formats.*"),
+    ("backends.base", "backends.local", "backends.object", "backends.fsspec", "backends", "formats", "formats.*"),
     ("frameworks", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe"),
     ("places",),
