@@ -19,8 +19,9 @@ ROOT = Path(ckptstore.__file__).parent
 #: new subject) lies above them all: it may import what it likes, and nothing here may import it.
 LAYERS = (
     ("errors", "model"),
-    ("manifest", "native", "config", "rules", "ranks"),
+    ("manifest", "native", "config", "rules", "ranks", "parallel"),
     ("backends.base", "backends.local", "backends.object", "backends.fsspec", "backends", "formats", "formats.*"),
+    ("fetching",),
     ("frameworks", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe"),
     ("places",),
