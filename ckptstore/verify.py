@@ -74,8 +74,9 @@ def verify(
     for part in checkpoint.parts:
         manifest = find_manifest(backend, folder_of(backend, part))
         part = judged(backend, part, manifest)
-        if level is not Level.QUICK:
+        if level is not Level.QUICK or not backend.is_folder:  # a listing of a store has not read it
             part = _check_manifest(backend, checkpoint, part, manifest)
+        if level is not Level.QUICK:
             part = _worsen(part, check_part_structure(backend, part))
         if level is Level.FULL:
             part = check_digests(backend, damage.forget_for_now(part), manifest, progress=progress)

@@ -31,7 +31,7 @@ LAYERS = (
     ("choose",),
     ("plan",),
     ("room", "staging"),
-    ("recovery", "adopt"),
+    ("recovery", "adopt", "push", "pull"),
     ("store",),
 )
 #: The shim for training code stands beside the trainers that it knows, and on top of everything.

@@ -35,6 +35,9 @@ class Backend(ABC):
     #: Keys are paths of a folder on this machine: times and inodes are the writer's own, and the engine can read it.
     is_folder: bool = False
 
+    #: Of several that create one key at once, exactly one is told that it did.
+    creates_atomically: bool = True
+
     @abstractmethod
     def get(self, key: str, *, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
         """The bytes of `key` from `offset_bytes`; fewer than `length_bytes` only where the file ends.

@@ -26,6 +26,8 @@ _FAILURES = (OSError, ValueError, RuntimeError, EOFError, NotImplementedError)
 class FsspecBackend(Backend):
     """Keys below one path of an fsspec file system. Thread-safe where that is."""
 
+    creates_atomically = False
+
     def __init__(self, url: str) -> None:
         self.location = url
         try:
