@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ckptstore import probe
+from ckptstore.backends import is_url, normal_url
 from ckptstore.config import RunConfig, load
 from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.frameworks.areal.layout import RunRef, discover, parse_export_name, run_ref, sort_out
@@ -69,8 +70,11 @@ def current_user() -> str:
         return str(os.getuid())
 
 
-def locate(where: Where, *, ask: Ask | None = None) -> Located:
-    """The run that `where` means. NoRunError tells what does exist; WhichRunError when several fit and nobody can be asked."""
+def locate(where: Where, *, ask: Ask | None = None, remote: bool = False) -> Located:
+    """The run that `where` means; with `remote` it may be a URL, which is not looked at.
+
+    NoRunError tells what does exist; WhichRunError when several fit and nobody can be asked.
+    """
     if where.overrides and not where.config:
         raise UsageError(
             f"{where.overrides[0]!r} overrides a configuration, and --config names none",
@@ -78,6 +82,8 @@ def locate(where: Where, *, ask: Ask | None = None) -> Located:
         )
     config = load(where.config, where.overrides) if where.config else None
     if where.run:
+        if remote and is_url(where.run):
+            return Located(run_ref(normal_url(where.run)), "given by --run", config)
         return _at_run(_local(where.run, "--run"), config)
     fileroot, source = _fileroot(where, config)
     experiment = where.experiment or (config.text("experiment_name") if config else "")
@@ -98,13 +104,13 @@ def locate(where: Where, *, ask: Ask | None = None) -> Located:
 
 
 def _local(location: str, option: str) -> str:
-    """The absolute path that an option names. UsageError for a URL that only a later version can open."""
+    """The absolute path that an option names. UsageError for a URL."""
     if location.startswith("file://"):
         return os.path.abspath(location.removeprefix("file://"))
     if "://" in location:
         raise UsageError(
-            f"{option} {location}: {location.partition('://')[0]}:// locations are not supported by this version of ckptstore",
-            hint="Mount it, or copy the run to a local disk first.",
+            f"{option}: {location.partition('://')[0]}:// locations are for --run of list, show and verify, --to and --from",
+            hint="`ckptstore pull --from URL --to DIR` brings checkpoints to a local disk.",
         )
     return os.path.abspath(os.path.expanduser(location) if location.startswith("~/") else location)
 

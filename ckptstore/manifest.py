@@ -102,6 +102,12 @@ class Manifest:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
+    def content(self) -> str:
+        """Hex SHA-256 of what the files hold, whenever and by whom they were written: equal for equal bytes of one step."""
+        lines = [f"{self.step} {self.part}", *sorted(f"{file.size_bytes} {file.crc:016X} {file.path}" for file in self.files)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
         return sum(file.size_bytes for file in self.files)

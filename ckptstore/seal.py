@@ -27,7 +27,7 @@ def seal(backend: Backend, checkpoint: Checkpoint, *, progress: native.Progress 
             f"step {checkpoint.step} is {checkpoint.status}: {reasons}",
             hint="Only whole checkpoints are sealed.",
         )
-    manifests = [_describe(backend, checkpoint, part, progress) for part in checkpoint.parts]
+    manifests = [describe(backend, checkpoint, part, progress) for part in checkpoint.parts]
     for part in checkpoint.parts:
         _refuse_changed(part)
     for part, manifest in zip(checkpoint.parts, manifests, strict=True):
@@ -36,7 +36,11 @@ def seal(backend: Backend, checkpoint: Checkpoint, *, progress: native.Progress 
     return manifests
 
 
-def _describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: native.Progress | None) -> Manifest:
+def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: native.Progress | None) -> Manifest:
+    """The manifest of a part as it lies there: the one that it has, else a new one, for which every byte is read.
+
+    Writes nothing. IntegrityError for a part whose structure is not whole, SourceChangedError for one that is being written.
+    """
     if part.status is Status.COMMITTED and (existing := find_manifest(backend, folder_of(backend, part))):
         return existing
     check_names(file.name for file in part.files)

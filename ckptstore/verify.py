@@ -17,9 +17,10 @@ from ckptstore import damage, native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError, NotFoundError, SourceChangedError
+from ckptstore.fetching import Wanted, fetch
 from ckptstore.formats import check_structure
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import backend_for, find_manifest, folder_of, read_manifest, reader
+from ckptstore.listing import backend_for, find_manifest, folder_of, judged, read_manifest, reader
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
 
@@ -72,11 +73,13 @@ def verify(
     verdicts: dict[str, tuple[str, Finding | None]] = {}
     for part in checkpoint.parts:
         manifest = find_manifest(backend, folder_of(backend, part))
-        if level is not Level.QUICK:
+        part = judged(backend, part, manifest)
+        if level is not Level.QUICK or not backend.is_folder:  # a listing of a store has not read it
             part = _check_manifest(backend, checkpoint, part, manifest)
+        if level is not Level.QUICK:
             part = _worsen(part, check_part_structure(backend, part))
         if level is Level.FULL:
-            part = check_digests(damage.forget_for_now(part), manifest, progress=progress)
+            part = check_digests(backend, damage.forget_for_now(part), manifest, progress=progress)
             bytes_read += part.size_bytes
             if manifest is not None and checkpoint.kind == "export" and not manifest.inspect(part.files).void:
                 wrong = next((finding for finding in part.findings if finding.status is Status.CORRUPT), None)
@@ -102,9 +105,9 @@ def verify_all(backend: Backend, checkpoints: list[Checkpoint], level: Level, no
 
         results.append(verify(backend_for(backend, checkpoint), checkpoint, level, progress=progress))
         done += checkpoint.size_bytes
-    side = side_folders.side_folder(backend.location, f"{backend.location}/{layout.MAIN_PART}/{layout.SLOT}")
     found = {folder: verdict for report in results for folder, verdict in report.verdicts.items()}
-    if found:
+    if found and backend.is_folder:
+        side = side_folders.side_folder(backend.location, f"{backend.location}/{layout.MAIN_PART}/{layout.SLOT}")
         damage.remember(side, found)
     return results
 
@@ -120,8 +123,8 @@ def check_part_structure(backend: Backend, part: Part) -> list[Finding]:
         return [Finding("", f"cannot be read: {error}", Status.PARTIAL)]
 
 
-def check_digests(part: Part, manifest: Manifest | None, *, progress: native.Progress | None = None) -> Part:
-    """Read all of a local part and compare with its manifest, as far as that still counts."""
+def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, progress: native.Progress | None = None) -> Part:
+    """Read all of a part and compare with its manifest, as far as that still counts."""
     expected = {entry.path: entry for entry in manifest.files} if manifest else {}
     void = manifest is not None and manifest.inspect(part.files).void
     specs = [
@@ -137,7 +140,12 @@ def check_digests(part: Part, manifest: Manifest | None, *, progress: native.Pro
     ]
     chunk_bytes = manifest.chunk_bytes if manifest else native.CHUNK_BYTES
     try:
-        results = native.digest_files(part.path, specs, chunk_bytes=chunk_bytes, progress=progress)
+        if backend.is_folder:
+            results = native.digest_files(part.path, specs, chunk_bytes=chunk_bytes, progress=progress)
+        else:
+            above = f"{folder}/" if (folder := folder_of(backend, part)) else ""
+            files = [Wanted(spec.name, f"{above}{spec.name}", spec.size_bytes, spec.expected) for spec in specs]
+            results = fetch(backend, files, chunk_bytes=chunk_bytes, progress=progress)
     except CkptStoreError as error:
         return _worsen(part, [Finding("", f"cannot be read: {error}", Status.PARTIAL)])
     findings = [

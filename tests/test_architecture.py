@@ -19,8 +19,9 @@ ROOT = Path(ckptstore.__file__).parent
 #: new subject) lies above them all: it may import what it likes, and nothing here may import it.
 LAYERS = (
     ("errors", "model"),
-    ("manifest", "native", "config", "rules", "ranks"),
-    ("backends.base", "backends.local", "backends", "formats", "formats.*"),
+    ("manifest", "native", "config", "rules", "ranks", "parallel"),
+    ("backends.base", "backends.local", "backends.object", "backends.fsspec", "backends", "formats", "formats.*"),
+    ("fetching",),
     ("frameworks", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe"),
     ("places",),
@@ -30,7 +31,7 @@ LAYERS = (
     ("choose",),
     ("plan",),
     ("room", "staging"),
-    ("recovery", "adopt"),
+    ("recovery", "adopt", "push", "pull"),
     ("store",),
 )
 #: The shim for training code stands beside the trainers that it knows, and on top of everything.

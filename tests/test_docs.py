@@ -155,6 +155,7 @@ def keys(document: object) -> Iterator[str]:
         ["setup", "--step", "93", *TRAINER],
         ["resume", "--step", "93", *TRAINER],
         ["adopt"],
+        ["push", "--latest", "--to", "memory://docs/run"],
         ["doctor"],
         ["clean", "--dry-run"],
         ["show", "1"],
@@ -164,6 +165,15 @@ def keys(document: object) -> Iterator[str]:
 def test_every_json_field_is_documented(sample: Path, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
     result = commands.invoke(capfd, *words, "--json")
     documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/cli.md").read_text())) | {"error", "facts", "hint", "exit_code"}
+    assert set(keys(result.json)) - documented == set()
+
+
+def test_every_json_field_of_a_pull_is_documented(sample: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    url = "memory://docs-pull/run"
+    assert commands.invoke(capfd, "push", "46", "--to", url).code == 0
+    result = commands.invoke(capfd, "pull", "46", "--from", url, "--to", tmp_path / "there", "--json")
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/cli.md").read_text()))
+    assert result.json["done"] is True
     assert set(keys(result.json)) - documented == set()
 
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckptstore import native
-from ckptstore.backends.base import Backend
-from ckptstore.errors import StorageError, from_os_error
-from ckptstore.model import MANIFEST_NAME
+from ckptstore.backends.base import Backend, Blob
+from ckptstore.errors import NotFoundError, StorageError, from_os_error
+from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class LocalBackend(Backend):
     """Keys are paths below one folder."""
+
+    is_folder = True
 
     def __init__(self, root: str | Path) -> None:
         self.location = os.path.abspath(root)
@@ -48,10 +56,77 @@ class LocalBackend(Backend):
         path = os.path.join(self.location, prefix) if prefix else self.location
         return native.scan_tree(path, max_depth=max_depth, wanted=MANIFEST_NAME)
 
+    def list(self, prefix: str = "") -> Iterator[Blob]:
+        """See Backend.list."""
+        try:
+            tree = self.tree(prefix, max_depth=64)
+        except NotFoundError:
+            return
+        for folder, found in tree.items():
+            above = "/".join(filter(None, (prefix, folder)))
+            for entry in found.entries:
+                if stat.S_ISREG(entry.mode) and not entry.name.startswith(DRAFT_PREFIX):
+                    yield Blob(f"{above}/{entry.name}" if above else entry.name, entry.size_bytes, entry.mtime_ns)
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
+        """See Backend.put."""
+        self._write(key, (data,), if_absent=if_absent)
+
+    def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
+        """See Backend.put_parts."""
+        self._write(key, parts, if_absent=False)
+
+    def _write(self, key: str, parts: Iterable[Buffer], *, if_absent: bool) -> None:
+        """Under a name of its own first, durable, then renamed: readers see all of it or nothing."""
+        path = self._path(key)
+        draft = os.path.join(os.path.dirname(path), f"{DRAFT_PREFIX}{secrets.token_hex(8)}")
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(draft, "xb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            if if_absent:
+                os.link(draft, path)
+            else:
+                os.rename(draft, path)
+            native.fsync_path(os.path.dirname(path))
+        except OSError as error:
+            raise from_os_error(error, doing="writing", path=f"{self.location}/{key}") from error
+        finally:
+            _remove(draft)
+
+    def delete(self, key: str) -> None:
+        """See Backend.delete."""
+        path = self._path(key)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise from_os_error(error, doing="removing", path=f"{self.location}/{key}") from error
+
+    def _path(self, key: str) -> str:
+        if not _is_plain(key):
+            raise NotFoundError(f"{key!r} is not a relative path of a file below {self.location}")
+        return os.path.join(self.location, key)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        return
+
+
+def _is_plain(key: str) -> bool:
+    return not any(component in ("", ".", "..") for component in key.split("/")) and "\0" not in key
+
 
 def open_beneath(root: str, key: str) -> int:
     """A read-only descriptor of `root`/`key`, following no link below `root` (ELOOP). The caller closes it."""
-    if any(component in ("", ".", "..") for component in key.split("/")) or "\0" in key:
+    if not _is_plain(key):
         raise OSError(errno.ENOENT, "not a relative path of a file below the folder", key)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

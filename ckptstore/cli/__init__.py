@@ -15,7 +15,9 @@ import click
 import ckptstore
 from ckptstore.errors import CkptStoreError
 
-VERBS = ("list", "setup", "resume", "show", "verify", "seal", "adopt", "watch", "status", "plot", "doctor", "clean")
+VERBS = (
+    "list", "setup", "resume", "show", "verify", "seal", "push", "pull", "adopt", "watch", "status", "plot", "doctor", "clean",
+)  # fmt: skip
 
 HELP = """From a crash to resumed training, and never onto a bad checkpoint.
 

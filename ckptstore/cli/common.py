@@ -14,7 +14,7 @@ import click
 
 from ckptstore import commit
 from ckptstore import side as side_folders
-from ckptstore.backends import Backend, open_backend
+from ckptstore.backends import Backend, is_url, open_backend
 from ckptstore.choose import STATE_WORTH_STEPS, Selection
 from ckptstore.cli.render import echo, field, note, safe
 from ckptstore.errors import BusyError, NotFoundError, NothingToResumeError, UsageError
@@ -93,7 +93,7 @@ _LOCATION = _compose(
     _where(
         "--config", metavar="YAML", help="The trainer's own YAML: names and fileroot are taken from it; KEY=VALUE overrides."
     ),
-    _where("--run", metavar="DIR", help="The run's own folder: …/checkpoints/USER/EXPERIMENT/TRIAL."),
+    _where("--run", metavar="DIR", help="The run's own folder: …/checkpoints/USER/EXPERIMENT/TRIAL; or a URL."),
 )
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
@@ -225,17 +225,19 @@ def read_words(where: Where, words: Sequence[str], log_steps: Sequence[int] = ()
     return dataclasses.replace(where, overrides=tuple(overrides)), steps
 
 
-def open_run(where: Where, *, as_json: bool = False, read_only: bool = False) -> tuple[Located, Backend]:
+def open_run(where: Where, *, as_json: bool = False, read_only: bool = False, remote: bool = False) -> tuple[Located, Backend]:
     """Find the run, say which it is, and open it.
 
     What a crash interrupted there is finished first; with `read_only`, for a call that must not change anything,
-    BusyError says that it is pending.
+    BusyError says that it is pending. With `remote` the run may be a URL, where nothing is ever pending.
     """
-    located = locate(where, ask=_ask if is_interactive() and not as_json else None)
+    located = locate(where, ask=_ask if is_interactive() and not as_json else None, remote=remote)
     if not as_json:
         field("run", f"{located.run.path}  ({located.how})")
     for warning in located.warnings:
         note(warning)
+    if is_url(located.run.path):
+        return located, open_backend(located.run.path)
     slot = f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}"
     side = side_folders.side_folder(located.run.path, slot)
     if read_only:
@@ -252,6 +254,8 @@ def open_run(where: Where, *, as_json: bool = False, read_only: bool = False) ->
 
 def note_other_at_work(located: Located) -> None:
     """Says so when a setup of this run is in progress."""
+    if is_url(located.run.path):
+        return
     slot = f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}"
     if holder := busy(side_folders.side_folder(located.run.path, slot)):
         note(f"another ckptstore is at work on this run: {holder}")

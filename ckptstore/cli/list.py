@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptstore import halt, places
+from ckptstore.backends import is_url
 from ckptstore.cli.common import (
     JSON,
     OVERRIDES,
@@ -90,7 +91,7 @@ def command(
     if before_step is not None and max_step is not None:
         raise UsageError("--before-step and --max-step both bound the step: give one")
     step = from_log_step(log_step) if log_step is not None else None
-    located, backend = open_run(where, as_json=as_json)
+    located, backend = open_run(where, as_json=as_json, remote=True)
     listing = scan(backend)
     verdicts = _verdicts(located.run.path, [*listing.checkpoints, *listing.adopted, *([listing.slot] if listing.slot else [])])
     shown = [
@@ -118,7 +119,7 @@ def command(
     echo()
     _print_slot(listing, verdicts)
     _print_info(listing.recover_info, full=recover_info)
-    if (trip := halt.read(places.side_of(located.run.path))) is not None:
+    if not is_url(located.run.path) and (trip := halt.read(places.side_of(located.run.path))) is not None:
         field("breaker", f"TRIPPED at step {trip.step}: training does not start until setup (see `ckptstore status`)")
     if not recover_info:
         _print_config(located)
@@ -129,7 +130,7 @@ def command(
 
 def _verdicts(run: str, checkpoints: Sequence[Checkpoint]) -> Verdicts:
     """What is known of each checkpoint's health, by its identity; nothing where no metrics were recorded."""
-    if not places.has_ledger(run):
+    if is_url(run) or not places.has_ledger(run):
         return {}
     from ckptstore.cli import condition  # 20 ms, and most runs have no ledger
 

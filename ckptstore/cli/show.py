@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
@@ -21,7 +23,7 @@ from ckptstore.cli.render import (
     steps,
 )
 from ckptstore.errors import NotFoundError, UsageError
-from ckptstore.listing import find_manifest, folder_of, scan
+from ckptstore.listing import find_manifest, folder_of, judged, scan
 from ckptstore.locate import Where
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint
@@ -38,13 +40,15 @@ def command(where: Where, log_steps: tuple[int, ...], slot: bool, as_json: bool,
     where, wanted = read_words(where, words, log_steps)
     if len(wanted) + slot != 1:
         raise UsageError("show takes one step, or --slot", hint="`ckptstore list` shows which there are.")
-    _, backend = open_run(where, as_json=as_json)
+    _, backend = open_run(where, as_json=as_json, remote=True)
     listing = scan(backend)
     if slot and listing.slot is None:
         raise NotFoundError("the recover slot is empty", hint="`ckptstore setup` fills it.")
     found = [listing.slot] if slot and listing.slot else pick(listing, wanted)
     checkpoint = found[-1]
     manifests = {part.name: find_manifest(backend, folder_of(backend, part)) for part in checkpoint.parts}
+    parts = tuple(judged(backend, part, manifests[part.name]) for part in checkpoint.parts)
+    checkpoint = dataclasses.replace(checkpoint, parts=parts)
     if as_json:
         document = checkpoint_json(checkpoint, with_files=True)
         for part in document["parts"]:

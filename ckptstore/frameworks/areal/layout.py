@@ -77,6 +77,9 @@ def parse_export_name(name: str) -> ExportName | None:
 
 def run_ref(path: str) -> RunRef:
     """The names in a run's path; `fileroot` stays empty where `checkpoints` is not four levels up."""
+    if "://" in path:  # in an object store: the logs are not beside it
+        names = path.partition("://")[2].split("/")
+        return RunRef(path, "", "", names[-2] if len(names) > 2 else "", names[-1])
     path = os.path.abspath(path)
     above = path.split("/")
     if len(above) >= 5 and above[-4] == "checkpoints":

@@ -1,0 +1,228 @@
+"""ObjectBackend: s3://, gs:// and az:// through obstore, and every endpoint that speaks S3.
+
+Credentials and endpoints as each cloud's users expect: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, instance roles and so
+on by obstore itself; the profiles of ~/.aws by us, since obstore reads none. All retries of a request are here, in obstore's
+own settings; who reads a range and finds it wrong asks again (transfer.py).
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
+
+from ckptstore.backends.base import Backend, Blob
+from ckptstore.errors import AccessError, AlreadyExistsError, NotFoundError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+#: A request is tried again for so long: a store that is overloaded or restarts comes back, one that is gone is named.
+RETRY_FOR = timedelta(seconds=60)
+TRIES = 8
+#: A connection on which nothing comes for so long has stalled.
+STALL = timedelta(seconds=10)
+#: The longest that one request may take, its answer included: a part of 64 MiB at 1 MB/s.
+REQUEST = timedelta(seconds=90)
+
+_NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
+_DENIED = re.compile(r"status code: 40[13] ")
+_SECRETS = re.compile(r"(?i)((?:signature|credential|token|sig|secret|key)[\w-]*=)[^&\s\"']+")
+
+
+class ObjectBackend(Backend):
+    """Keys of one bucket below one prefix. `url` is normal (backends.normal_url)."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self.location = url
+        self._prefix = parts.path.strip("/")
+        self._obstore = _library()
+        kinds = self._obstore.exceptions
+        # obstore raises Python's own for what its classes are named after, here and there.
+        self._missing = (kinds.NotFoundError, FileNotFoundError)
+        self._failures = (kinds.BaseError, FileNotFoundError, NotImplementedError)
+        try:
+            self._store = _store(parts.scheme, parts.netloc)
+        except (*self._failures, ValueError) as error:
+            raise UsageError(
+                f"{url}: {_said(error)}", hint="Credentials and endpoint come from the environment: docs/object-stores.md."
+            ) from None
+
+    def get(self, key: str, *, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
+        """See Backend.get."""
+        path = self._path(key)
+        if length_bytes == 0:
+            return b""
+        wanted: Any = {"offset": offset_bytes} if length_bytes is None else (offset_bytes, offset_bytes + length_bytes)
+        options = {} if not offset_bytes and length_bytes is None else {"range": wanted}
+        try:
+            return bytes(self._obstore.get(self._store, path, options=options).bytes())
+        except self._failures as error:
+            # A range that begins behind the end is refused by most stores, each in words of its own.
+            if options and not isinstance(error, self._missing) and self._size(key) <= offset_bytes:
+                return b""
+            self._raise(error, "reading", key)
+
+    def view(self, key: str, offset_bytes: int, length_bytes: int) -> Buffer:
+        """See Backend.view."""
+        try:
+            data = self._obstore.get_range(self._store, self._path(key), start=offset_bytes, length=length_bytes)
+        except self._failures as error:
+            self._raise(error, "reading", key)
+        return self._exact(key, offset_bytes, length_bytes, memoryview(data))
+
+    def list(self, prefix: str = "") -> Iterator[Blob]:
+        """See Backend.list."""
+        below = self._path(prefix) if prefix else self._prefix
+        cut = len(self._prefix) + 1 if self._prefix else 0
+        try:
+            for batch in self._obstore.list(self._store, prefix=below or None, chunk_size=1000):
+                for meta in batch:
+                    yield Blob(meta["path"][cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
+        except self._failures as error:
+            self._raise(error, "listing", prefix)
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
+        """See Backend.put. A retried request may find what its first try left: read the key before giving up."""
+        mode = "create" if if_absent else "overwrite"
+        try:
+            self._obstore.put(self._store, self._path(key), memoryview(data), mode=mode, use_multipart=False)
+        except (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError):
+            raise AlreadyExistsError(f"{self.location}/{key} exists already") from None
+        except self._failures as error:
+            self._raise(error, "writing", key)
+
+    def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
+        """See Backend.put_parts."""
+        failed: list[BaseException] = []
+
+        def watched() -> Iterator[Buffer]:
+            try:
+                yield from parts
+            except BaseException as error:  # obstore would turn it into an error of its own
+                failed.append(error)
+                raise
+
+        try:
+            self._obstore.put(
+                self._store, self._path(key), watched(), use_multipart=True, chunk_size=part_bytes, max_concurrency=parallel
+            )
+        except BaseException as error:
+            if failed:
+                raise failed[0] from None
+            if isinstance(error, self._failures):
+                self._raise(error, "writing", key)
+            raise
+
+    def delete(self, key: str) -> None:
+        """See Backend.delete."""
+        path = self._path(key)
+        try:
+            self._obstore.delete(self._store, path)
+        except self._missing:
+            return
+        except self._failures as error:
+            self._raise(error, "removing", key)
+
+    def _size(self, key: str) -> int:
+        try:
+            return int(self._obstore.head(self._store, self._path(key))["size"])
+        except self._failures as error:
+            self._raise(error, "reading", key)
+
+    def _path(self, key: str) -> str:
+        if any(component in ("", ".", "..") for component in key.split("/")):
+            raise NotFoundError(f"{key!r} is no key below {self.location}")
+        return f"{self._prefix}/{key}" if self._prefix else key
+
+    def _raise(self, error: Exception, doing: str, key: str) -> NoReturn:
+        kinds = self._obstore.exceptions
+        what = f"{doing} {self.location}/{key}" if key else f"{doing} {self.location}"
+        if _NO_BUCKET.search(str(error)):
+            raise NotFoundError(
+                f"{what}: there is no such bucket", hint="Make it, or look at the URL and the endpoint."
+            ) from None
+        if isinstance(error, self._missing):
+            raise NotFoundError(f"{what}: there is no such key") from None
+        # A LIST that is refused comes as a general error: only its text has the status.
+        if isinstance(error, (kinds.PermissionDeniedError, kinds.UnauthenticatedError)) or _DENIED.search(str(error)):
+            raise AccessError(
+                f"{what}: {_said(error)}", hint="Are the credentials in the environment right, and not expired?"
+            ) from None
+        raise StorageError(
+            f"{what}: {_said(error)}",
+            operation=doing,
+            path=f"{self.location}/{key}",
+            hint="It was tried several times. Is the store there, and its name right? The same command goes on.",
+        ) from None
+
+
+def _library() -> Any:
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError as error:
+        raise UsageError(
+            f"object stores need the library obstore: {error}", hint='Say: pip install "ckptstore[object]"'
+        ) from error
+    return obstore
+
+
+def _store(scheme: str, bucket: str) -> Any:
+    from obstore.store import AzureStore, GCSStore, S3Store
+
+    options: Any = {"timeout": REQUEST, "read_timeout": STALL, "connect_timeout": timedelta(seconds=5)}
+    retries: Any = {
+        "max_retries": TRIES,
+        "retry_timeout": RETRY_FOR,
+        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+    }
+    if scheme == "gs":
+        return GCSStore(bucket, client_options=options, retry_config=retries)
+    if scheme == "az":
+        return AzureStore(bucket, client_options=options, retry_config=retries)
+    config: Any = _profile()
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint.startswith("http://"):
+        options["allow_http"] = True
+    if not os.environ.get("AWS_CHECKSUM_ALGORITHM"):
+        config["checksum_algorithm"] = "CRC64NVME"  # the server checks what arrives, and keeps it
+    if not os.environ.get("AWS_UNSIGNED_PAYLOAD"):
+        config["unsigned_payload"] = True  # SHA-256 of every byte costs more than all else here together
+    return S3Store(bucket, config=config, client_options=options, retry_config=retries)
+
+
+def _profile() -> dict[str, Any]:
+    """What ~/.aws says of $AWS_PROFILE, where the environment has no keys: the static ones, the region."""
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        return {}
+    name = os.environ.get("AWS_PROFILE", "default")
+    found: dict[str, Any] = {}
+    for variable, usual, section in (
+        ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
+    ):
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(os.path.expanduser(os.environ.get(variable) or usual))
+        except configparser.Error as error:
+            raise UsageError(f"${variable} ({usual}) cannot be read: {type(error).__name__}") from None
+        if parser.has_section(section):
+            found |= dict(parser.items(section))
+    keys = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
+    keys |= {"aws_session_token": "session_token", "endpoint_url": "endpoint"}
+    keys |= {"region": "region"} if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")) else {}
+    return {ours: found[theirs] for theirs, ours in keys.items() if theirs in found}
+
+
+def _said(error: BaseException) -> str:
+    """The library's words on one line, short, without what could be a secret."""
+    text = " ".join(str(error).split())
+    text = _SECRETS.sub(r"\1…", text.partition("Debug source:")[0])
+    return text[:400].strip()

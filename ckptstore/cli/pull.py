@@ -1,0 +1,92 @@
+"""`ckptstore pull`: checkpoints from an object store to this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import click
+
+from ckptstore.backends import is_url, open_backend
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, read_words
+from ckptstore.cli.moving import EVERYTHING, LATEST, chosen, url_option, url_or_usage
+from ckptstore.cli.progress import Progress
+from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
+from ckptstore.errors import UsageError
+from ckptstore.listing import scan
+from ckptstore.locate import Where
+from ckptstore.pull import Fetched, pull
+
+
+@click.command("pull", cls=Verb, short_help="Checkpoints from an object store, every range verified.")
+@LATEST
+@EVERYTHING
+@LOG_STEP
+@url_option("--from", "where the run is: its parts lie directly below")
+@click.option("--to", "run", metavar="DIR", required=True, help="The run's own folder here; made where it is missing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be fetched; nothing is written.")
+@JSON
+@click.argument("words", nargs=-1, metavar="[STEP]...")
+def command(
+    latest: bool,
+    everything: bool,
+    log_steps: tuple[int, ...],
+    url: str,
+    run: str,
+    dry_run: bool,
+    as_json: bool,
+    words: tuple[str, ...],
+) -> None:
+    """Pull checkpoints of a run at a URL into a local run. STEPs are global steps.
+
+    Every range is checked against the manifest before it is written; the checkpoint appears under its name when all of it is
+    on the disk. The same command goes on after a crash, with the chunks that are here.
+    """
+    where, steps = read_words(Where(), words, log_steps)
+    if where.overrides:
+        raise UsageError(f"{where.overrides[0]!r} is no step")
+    if is_url(run):
+        raise UsageError("--to is a folder of this machine", hint="`ckptstore push --to URL` goes the other way.")
+    source = open_backend(url_or_usage(url, "--from"))
+    if not as_json:
+        field("from", source.location)
+        field("to", run)
+    picked = chosen(scan(source), steps, latest=latest, everything=everything)
+    results: list[Fetched] = []
+    started = time.monotonic()
+    try:
+        with Progress(quiet=as_json) as progress:
+            for checkpoint in picked:
+                results += pull(source, checkpoint, run, dry_run=dry_run, notify=progress.notify)
+    except KeyboardInterrupt:
+        note("stopped: nothing unfinished is visible. The same command goes on with the chunks that are here.")
+        raise
+    seconds = time.monotonic() - started
+    if as_json:
+        document = {"from": source.location, "to": run, "done": not dry_run, "seconds": round(seconds, 6)}
+        print_json(document | {"parts": [_json(fetched) for fetched in results]})
+        return
+    echo()
+    for fetched in results:
+        _print(fetched, seconds, dry_run=dry_run)
+
+
+def _print(fetched: Fetched, seconds: float, *, dry_run: bool) -> None:
+    name = f"step {fetched.step}, {fetched.part}"
+    kept = f"; {size(fetched.kept_bytes)} were here already" if fetched.kept_bytes else ""
+    if fetched.there_before:
+        item("·", f"{name}: here already, the same")
+    elif dry_run:
+        item("·", f"{name}: {size(fetched.fetched_bytes)} would be fetched")
+    else:
+        done(f"{name} is here: {size(fetched.fetched_bytes)} fetched{rate(fetched.fetched_bytes, seconds)}{kept}")
+    row("at", fetched.path)
+    if fetched.manifest_sha256:
+        row("", f"manifest sha256 {fetched.manifest_sha256}")
+    for text in fetched.notes:
+        note(text)
+
+
+def _json(fetched: Fetched) -> dict[str, Any]:
+    return dataclasses.asdict(fetched) | {"notes": list(fetched.notes)}

@@ -1,0 +1,99 @@
+"""`ckptstore push`: checkpoints of this machine into an object store."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from ckptstore.backends import open_backend
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words
+from ckptstore.cli.moving import EVERYTHING, LATEST, chosen, url_option, url_or_usage
+from ckptstore.cli.progress import Progress
+from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
+from ckptstore.listing import scan
+from ckptstore.locate import Where
+from ckptstore.push import Sent, push
+
+
+@click.command("push", cls=Verb, short_help="Checkpoints into an object store, verified, committed at the end.")
+@LATEST
+@EVERYTHING
+@LOG_STEP
+@url_option("--to", "where the run shall be: its parts lie directly below")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent; nothing is written.")
+@JSON
+@location_options
+@click.argument("words", nargs=-1, metavar="[STEP]... [KEY=VALUE]...")
+def command(
+    where: Where,
+    latest: bool,
+    everything: bool,
+    log_steps: tuple[int, ...],
+    url: str,
+    dry_run: bool,
+    as_json: bool,
+    words: tuple[str, ...],
+) -> None:
+    """Push checkpoints to s3://, gs://, az:// or any fsspec URL. STEPs are global steps.
+
+    Every byte is checked against its manifest on the way; the manifest comes last, so that readers see all or nothing. What is
+    there already is not sent again: the same command goes on after a crash.
+    """
+    where, steps = read_words(where, words, log_steps)
+    target = open_backend(url_or_usage(url, "--to"))
+    _, backend = open_run(where, as_json=as_json, read_only=dry_run)
+    picked = chosen(scan(backend), steps, latest=latest, everything=everything)
+    results: list[Sent] = []
+    started = time.monotonic()
+    try:
+        with Progress(quiet=as_json) as progress:
+            for checkpoint in picked:
+                results += push(backend, checkpoint, target, dry_run=dry_run, notify=progress.notify)
+    except KeyboardInterrupt:
+        note("stopped: nothing unfinished is visible there. The same command goes on with the files that arrived.")
+        raise
+    seconds = time.monotonic() - started
+    if as_json:
+        print_json(
+            {
+                "to": target.location,
+                "done": not dry_run,
+                "seconds": round(seconds, 6),
+                "parts": [_json(sent) for sent in results],
+            }
+        )
+        return
+    _print(results, target.location, seconds, dry_run=dry_run)
+
+
+def _print(results: list[Sent], url: str, seconds: float, *, dry_run: bool) -> None:
+    field("to", url)
+    echo()
+    for sent in results:
+        name = f"step {sent.step}, {sent.part}"
+        kept = f"; {size(sent.there_bytes)} were there already" if sent.there_bytes else ""
+        if dry_run:
+            item("·", f"{name}: {size(sent.sent_bytes)} would be sent{kept}")
+        elif sent.committed_before and not sent.sent_bytes:
+            item("·", f"{name}: there already, committed")
+        else:
+            done(f"{name} is committed: {size(sent.sent_bytes)} sent{rate(sent.sent_bytes, seconds)}{kept}")
+        row("at", f"{sent.url}/")
+        row("", f"manifest sha256 {sent.manifest_sha256}")
+    for text in sorted({text for sent in results for text in sent.notes}):
+        note(text)
+
+
+def _json(sent: Sent) -> dict[str, Any]:
+    return {
+        "step": sent.step,
+        "part": sent.part,
+        "url": sent.url,
+        "sent_bytes": sent.sent_bytes,
+        "there_bytes": sent.there_bytes,
+        "committed_before": sent.committed_before,
+        "manifest_sha256": sent.manifest_sha256,
+        "notes": list(sent.notes),
+    }

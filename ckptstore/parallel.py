@@ -1,0 +1,94 @@
+"""Work on threads that can be stopped: the first error, Ctrl-C and an exception of `tick` end it all within moments."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from ckptstore.errors import CkptStoreError
+
+T = TypeVar("T")
+
+TICK_S = 0.1
+#: How long threads that sit in a request are waited for after an error. They are daemons: none outlives the process.
+PATIENCE_S = 2.0
+
+
+class Stopped(CkptStoreError):
+    """Raised in a worker that shall end because another one failed; each() raises that one's error."""
+
+
+class Stop:
+    """Tells workers to end."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """From now on check() raises."""
+        self._event.set()
+
+    def check(self) -> None:
+        """Stopped when somebody has asked for the end. Cheap: call it between pieces of work."""
+        if self._event.is_set():
+            raise Stopped("stopped, since another part failed")
+
+
+def each(
+    jobs: Iterable[T],
+    work: Callable[[T, Stop], None],
+    *,
+    threads: int,
+    tick: Callable[[], None] | None = None,
+) -> None:
+    """Call `work` for every job on `threads` threads, `tick` about ten times a second in the calling one.
+
+    Raises the first error of any of them. When this returns or raises after an error, no thread begins anything new; one
+    that sits in a request ends with it (at most PATIENCE_S is waited for it).
+    """
+    stop = Stop()
+    lock = threading.Lock()
+    waiting = iter(jobs)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            while True:
+                stop.check()
+                with lock:
+                    job = next(waiting, _NONE)
+                if job is _NONE:
+                    return
+                work(job, stop)  # type: ignore[arg-type]
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+            if not isinstance(error, Exception):
+                raise
+
+    crew = [threading.Thread(target=run, daemon=True, name=f"ckptstore-{number}") for number in range(max(threads, 1))]
+    try:
+        for thread in crew:
+            thread.start()
+        for thread in crew:
+            while thread.is_alive():
+                thread.join(TICK_S)
+                if errors:
+                    break
+                if tick is not None:
+                    tick()
+    finally:
+        stop.set()
+        deadline = time.monotonic() + PATIENCE_S
+        for thread in crew:
+            if thread.ident is not None:
+                thread.join(max(deadline - time.monotonic(), 0))
+    if errors:
+        raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
+    if tick is not None:
+        tick()
+
+
+_NONE = object()

@@ -1,0 +1,298 @@
+"""Pull: a checkpoint from an object store into a local run, whole or not at all.
+
+1  stage      in the run's side folder: `setup` and `clean` know it; an interrupted pull left one, whose right chunks stay
+2  fetch      parallel ranges, each checked against the manifest's chunk digests before it is written at its offset
+3  durable    every file fsynced, with the writer's times; the manifest, byte for byte; the folders
+4  publish    each part renamed to its name, which nothing may have; the main model last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptstore import native
+from ckptstore import side as side_folders
+from ckptstore.backends.base import Backend
+from ckptstore.backends.local import LocalBackend
+from ckptstore.errors import (
+    AlreadyExistsError,
+    CommitUncertain,
+    IntegrityError,
+    NotFoundError,
+    from_os_error,
+)
+from ckptstore.fetching import Wanted, fetch
+from ckptstore.frameworks.areal import layout
+from ckptstore.listing import find_manifest, folder_of, judged, read_manifest, read_part
+from ckptstore.lock import RunLock
+from ckptstore.manifest import Manifest, check_name, check_names
+from ckptstore.model import Checkpoint, Part, Status
+from ckptstore.verify import Notify, check_part_structure
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+UNVOUCHED = "no manifest came with it: its structure is whole, and which bytes were written nobody can say (seal it)"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a pull did for one part of a checkpoint, or with `dry_run` would do."""
+
+    step: int
+    part: str
+    path: str
+    fetched_bytes: int
+    kept_bytes: int  #: were here already: in the stage that an interrupted pull left, or all of it
+    there_before: bool
+    manifest_sha256: str  #: empty where no manifest came with it
+    notes: tuple[str, ...] = ()
+
+
+def pull(
+    source: Backend,
+    checkpoint: Checkpoint,
+    run: str,
+    *,
+    dry_run: bool = False,
+    notify: Notify | None = None,
+) -> list[Fetched]:
+    """Bring one checkpoint of the run `source` into the local run's folder, which is made where it is missing.
+
+    IntegrityError for a checkpoint that is not whole there, or whose bytes are not those of its manifest; AlreadyExistsError
+    where something else has its name here; BusyError while another ckptstore is at work on the run. Ctrl-C and any kill leave
+    nothing but the stage, with which the next pull goes on.
+    """
+    parts = [(judged(source, part, manifest), manifest) for part, manifest in _described(source, checkpoint)]
+    bad = [f"{part.name}: {finding}" for part, _ in parts for finding in part.findings]
+    if bad or not all(part.status.usable for part, _ in parts):
+        raise IntegrityError(
+            f"step {checkpoint.step} in {source.location} is not whole: {'; '.join(bad[:3])}",
+            hint="`ckptstore list --run URL` shows all.",
+        )
+    parts = [(part, None if manifest is None or manifest.inspect(part.files).void else manifest) for part, manifest in parts]
+    for part, _ in parts:
+        check_name(folder_of(source, part))
+        check_names(file.name for file in part.files)
+    run = os.path.abspath(run)
+    here = {part.name: _here(run, folder_of(source, part), part, manifest) for part, manifest in parts}
+    ordered = sorted(parts, key=lambda pair: pair[0].name == layout.MAIN_PART)
+    if dry_run or all(here.values()):
+        return [
+            _result(source, run, checkpoint, part, manifest=manifest, kept=0, here=here[part.name])
+            for part, manifest in ordered
+        ]
+    try:
+        os.makedirs(run, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, doing="creating", path=run) from error
+    side = side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+    side_folders.make_side(side)
+    with RunLock(side, f"pulling step {checkpoint.step}") as lock:
+        stage = side_folders.open_stage(side, _key(source, checkpoint, ordered))
+        results = []
+        before = 0
+        for part, manifest in ordered:
+
+            def progress(done_bytes: int, _: int, before: int = before) -> None:
+                lock.update(f"pulling step {checkpoint.step}", before + done_bytes, checkpoint.size_bytes)
+                if notify is not None:
+                    notify(f"pulling step {checkpoint.step}", before + done_bytes, checkpoint.size_bytes)
+
+            kept = 0
+            if not here[part.name]:
+                kept = stage_part(source, part, manifest, stage.part(part.name), model=os.stat(run), progress=progress)
+            before += part.size_bytes
+            results.append(_result(source, run, checkpoint, part, manifest=manifest, kept=kept, here=here[part.name]))
+        for part, _ in ordered:
+            if not here[part.name]:
+                _publish(stage.part(part.name), os.path.join(run, folder_of(source, part)), model=os.stat(run))
+        side_folders.discard(side, os.path.basename(stage.path))
+    return results
+
+
+def _described(source: Backend, checkpoint: Checkpoint) -> list[tuple[Part, Manifest | None]]:
+    """Each part's manifest, None where there is none. One that cannot be read, or is none, is an error: not "no manifest"."""
+    found: list[tuple[Part, Manifest | None]] = []
+    for part in checkpoint.parts:
+        try:
+            found.append((part, read_manifest(source, folder_of(source, part))))
+        except NotFoundError:
+            found.append((part, None))
+    return found
+
+
+def _key(source: Backend, checkpoint: Checkpoint, parts: list[tuple[Part, Manifest | None]]) -> str:
+    """Names what the stage is filled with. Without a manifest nothing tells whether it is still the same: by times then."""
+    known = [manifest.content if manifest else str(part.mtime_ns) for part, manifest in parts]
+    return f"pull {source.location} {checkpoint.step} {' '.join(known)}"
+
+
+def _result(
+    source: Backend, run: str, checkpoint: Checkpoint, part: Part, *, manifest: Manifest | None, kept: int, here: bool
+) -> Fetched:
+    return Fetched(
+        step=checkpoint.step,
+        part=part.name,
+        path=os.path.join(run, folder_of(source, part)),
+        fetched_bytes=0 if here else part.size_bytes - kept,
+        kept_bytes=part.size_bytes if here else kept,
+        there_before=here,
+        manifest_sha256=manifest.sha256 if manifest else "",
+        notes=() if manifest else (UNVOUCHED,),
+    )
+
+
+def _here(run: str, folder: str, part: Part, manifest: Manifest | None) -> bool:
+    """Whether the part is here already, by its manifest. AlreadyExistsError where something else has its name."""
+    path = os.path.join(run, folder)
+    backend = LocalBackend(path)
+    try:
+        tree = backend.tree(max_depth=5)
+    except NotFoundError:
+        return False
+    found = read_part(backend, part.name, "", tree)
+    if not found.files and all(not entry.name.startswith("ckptstore") for entry in tree[""].entries):
+        return False  # AReaL's helpers make folders by looking
+    mine = find_manifest(backend, "")
+    if found.status is Status.COMMITTED and mine is not None and manifest is not None and mine.content == manifest.content:
+        return True
+    raise AlreadyExistsError(
+        f"{path} is there already, and not the same: {found.status}, {len(found.files)} files",
+        hint="Rename it, or pull --to another folder. One without a manifest can be sealed, and is compared then.",
+    )
+
+
+def stage_part(
+    source: Backend,
+    part: Part,
+    manifest: Manifest | None,
+    target: str,
+    *,
+    model: os.stat_result,
+    progress: native.Progress | None = None,
+) -> int:
+    """Fill the folder `target` of a stage with one part, durable, and its manifest where it has one; the bytes kept.
+
+    What an earlier try left there is kept chunk by chunk, as far as the manifest's digests say that it is right.
+    DigestMismatchError for bytes that are wrong in the store; without a manifest IntegrityError for a broken structure.
+    """
+    chunk_bytes = manifest.chunk_bytes if manifest else native.CHUNK_BYTES
+    expected = {entry.path: entry.chunks for entry in manifest.files} if manifest else {}
+    folder = folder_of(source, part)
+    try:
+        if manifest is None:
+            side_folders.remove_tree(target)
+        os.makedirs(target, mode=0o700, exist_ok=True)
+        side_folders.keep_only(target, (file.name for file in part.files))
+        have = _right_chunks(target, part, expected, chunk_bytes)
+        for file in part.files:
+            path = os.path.join(target, file.name)
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(descriptor, file.size_bytes)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        raise from_os_error(error, doing="creating", path=target) from error
+    wanted = [
+        Wanted(
+            file.name,
+            f"{folder}/{file.name}" if folder else file.name,
+            file.size_bytes,
+            expected.get(file.name),
+            have.get(file.name, {}),
+        )
+        for file in part.files
+    ]
+    kept = sum(
+        min(chunk_bytes, file.size_bytes - number * chunk_bytes) for file in part.files for number in have.get(file.name, {})
+    )
+
+    def write(name: str, offset: int, data: Buffer) -> None:
+        path = os.path.join(target, name)
+        try:
+            # Opened for each range: a thread that outlives Ctrl-C must never write into another file's descriptor.
+            descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                view = memoryview(data)
+                while view.nbytes:
+                    count = os.pwrite(descriptor, view, offset)
+                    view, offset = view[count:], offset + count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise from_os_error(error, doing="writing", path=path) from error
+
+    fetch(source, wanted, chunk_bytes=chunk_bytes, sink=write, stop_at_error=True, progress=progress)
+    if manifest is None and (findings := check_part_structure(LocalBackend(target), _at(part, target))):
+        raise IntegrityError(f"{part.path}: {findings[0]}", hint="It came like this: use another checkpoint.")
+    _finish(target, part, manifest, model)
+    return kept
+
+
+def _at(part: Part, folder: str) -> Part:
+    return dataclasses.replace(part, path=folder)
+
+
+def _right_chunks(
+    target: str, part: Part, expected: Mapping[str, tuple[int, ...]], chunk_bytes: int
+) -> dict[str, dict[int, int]]:
+    """Chunks that an interrupted pull has brought, by file and number."""
+    specs = []
+    for file in part.files:
+        try:
+            size = os.stat(os.path.join(target, file.name), follow_symlinks=False).st_size
+        except OSError:
+            continue
+        if size == file.size_bytes and file.name in expected:
+            specs.append(native.FileSpec(file.name, size))
+    found = native.digest_files(target, specs, chunk_bytes=chunk_bytes) if specs else {}
+    return {
+        name: {number: crc for number, crc in enumerate(digest.chunks) if crc == expected[name][number]}
+        for name, digest in found.items()
+        if isinstance(digest, native.Digest)
+    }
+
+
+def _finish(target: str, part: Part, manifest: Manifest | None, model: os.stat_result) -> None:
+    """Step 3: times, owner and mode, and all of it on the disk."""
+    try:
+        for file in part.files:
+            path = os.path.join(target, file.name)
+            side_folders.like(path, model, mode=model.st_mode & 0o666)
+            os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
+            native.fsync_path(path)
+        for folder, _, _ in os.walk(target, topdown=False):
+            side_folders.sync_folder(folder)
+        if manifest is not None:
+            first = os.stat(os.path.join(target, part.files[0].name))
+            side_folders.write_manifest(target, manifest, model=first)
+        for folder, _, _ in os.walk(target, topdown=False):
+            side_folders.like(folder, model)
+    except OSError as error:
+        raise from_os_error(error, doing="preparing", path=target) from error
+
+
+def _publish(staged: str, target: str, *, model: os.stat_result) -> None:
+    """Step 4."""
+    parent = os.path.dirname(target)
+    try:
+        if not os.path.isdir(parent):
+            os.mkdir(parent)
+            side_folders.like(parent, model)
+        if os.path.isdir(target):
+            side_folders.remove_empty(target)
+        side_folders.rename_in(staged, target)
+    except OSError as error:
+        raise from_os_error(error, doing="placing", path=target) from error
+    try:
+        side_folders.sync_folder(parent)
+        side_folders.sync_folder(os.path.dirname(parent))
+    except OSError as error:
+        raise CommitUncertain(f"{target} is there, whole, and the disk has not confirmed it: {error.strerror}") from error

