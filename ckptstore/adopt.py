@@ -6,7 +6,8 @@ An adopted step lies beside the run, in its side folder, never inside the trial:
         {part}/          the slot's files, with a manifest
         recover_info/    the trainer's own, with a manifest
 
-It appears under its name only when all of it is copied, digested, synced and the sources are seen not to have changed.
+or in a folder that the caller names, on another disk than the run's. It appears under its name only when all of it is copied,
+digested, synced and the sources are seen not to have changed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, RefusedError, SourceChangedError, from_os_error
+from ckptstore.errors import (
+    AlreadyExistsError,
+    CkptStoreError,
+    IntegrityError,
+    RefusedError,
+    SourceChangedError,
+    UsageError,
+    from_os_error,
+)
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.listing import Listing, adopted_folder, find_manifest, folder_of, read_adopted, read_part, scan
 from ckptstore.lock import RunLock
@@ -32,9 +41,11 @@ from ckptstore.verify import Notify, check_part_structure
 POLL_S = 5.0
 
 
-def adopt(backend: Backend, *, notify: Notify | None = None) -> Checkpoint:
+def adopt(backend: Backend, *, into: str = "", notify: Notify | None = None) -> Checkpoint:
     """Copy the slot of the run that `backend` is rooted at, with its recover_info, into the run's store.
 
+    `into`: a folder, on another disk say, to keep it in instead of beside the run, as
+    `{experiment}/{trial}/adopted/globalstep{N}/` below it.
     RefusedError for a slot whose step cannot be known (no recover_info, or one that belongs to another save), IntegrityError
     for one that is torn, SourceChangedError when the trainer writes meanwhile, AlreadyExistsError for a step adopted before.
     Thread-safe; one at a time a run (BusyError).
@@ -42,7 +53,7 @@ def adopt(backend: Backend, *, notify: Notify | None = None) -> Checkpoint:
     listing = scan(backend)
     slot = _adoptable(listing)
     run = listing.run.path
-    side = side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+    side = _place(run, into)
     target = adopted_folder(side, slot.step)
     if _is_adopted(slot, target):
         raise AlreadyExistsError(f"step {slot.step} is adopted already: {target}")
@@ -92,6 +103,7 @@ def watch(
     backend: Backend,
     *,
     keep: int = 2,
+    into: str = "",
     stop: Callable[[], bool] = lambda: False,
     wait: Callable[[float], object] = time.sleep,
     notify: Notify | None = None,
@@ -103,22 +115,21 @@ def watch(
     """
     while not stop():
         try:
-            checkpoint = adopt(backend, notify=notify)
+            checkpoint = adopt(backend, into=into, notify=notify)
         except (RefusedError, SourceChangedError, AlreadyExistsError, IntegrityError):
             pass  # no finished save that is new: look again
         else:
-            prune(backend, keep=keep)
+            prune(backend, keep=keep, into=into)
             yield checkpoint
         wait(POLL_S)
 
 
-def prune(backend: Backend, *, keep: int) -> list[int]:
+def prune(backend: Backend, *, keep: int, into: str = "") -> list[int]:
     """Remove all but the `keep` (at least 1) whole adopted steps that were adopted last; the steps removed.
 
     By time, not by number: after a rollback the steps of the abandoned history have the higher numbers.
     """
-    run = backend.location
-    side = side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+    side = _place(backend.location, into)
     whole = sorted(
         (checkpoint for checkpoint in read_adopted(side) if checkpoint.status is Status.COMMITTED),
         key=lambda checkpoint: os.stat(checkpoint.store).st_ctime_ns,
@@ -127,6 +138,17 @@ def prune(backend: Backend, *, keep: int) -> list[int]:
     for checkpoint in doomed:
         side_folders.discard(side, os.path.relpath(adopted_folder(side, checkpoint.step), side))
     return [checkpoint.step for checkpoint in doomed]
+
+
+def _place(run: str, into: str) -> str:
+    """The folder that holds `adopted/`. UsageError for one inside of the trial, where AReaL takes it for a model."""
+    if not into:
+        return side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+    place = os.path.abspath(into)
+    if f"{os.path.realpath(place)}/".startswith(f"{os.path.realpath(run)}/"):
+        raise UsageError(f"{place} is inside of the trial, where AReaL takes every folder for a model", hint="Name another.")
+    ref = layout.run_ref(run)
+    return os.path.join(place, ref.experiment, ref.trial)
 
 
 def _is_adopted(slot: Checkpoint, target: str) -> bool:

@@ -13,7 +13,7 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import RESUMABLE, Listing, backend_for, find_manifest, read_part
+from ckptstore.listing import RESUMABLE, Listing, backend_for, find_manifest, read_adopted, read_part
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.verify import verify
 
@@ -179,8 +179,12 @@ def _at_path(backend: Backend, listing: Listing, path: str) -> Checkpoint:
     for checkpoint in listing.checkpoints:
         if any(part.path == path for part in checkpoint.parts):
             return checkpoint
+    above = os.path.dirname(path)
+    for checkpoint in read_adopted(os.path.dirname(above)) if os.path.basename(above) == "adopted" else ():
+        if checkpoint.store == path:
+            return checkpoint
     outside = LocalBackend(path)
-    name = os.path.basename(os.path.dirname(path))
+    name = os.path.basename(above)
     known = {part.name for checkpoint in listing.checkpoints for part in checkpoint.parts}
     try:
         part = read_part(outside, name if name in known else layout.MAIN_PART, "", outside.tree(max_depth=5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 from ckptstore import adopt, native, recovery
 from ckptstore.backends import open_backend
 from ckptstore.choose import Selection
-from ckptstore.errors import AlreadyExistsError, IntegrityError, RefusedError, SourceChangedError
+from ckptstore.errors import AlreadyExistsError, IntegrityError, RefusedError, SourceChangedError, UsageError
+from ckptstore.frameworks.areal.launch import find_installation
 from ckptstore.listing import scan
 from ckptstore.model import Status
+from ckptstore.plan import Options
 from tests import trees
 
 
@@ -144,6 +147,30 @@ def test_watch_adopts_each_save_and_keeps_the_newest(run: Path) -> None:
     seen = [c.step for c in adopt.watch(backend, keep=2, stop=stop.is_set, wait=next_save)]
     assert seen == [150, 160, 170]
     assert [c.step for c in scan(backend).adopted] == [160, 170]
+
+
+def test_kept_on_another_disk(run: Path, tmp_path: Path) -> None:
+    """Two runs may share the folder; the run's own disk can be lost but for the trial itself."""
+    other = tmp_path / "other disk"
+    checkpoint = next(adopt.watch(open_backend(run), into=str(other)))
+    store = other / "gsm8k-grpo/trial0/adopted/globalstep150"
+    assert checkpoint.store == str(store)
+    assert same(run / "recover_info", store / "recover_info")
+    assert not side(run).exists()
+    with pytest.raises(AlreadyExistsError):
+        adopt.adopt(open_backend(run), into=str(other))
+    with pytest.raises(UsageError, match="inside of the trial"):
+        adopt.adopt(open_backend(run), into=str(run / "kept"))
+    slot = run / "default/recover_checkpoint"
+    shutil.rmtree(slot)
+    shutil.rmtree(run / "recover_info")
+    trees.set_age(run, 3600)
+    outcome = recovery.setup(
+        open_backend(run), Selection(checkpoint_path=str(store)), Options(installation=find_installation(version="0.3.4"))
+    )
+    assert (outcome.plan.point.checkpoint.step, outcome.plan.info.action) == (150, "keep")
+    assert same(slot, store / "default")
+    assert same(run / "recover_info", store / "recover_info")
 
 
 def test_prune_keeps_at_least_one(run: Path) -> None:

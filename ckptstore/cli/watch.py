@@ -18,14 +18,21 @@ from ckptstore.locate import Where
 
 @click.command("watch", cls=Verb, short_help="Adopt each save that the trainer finishes.")
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="How many of the newest to keep.")
+@click.option(
+    "--to",
+    metavar="DIR",
+    default="",
+    help="Keep them below this folder, on another disk say, instead of beside the run.",
+)
 @click.option("--once", is_flag=True, help="Stop after the first.")
 @JSON
 @location_options
 @OVERRIDES
-def command(where: Where, keep: int, once: bool, as_json: bool) -> None:
+def command(where: Where, keep: int, to: str, once: bool, as_json: bool) -> None:
     """Keep the newest finished saves of a running trainer. Runs until Ctrl-C or SIGTERM; --json prints a line a save.
 
-    Nothing of the trainer's is touched; a save in progress is waited for.
+    Nothing of the trainer's is touched; a save in progress is waited for. `setup` takes them like any other checkpoint; those
+    that are kept elsewhere by --checkpoint-path DIR/EXPERIMENT/TRIAL/adopted/globalstepN.
     """
     located, backend = open_run(where, as_json=as_json)
     stop = threading.Event()
@@ -36,12 +43,13 @@ def command(where: Where, keep: int, once: bool, as_json: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     if not as_json:
-        echo(f"watching {located.run.path}, keeping the newest {keep}", err=True)
+        echo(f"watching {located.run.path}, keeping the newest {keep}{f' in {to}' * bool(to)}", err=True)
     with Progress(quiet=as_json) as progress:
-        for checkpoint in adopt.watch(backend, keep=keep, stop=stop.is_set, wait=stop.wait, notify=progress.notify):
+        watching = adopt.watch(backend, keep=keep, into=to, stop=stop.is_set, wait=stop.wait, notify=progress.notify)
+        for checkpoint in watching:
             if as_json:
                 click.echo(json.dumps({"checkpoint": checkpoint_json(checkpoint), "store": checkpoint.store}))
             else:
-                done(f"kept {steps(checkpoint)}, {size(checkpoint.size_bytes)}")
+                done(f"kept {steps(checkpoint)}, {size(checkpoint.size_bytes)}, in {checkpoint.store}")
             if once:
                 return
