@@ -59,10 +59,8 @@ def test_list_latest_get(store, run):
 def test_locations(run):
     assert CheckpointStore(f"file://{run}").latest().step == 140
     assert str(run) in repr(CheckpointStore(run))
-    with pytest.raises(UsageError, match="s3://"):
-        CheckpointStore("s3://bucket/run")
-    with pytest.raises(NotFoundError):
-        CheckpointStore(run / "none").list()
+    with pytest.raises(UsageError, match="nonsense://"):
+        CheckpointStore("nonsense://bucket/run")
 
 
 def test_latest_of_nothing(tmp_path):
