@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -36,10 +37,13 @@ class Selection:
     checkpoint_path: str = ""
     prefer: str = "state"  #: state: optimizer state beats weights up to STATE_WORTH_STEPS newer; newest: it does not
     include_bad: bool = False  #: although its metrics say that it is bad or suspect; one that is named is taken anyway
+    url: str = ""  #: a run in an object store to choose from, in place of the run itself
 
     def __post_init__(self) -> None:
         if self.step is not None and self.checkpoint_path:
             raise UsageError("give a step or a checkpoint path, not both")
+        if self.url and self.checkpoint_path:
+            raise UsageError("a checkpoint path is of this machine: without --from")
         if (self.step is not None or self.checkpoint_path) and (self.before_step, self.max_step) != (
             None,
             None,
@@ -59,6 +63,10 @@ class Selection:
         return min(bounds, default=None)
 
     def __str__(self) -> str:
+        return f"{self._said} in {self.url}" if self.url else self._said
+
+    @property
+    def _said(self) -> str:
         if self.step is not None:
             return f"step {self.step}"
         if self.checkpoint_path:
@@ -94,15 +102,17 @@ def resume_point(
     selection: Selection = Selection(),
     *,
     failed: Mapping[str, str] | None = None,
+    ledger_of: str = "",
 ) -> ResumePoint:
     """The newest checkpoint within `selection` that is healthy and passes level structure, and why newer ones don't.
 
-    `failed` names checkpoints (by the first part's folder) already found bad, with the reason. NothingToResumeError when none
+    `failed` names checkpoints (by the first part's folder) already found bad, with the reason. `ledger_of`: the run whose
+    metrics tell the health, where it is not the one that is chosen from. NothingToResumeError when none
     qualifies; IntegrityError when the one that was named is damaged.
     """
     skipped: list[Skipped] = []
     newest: Checkpoint | None = None
-    verdict_on = _judge(listing)
+    verdict_on = _judge(ledger_of or listing.run.path)
     strict = not (selection.include_bad or selection.named)
     for candidate in _candidates(backend, listing, selection):
         if newest is not None and candidate.step < newest.step - STATE_WORTH_STEPS:
@@ -132,13 +142,13 @@ def resume_point(
     raise _nothing(listing, selection, skipped)
 
 
-def _judge(listing: Listing) -> Judge | None:
+def _judge(run: str) -> Judge | None:
     """What tells a checkpoint's health; None where no metrics were recorded."""
-    if not places.has_ledger(listing.run.path):
+    if not places.has_ledger(run):
         return None
     from ckptstore import health  # 20 ms, and most runs have no ledger
 
-    return functools.partial(health.of, ledger=health.ledger_of(listing.run.path))
+    return functools.partial(health.of, ledger=health.ledger_of(run))
 
 
 def _examine(
@@ -162,8 +172,10 @@ def _candidates(backend: Backend, listing: Listing, selection: Selection) -> lis
         return [_at_path(backend, listing, os.path.abspath(selection.checkpoint_path))]
     everything = list(listing.checkpoints)
     everything += listing.adopted
+    if not backend.is_folder:  # its slot, if it has one, is what some trainer once resumed from: exports alone
+        everything = [dataclasses.replace(checkpoint, store=backend.location) for checkpoint in everything]
     # Equal steps: the slot first, since it holds optimizer state and needs no copy. One that AReaL could not read is none.
-    if listing.slot is not None and listing.slot.step >= 0 and listing.slot.format in RESUMABLE:
+    elif listing.slot is not None and listing.slot.step >= 0 and listing.slot.format in RESUMABLE:
         everything.append(listing.slot)
     everything.sort(key=lambda c: (c.step, c.kind == "slot", c.kind == "adopted", c.epoch, c.epoch_step), reverse=True)
     if selection.step is not None:
@@ -216,7 +228,7 @@ def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, v
 
 def _nothing(listing: Listing, selection: Selection, skipped: list[Skipped]) -> NothingToResumeError:
     steps = sorted({checkpoint.step for checkpoint in listing.checkpoints})
-    message = f"no checkpoint qualifies as {selection} in {listing.run.path}"
+    message = f"no checkpoint qualifies as {selection}" + ("" if selection.url else f" in {listing.run.path}")
     if skipped:
         message += (
             f": {len(skipped)} looked at, all damaged, unfinished or unhealthy (newest: {'; '.join(skipped[0].reasons[:2])})"

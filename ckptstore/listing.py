@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ckptstore import damage
 from ckptstore import manifest as manifests
 from ckptstore import side as side_folders
+from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, ManifestError
@@ -244,7 +245,7 @@ def backend_for(backend: Backend, checkpoint: Checkpoint) -> Backend:
     """The backend that `checkpoint`'s parts lie under: `backend`, the store of an adopted one, or a folder of its own."""
     path = checkpoint.parts[0].path
     if checkpoint.store:
-        return LocalBackend(checkpoint.store)
+        return open_backend(checkpoint.store)
     return backend if path.startswith(f"{backend.location}/") else LocalBackend(path)
 
 

@@ -99,7 +99,7 @@ class Checkpoint:
     kind: str  #: export (a folder of its own), slot (the one that the trainer overwrites), adopted (a slot that we kept)
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = field(default=())
-    store: str = ""  #: adopted: the folder that holds the parts and the trainer's own recover_info
+    store: str = ""  #: adopted: the folder that holds the parts and the trainer's own recover_info; from a URL: its run's
 
     @property
     def log_step(self) -> int:

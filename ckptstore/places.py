@@ -27,4 +27,6 @@ def trip_in(side: str) -> str:
 
 def has_ledger(run: str) -> bool:
     """Whether metrics were recorded of a run. One that cannot be looked at counts: reading it will say why."""
+    if "://" in run:  # in an object store: the ledger stays beside the trainer
+        return False
     return os.path.lexists(ledger_in(side_of(run)))

@@ -10,6 +10,7 @@ from datetime import datetime
 
 from ckptstore import commit, probe, running
 from ckptstore import side as side_folders
+from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import ResumePoint, Selection, resume_point
@@ -87,7 +88,11 @@ def plan(
 ) -> Plan:
     """What `setup` would do now, and why. Writes nothing."""
     listing = scan(backend)
-    point = resume_point(backend, listing, selection, failed=failed)
+    source, found = backend, listing
+    if selection.url:
+        source = open_backend(selection.url)
+        found = scan(source)
+    point = resume_point(source, found, selection, failed=failed, ledger_of=listing.run.path)
     slots = slots_for(listing, point.checkpoint, options)
     first = next(iter(slots.values()))
     side = side_folders.side_folder(listing.run.path, first if options.recover_dir else _main_slot(listing))
@@ -101,7 +106,7 @@ def plan(
     old = _slot_now(listing, slots, options)
     era = _era(listing, options, old, point.checkpoint)
     transfers = {part.name: _transfer(part, era, options) for part in point.checkpoint.parts}
-    info = _info(backend, listing, point.checkpoint, options)
+    info = _info(backend, listing, point.checkpoint, options, found=found)
     in_slot = "" if options.new_trial else _in_slot(backend, point, old, slots, transfers)
     nothing_to_do = in_slot if in_slot and info.action in ("keep", "leave") and not info.refusal else ""
     return Plan(
@@ -143,18 +148,20 @@ def world_size(options: Options) -> int:
     return data_parallel_world(options.config.text("allocation_mode"))
 
 
-def _info(backend: Backend, listing: Listing, checkpoint: Checkpoint, options: Options) -> InfoPlan:
+def _info(backend: Backend, listing: Listing, checkpoint: Checkpoint, options: Options, *, found: Listing) -> InfoPlan:
     if options.as_is or options.recover_dir:
         return InfoPlan("leave", {})
     source, info = backend, listing.recover_info
-    if checkpoint.store:  # adopted: the trainer's own recover_info was kept with it
+    if checkpoint.kind == "adopted":  # the trainer's own recover_info was kept with it
         source = LocalBackend(checkpoint.store)
         info = recover_info.read(source, source.tree(max_depth=2).get(layout.RECOVER_INFO))
+    elif checkpoint.store and found.recover_info is not None:  # from a URL where somebody put it too
+        source, info = open_backend(checkpoint.store), found.recover_info
     return plan_info(
         source,
         checkpoint,
         info,
-        others=list(listing.checkpoints),
+        others=[*listing.checkpoints, *(found.checkpoints if found is not listing else ())],
         config=options.config,
         steps_per_epoch=options.steps_per_epoch,
         world_size=world_size(options),

@@ -8,13 +8,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
@@ -25,16 +21,13 @@ from ckptstore.errors import (
     NotFoundError,
     from_os_error,
 )
-from ckptstore.fetching import Wanted, fetch
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import find_manifest, folder_of, judged, read_manifest, read_part
 from ckptstore.lock import RunLock
 from ckptstore.manifest import Manifest, check_name, check_names
 from ckptstore.model import Checkpoint, Part, Status
-from ckptstore.verify import Notify, check_part_structure
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from ckptstore.receiving import fill
+from ckptstore.verify import Notify
 
 UNVOUCHED = "no manifest came with it: its structure is whole, and which bytes were written nobody can say (seal it)"
 
@@ -105,7 +98,8 @@ def pull(
 
             kept = 0
             if not here[part.name]:
-                kept = stage_part(source, part, manifest, stage.part(part.name), model=os.stat(run), progress=progress)
+                kept = fill(source, part, manifest, stage.part(part.name), progress=progress).kept_bytes
+                _finish(stage.part(part.name), part, manifest, os.stat(run))
             before += part.size_bytes
             results.append(_result(source, run, checkpoint, part, manifest=manifest, kept=kept, here=here[part.name]))
         for part, _ in ordered:
@@ -167,114 +161,16 @@ def _here(run: str, folder: str, part: Part, manifest: Manifest | None) -> bool:
     )
 
 
-def stage_part(
-    source: Backend,
-    part: Part,
-    manifest: Manifest | None,
-    target: str,
-    *,
-    model: os.stat_result,
-    progress: native.Progress | None = None,
-) -> int:
-    """Fill the folder `target` of a stage with one part, durable, and its manifest where it has one; the bytes kept.
-
-    What an earlier try left there is kept chunk by chunk, as far as the manifest's digests say that it is right.
-    DigestMismatchError for bytes that are wrong in the store; without a manifest IntegrityError for a broken structure.
-    """
-    chunk_bytes = manifest.chunk_bytes if manifest else native.CHUNK_BYTES
-    expected = {entry.path: entry.chunks for entry in manifest.files} if manifest else {}
-    folder = folder_of(source, part)
-    try:
-        if manifest is None:
-            side_folders.remove_tree(target)
-        os.makedirs(target, mode=0o700, exist_ok=True)
-        side_folders.keep_only(target, (file.name for file in part.files))
-        have = _right_chunks(target, part, expected, chunk_bytes)
-        for file in part.files:
-            path = os.path.join(target, file.name)
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                os.ftruncate(descriptor, file.size_bytes)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        raise from_os_error(error, doing="creating", path=target) from error
-    wanted = [
-        Wanted(
-            file.name,
-            f"{folder}/{file.name}" if folder else file.name,
-            file.size_bytes,
-            expected.get(file.name),
-            have.get(file.name, {}),
-        )
-        for file in part.files
-    ]
-    kept = sum(
-        min(chunk_bytes, file.size_bytes - number * chunk_bytes) for file in part.files for number in have.get(file.name, {})
-    )
-
-    def write(name: str, offset: int, data: Buffer) -> None:
-        path = os.path.join(target, name)
-        try:
-            # Opened for each range: a thread that outlives Ctrl-C must never write into another file's descriptor.
-            descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                view = memoryview(data)
-                while view.nbytes:
-                    count = os.pwrite(descriptor, view, offset)
-                    view, offset = view[count:], offset + count
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise from_os_error(error, doing="writing", path=path) from error
-
-    fetch(source, wanted, chunk_bytes=chunk_bytes, sink=write, stop_at_error=True, progress=progress)
-    if manifest is None and (findings := check_part_structure(LocalBackend(target), _at(part, target))):
-        raise IntegrityError(f"{part.path}: {findings[0]}", hint="It came like this: use another checkpoint.")
-    _finish(target, part, manifest, model)
-    return kept
-
-
-def _at(part: Part, folder: str) -> Part:
-    return dataclasses.replace(part, path=folder)
-
-
-def _right_chunks(
-    target: str, part: Part, expected: Mapping[str, tuple[int, ...]], chunk_bytes: int
-) -> dict[str, dict[int, int]]:
-    """Chunks that an interrupted pull has brought, by file and number."""
-    specs = []
-    for file in part.files:
-        try:
-            size = os.stat(os.path.join(target, file.name), follow_symlinks=False).st_size
-        except OSError:
-            continue
-        if size == file.size_bytes and file.name in expected:
-            specs.append(native.FileSpec(file.name, size))
-    found = native.digest_files(target, specs, chunk_bytes=chunk_bytes) if specs else {}
-    return {
-        name: {number: crc for number, crc in enumerate(digest.chunks) if crc == expected[name][number]}
-        for name, digest in found.items()
-        if isinstance(digest, native.Digest)
-    }
-
-
 def _finish(target: str, part: Part, manifest: Manifest | None, model: os.stat_result) -> None:
-    """Step 3: times, owner and mode, and all of it on the disk."""
+    """Step 3: owner and mode, and the manifest."""
     try:
         for file in part.files:
-            path = os.path.join(target, file.name)
-            side_folders.like(path, model, mode=model.st_mode & 0o666)
-            os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
-            native.fsync_path(path)
-        for folder, _, _ in os.walk(target, topdown=False):
-            side_folders.sync_folder(folder)
+            side_folders.like(os.path.join(target, file.name), model, mode=model.st_mode & 0o666)
         if manifest is not None:
-            first = os.stat(os.path.join(target, part.files[0].name))
-            side_folders.write_manifest(target, manifest, model=first)
+            side_folders.write_manifest(target, manifest, model=os.stat(os.path.join(target, part.files[0].name)))
         for folder, _, _ in os.walk(target, topdown=False):
             side_folders.like(folder, model)
+            side_folders.sync_folder(folder)
     except OSError as error:
         raise from_os_error(error, doing="preparing", path=target) from error
 

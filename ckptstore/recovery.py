@@ -17,6 +17,7 @@ from datetime import datetime
 
 from ckptstore import commit, halt, probe, room, running
 from ckptstore import side as side_folders
+from ckptstore.backends import is_url
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import Selection
@@ -113,6 +114,8 @@ def setup(
 
 def _source_at_fault(error: CkptStoreError, checkpoint: Checkpoint) -> bool:
     if isinstance(error, StorageError):
+        if is_url(checkpoint.store):  # an outage says nothing of this checkpoint, and would meet the next one as well
+            return False
         return any(error.path.startswith(part.path) for part in checkpoint.parts)
     return True
 
@@ -189,6 +192,8 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
 def _cannot_be_read(backend: Backend, checkpoint: Checkpoint) -> str:
     """What of the source cannot be read, or is not what it was when it was listed; empty when all of it is there."""
     source = backend_for(backend, checkpoint)
+    if not source.is_folder:
+        return ""
     try:
         tree = source.tree(max_depth=5)
         for part in checkpoint.parts:

@@ -11,13 +11,14 @@ import ckptstore
 from ckptstore import damage, native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
-from ckptstore.errors import DigestMismatchError, NotCommitted, SourceChangedError, StorageError, from_os_error
+from ckptstore.errors import CkptStoreError, DigestMismatchError, NotCommitted, SourceChangedError, StorageError, from_os_error
 from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
-from ckptstore.listing import backend_for, find_manifest, folder_of, read_part
+from ckptstore.listing import backend_for, find_manifest, folder_of, judged, read_part
 from ckptstore.manifest import FileEntry, Manifest, check_names
 from ckptstore.model import MANIFEST_NAME, Finding, Part, Status
 from ckptstore.plan import Options, Plan, world_size
+from ckptstore.receiving import fill
 from ckptstore.verify import Notify
 
 BLOCKING = "blocking"
@@ -50,6 +51,7 @@ def stage_part(
     chunk_bytes = recorded.chunk_bytes if recorded else native.CHUNK_BYTES
     way = plan.transfers[part.name]
     target = stage.part(part.name)
+    local = part.path if source.is_folder else stage.part(f"fetched-{part.name}") if way.how == "dcp" else target
     before = sum(other.size_bytes for other in plan.point.checkpoint.parts[: plan.point.checkpoint.parts.index(part)])
     doing = f"copying {part.name}" if way.how != "dcp" else f"converting {part.name}"
 
@@ -64,13 +66,18 @@ def stage_part(
     except OSError as error:
         raise from_os_error(error, doing="creating", path=target) from error
     try:
+        filled = None
+        files = part.files
+        if not source.is_folder:
+            filled = fill(source, part, recorded, local, progress=progress)
+            files = tuple(file._replace(inode=os.stat(os.path.join(local, file.name)).st_ino) for file in files)
         if way.how == "dcp":
             from ckptstore.frameworks.areal import adamw, convert
 
             converted = convert.hf_to_dcp(
-                part.path,
+                local,
                 target,
-                part.files,
+                files,
                 optimizer="zero" if way.optimizer == "zero" else "none",
                 settings=adamw.from_config(options.config, part.name),
                 expected=expected,
@@ -80,6 +87,15 @@ def stage_part(
             digests, written, reused = dict(converted.digests), converted.bytes_written, 0
             strategies: Mapping[str, int] = {"converted": written}
             chunk_bytes = native.CHUNK_BYTES
+            if filled is not None:
+                strategies = {**strategies, "fetched": part.size_bytes - filled.kept_bytes}
+                side_folders.remove_tree(local)
+        elif filled is not None:
+            digests, reused = dict(filled.digests), filled.kept_bytes
+            written = part.size_bytes - reused
+            strategies = {"fetched": written}
+            if options.verify_after_write:
+                _read_back(target, part, filled.digests, chunk_bytes)
         else:
             specs = [
                 # Without the inode: FUSE file systems make those up, and the engine looks for changes itself.
@@ -97,29 +113,47 @@ def stage_part(
             )
             digests, written, reused = dict(copied.digests), copied.bytes_copied, copied.bytes_reused
             strategies = copied.strategies
-            if way.how == "era-a":
-                from ckptstore.frameworks.areal import adamw, convert
+        if way.how == "era-a":
+            from ckptstore.frameworks.areal import adamw, convert
 
-                digests |= convert.era_a_optimizer(
-                    part.path,
-                    target,
-                    part.files,
-                    world_size=world_size(options),
-                    settings=adamw.from_config(options.config, part.name),
-                )
+            digests |= convert.era_a_optimizer(
+                local,
+                target,
+                files,
+                world_size=world_size(options),
+                settings=adamw.from_config(options.config, part.name),
+            )
     except (DigestMismatchError, SourceChangedError) as error:
-        if options.verify_after_write and _source_is_right(part, error.path, expected, chunk_bytes):
+        if source.is_folder and options.verify_after_write and _source_is_right(part, error.path, expected, chunk_bytes):
             raise StorageError(str(error), operation="reading back", path=target, errno=errno.EIO, hint=error.hint) from error
-        if isinstance(error, DigestMismatchError) and recorded is not None and plan.point.checkpoint.kind == "export":
+        if (
+            isinstance(error, DigestMismatchError)
+            and recorded is not None
+            and source.is_folder
+            and plan.point.checkpoint.kind == "export"
+        ):
             wrong = Finding(
                 error.path, f"digest differs from the manifest in the chunk at byte {error.offset_bytes:,}", Status.CORRUPT
             )
             damage.remember(plan.side, {folder_of(source, part): (recorded.commit, wrong)})
         raise
-    again = read_part(source, part.name, folder_of(source, part), source.tree(max_depth=5))
+    folder = folder_of(source, part)
+    if source.is_folder:
+        again = read_part(source, part.name, folder, source.tree(max_depth=5))
+    else:
+        again = read_part(source, part.name, "", source.tree(folder))
+        again = judged(source, again, find_manifest(source, folder))
     if [file._replace(inode=0) for file in again.files] != [file._replace(inode=0) for file in part.files]:
         raise SourceChangedError(f"{part.path} was written while it was copied", path=part.path)
     return Staged(_describe(plan, part, target, digests, chunk_bytes), written, reused, strategies)
+
+
+def _read_back(target: str, part: Part, digests: Mapping[str, native.Digest], chunk_bytes: int) -> None:
+    """Read what was fetched from the disk. StorageError where it gives back other bytes than were written."""
+    specs = [native.FileSpec(file.name, file.size_bytes, expected=digests[file.name].chunks) for file in part.files]
+    for result in native.digest_files(target, specs, chunk_bytes=chunk_bytes, direct=True).values():
+        if isinstance(result, CkptStoreError):
+            raise StorageError(str(result), operation="reading back", path=target, errno=errno.EIO, hint=result.hint)
 
 
 def _source_is_right(part: Part, name: str, expected: Mapping[str, Sequence[int]], chunk_bytes: int) -> bool:

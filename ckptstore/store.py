@@ -11,7 +11,7 @@ from ckptstore import native, recovery
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.choose import ResumePoint, Selection, resume_point
-from ckptstore.errors import AlreadyExistsError, CommitUncertain, IntegrityError, NotFoundError, from_os_error
+from ckptstore.errors import AlreadyExistsError, CommitUncertain, IntegrityError, NotFoundError, UsageError, from_os_error
 from ckptstore.listing import Listing, find_manifest, folder_of, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level
@@ -22,7 +22,7 @@ from ckptstore.verify import Notify, Report, verify_all
 
 
 class CheckpointStore:
-    """The checkpoints of one run, given by its folder (AReaL: `{fileroot}/checkpoints/{user}/{experiment}/{trial}`).
+    """The checkpoints of one run, given by its folder (AReaL: `{fileroot}/checkpoints/{user}/{experiment}/{trial}`) or URL.
 
     Every call looks at the disk anew; nothing is cached. Thread-safe. All errors are subclasses of CkptStoreError.
 
@@ -68,6 +68,7 @@ class CheckpointStore:
 
     def seal(self, step: int, *, progress: native.Progress | None = None) -> Sequence[Manifest]:
         """Write a manifest for what the trainer wrote. IntegrityError for a checkpoint that is not whole."""
+        self._need_folder()
         return seal(self.backend, self.get(step), progress=progress)
 
     def resume_point(
@@ -84,8 +85,16 @@ class CheckpointStore:
         *,
         notify: Notify | None = None,
     ) -> Outcome:
-        """Make a checkpoint the one that the trainer resumes from: see recovery.setup."""
+        """Make a checkpoint the one that the trainer resumes from: see recovery.setup. From a URL: Selection(url=…)."""
+        self._need_folder()
         return recovery.setup(self.backend, selection or Selection(), options or Options(), notify=notify)
+
+    def _need_folder(self) -> None:
+        if not self.backend.is_folder:
+            raise UsageError(
+                f"{self.backend.location} is no folder of this machine",
+                hint="Pull from it (ckptstore.pull), or set up from it.",
+            )
 
     def restore(
         self, step: int, destination: str | Path, *, progress: native.Progress | None = None
@@ -95,6 +104,7 @@ class CheckpointStore:
         AlreadyExistsError for a destination that exists: nothing is overwritten. DigestMismatchError for damage; the
         destination appears under its name only when all of it is right.
         """
+        self._need_folder()
         target = os.path.abspath(destination)
         if os.path.lexists(target):
             raise AlreadyExistsError(f"{target} exists already", hint="Name a new folder.")

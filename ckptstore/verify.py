@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 from ckptstore import damage, native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
-from ckptstore.errors import CkptStoreError, DigestMismatchError, NotFoundError, SourceChangedError
+from ckptstore.errors import (
+    AccessError,
+    CkptStoreError,
+    DigestMismatchError,
+    NotFoundError,
+    SourceChangedError,
+    StorageError,
+)
 from ckptstore.fetching import Wanted, fetch
 from ckptstore.formats import check_structure
 from ckptstore.frameworks.areal import layout
@@ -120,7 +127,14 @@ def check_part_structure(backend: Backend, part: Part) -> list[Finding]:
     except NotFoundError as error:
         return [Finding("", f"changed while it was read: {error}", Status.PARTIAL)]
     except CkptStoreError as error:
+        _refuse_outage(backend, error)
         return [Finding("", f"cannot be read: {error}", Status.PARTIAL)]
+
+
+def _refuse_outage(backend: Backend, error: object) -> None:
+    """A store that does not answer says nothing of a checkpoint: else an outage would choose an older one."""
+    if not backend.is_folder and isinstance(error, (StorageError, AccessError)):
+        raise error
 
 
 def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, progress: native.Progress | None = None) -> Part:
@@ -146,6 +160,8 @@ def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, pr
             above = f"{folder}/" if (folder := folder_of(backend, part)) else ""
             files = [Wanted(spec.name, f"{above}{spec.name}", spec.size_bytes, spec.expected) for spec in specs]
             results = fetch(backend, files, chunk_bytes=chunk_bytes, progress=progress)
+            for result in results.values():
+                _refuse_outage(backend, result)
     except CkptStoreError as error:
         return _worsen(part, [Finding("", f"cannot be read: {error}", Status.PARTIAL)])
     findings = [

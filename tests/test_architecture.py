@@ -30,6 +30,7 @@ LAYERS = (
     ("verify", "seal", "commit", "running"),
     ("choose",),
     ("plan",),
+    ("receiving",),
     ("room", "staging"),
     ("recovery", "adopt", "push", "pull"),
     ("store",),

@@ -10,6 +10,8 @@ import pytest
 
 from ckptstore import CheckpointStore, native
 from ckptstore import side as side_folders
+from ckptstore.backends import open_backend
+from ckptstore.choose import Selection
 from ckptstore.errors import (
     AccessError,
     AlreadyExistsError,
@@ -23,6 +25,7 @@ from ckptstore.errors import (
 from ckptstore.listing import read_manifest
 from ckptstore.model import MANIFEST_NAME, Status
 from ckptstore.plan import Options
+from ckptstore.push import push
 from tests import trees
 from tests.fusefs import fuse_mount
 from tests.users import as_nobody, open_way_to
@@ -59,10 +62,24 @@ def test_list_latest_get(store, run):
 def test_locations(run):
     assert CheckpointStore(f"file://{run}").latest().step == 140
     assert str(run) in repr(CheckpointStore(run))
-    with pytest.raises(UsageError, match="s3://"):
-        CheckpointStore("s3://bucket/run")
+    with pytest.raises(UsageError, match="nonsense://"):
+        CheckpointStore("nonsense://bucket/run")
     with pytest.raises(NotFoundError):
         CheckpointStore(run / "none").list()
+
+
+def test_a_store_at_a_url(run, tmp_path):
+    """Looking works as in a folder; what writes says that it needs one."""
+    url = f"memory://store-{tmp_path.name}"
+    push(CheckpointStore(run).backend, CheckpointStore(run).get(46), open_backend(url))
+    store = CheckpointStore(url)
+    assert [checkpoint.step for checkpoint in store.list()] == [46]
+    assert store.verify(46).ok
+    assert store.resume_point().checkpoint.step == 46
+    for call in (lambda: store.seal(46), store.setup, lambda: store.restore(46, tmp_path / "x")):
+        with pytest.raises(UsageError, match="folder"):
+            call()
+    assert CheckpointStore(run).setup(Selection(url=url), Options(as_is=True)).plan.point.checkpoint.step == 46
 
 
 def test_latest_of_nothing(tmp_path):

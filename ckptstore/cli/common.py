@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,19 +15,20 @@ import click
 
 from ckptstore import commit
 from ckptstore import side as side_folders
-from ckptstore.backends import Backend, is_url, open_backend
+from ckptstore.backends import Backend, is_url, normal_url, open_backend
 from ckptstore.choose import STATE_WORTH_STEPS, Selection
 from ckptstore.cli.render import echo, field, note, safe
-from ckptstore.errors import BusyError, NotFoundError, NothingToResumeError, UsageError
+from ckptstore.errors import BusyError, NotFoundError, NothingToResumeError, UsageError, from_os_error
 from ckptstore.frameworks.areal import layout
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.saving import first_saved
 from ckptstore.listing import Listing, scan
-from ckptstore.locate import Located, Where, locate
+from ckptstore.locate import Located, NoRunError, Where, locate, named_run
 from ckptstore.lock import busy
 from ckptstore.model import Checkpoint
 
 Function = Callable[..., Any]
+URL_VARIABLE = "CKPTSTORE_URL"
 
 
 class WhereOption(click.Option):
@@ -110,6 +112,7 @@ _SELECTION = _compose(
         show_default=True,
         help=f"state: optimizer state beats weights alone that are up to {STATE_WORTH_STEPS} steps newer.",
     ),
+    _which("--from", "url", default="", metavar="URL", help="From this run in an object store, straight into the slot."),
     _which("--include-bad", is_flag=True, help="Although its metrics say that training had gone bad (see status)."),
 )
 
@@ -169,13 +172,17 @@ def selection_options(function: Function) -> Function:
         checkpoint_path: str,
         prefer: str,
         include_bad: bool,
+        url: str,
         **rest: Any,
     ) -> Any:
         if log_step is not None:
             if step is not None:
                 raise UsageError("--step and --log-step name the same thing: give one")
             step = from_log_step(log_step)
-        selection = Selection(before_step, max_step, step, checkpoint_path, prefer, include_bad)
+        if url and not is_url(url):
+            raise UsageError(f"--from {url} is no URL", hint="A checkpoint's folder is named by --checkpoint-path.")
+        url = normal_url(url) if url else ""
+        selection = Selection(before_step, max_step, step, checkpoint_path, prefer, include_bad, url)
         return function(*args, selection=selection, **rest)
 
     return _SELECTION(wrapper)
@@ -250,6 +257,34 @@ def open_run(where: Where, *, as_json: bool = False, read_only: bool = False, re
     elif rolled := commit.roll_forward(side):
         note(rolled)
     return located, open_backend(located.run.path)
+
+
+def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only: bool) -> tuple[Located, Backend, Selection]:
+    """The run whose slot is to be filled. On a machine that lost its disk it is made, when what fills it comes from a URL.
+
+    Without --from, $CKPTSTORE_URL is that URL where the run is not here; where it is, its own checkpoints are meant.
+    """
+    try:
+        return *open_run(where, as_json=as_json, read_only=read_only), selection
+    except NoRunError as error:
+        url = selection.url or os.environ.get(URL_VARIABLE, "")
+        names = named_run(where)
+        known = bool(where.run) or all((names.fileroot, names.experiment, names.trial))
+        if not url or not known or os.path.lexists(names.path):
+            raise
+        if read_only:
+            error.hint = f"Without a dry run, {names.path} is made and filled from {normal_url(url)}."
+            raise
+    if not selection.url:
+        if selection.checkpoint_path:
+            raise UsageError(f"--checkpoint-path for a run that is not here, and ${URL_VARIABLE} is set: give one of them")
+        selection = dataclasses.replace(selection, url=normal_url(url))
+        note(f"the run is not here: its checkpoints are taken from ${URL_VARIABLE}, {selection.url}")
+    try:
+        os.makedirs(names.path)
+    except OSError as error:
+        raise from_os_error(error, doing="creating", path=names.path) from error
+    return *open_run(where, as_json=as_json), selection
 
 
 def note_other_at_work(located: Located) -> None:

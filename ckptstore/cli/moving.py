@@ -8,12 +8,11 @@ from typing import Any
 import click
 
 from ckptstore.backends import is_url
-from ckptstore.cli.common import WhichOption, pick
+from ckptstore.cli.common import URL_VARIABLE, WhichOption, pick
 from ckptstore.errors import NothingToResumeError, UsageError
 from ckptstore.listing import Listing
 from ckptstore.model import Checkpoint
 
-URL_VARIABLE = "CKPTSTORE_URL"
 LATEST = click.option("--latest", is_flag=True, cls=WhichOption, help="The newest whole one.")
 EVERYTHING = click.option("--all", "everything", is_flag=True, cls=WhichOption, help="All whole ones.")
 

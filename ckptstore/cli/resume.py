@@ -21,7 +21,7 @@ from ckptstore.cli.common import (
     explaining_gaps,
     is_interactive,
     location_options,
-    open_run,
+    open_run_for,
     selection_options,
     trainer_options,
 )
@@ -102,7 +102,8 @@ def command(
         if _may_start_fresh(where):
             echo("no trace of the run in any place that was named: starting fresh")
             _execute(Command(own))
-    located, backend = open_run(where, as_json=as_json, read_only=not (yes or asking) or plan_only)
+    looking = not (yes or asking) or plan_only
+    located, backend, selection = open_run_for(where, selection, as_json=as_json, read_only=looking)
     config = located.config or logged_config(located.run)
     _refuse_strangers(located, config, own)
     installation = find_installation(trainer.areal_dir, trainer.areal_version)

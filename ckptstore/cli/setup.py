@@ -19,6 +19,7 @@ from ckptstore.cli.common import (
     is_interactive,
     location_options,
     open_run,
+    open_run_for,
     selection_options,
     trainer_options,
 )
@@ -95,7 +96,10 @@ def command(
         raise UsageError("--undo takes no step: it swaps back what the last setup set aside")
     if replace and not yes and not dry_run and (as_json or not is_interactive()):
         raise UsageError("--replace may remove the old slot before the new one is in", hint="Say --yes to mean it.")
-    located, backend = open_run(where, as_json=as_json, read_only=dry_run)
+    if undo:
+        located, backend = open_run(where, as_json=as_json, read_only=dry_run)
+    else:
+        located, backend, selection = open_run_for(where, selection, as_json=as_json, read_only=dry_run)
     options = setup_options(
         trainer,
         located.config or logged_config(located.run),

@@ -1,0 +1,133 @@
+"""Fill a folder of a stage with a part that lies in an object store: what `pull` and `setup --from` have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptstore import native
+from ckptstore import side as side_folders
+from ckptstore.backends.base import Backend
+from ckptstore.backends.local import LocalBackend
+from ckptstore.errors import IntegrityError, from_os_error
+from ckptstore.fetching import Wanted, fetch
+from ckptstore.listing import folder_of
+from ckptstore.manifest import Manifest
+from ckptstore.model import Part
+from ckptstore.verify import check_part_structure
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Filled(NamedTuple):
+    """What is in the folder now: each file's digest, and how many bytes an earlier try had brought."""
+
+    digests: Mapping[str, native.Digest]
+    kept_bytes: int
+
+
+def fill(
+    source: Backend,
+    part: Part,
+    manifest: Manifest | None,
+    target: str,
+    *,
+    progress: native.Progress | None = None,
+) -> Filled:
+    """Fill the folder `target` of a stage with the files of one part: theirs alone, with the writer's times, durable.
+
+    What an earlier try left there is kept chunk by chunk, as far as the manifest's digests say that it is right.
+    DigestMismatchError for bytes that are wrong in the store; without a manifest IntegrityError for a broken structure.
+    """
+    chunk_bytes = manifest.chunk_bytes if manifest else native.CHUNK_BYTES
+    expected = {entry.path: entry.chunks for entry in manifest.files} if manifest else {}
+    folder = folder_of(source, part)
+    try:
+        if manifest is None:
+            side_folders.remove_tree(target)
+        os.makedirs(target, mode=0o700, exist_ok=True)
+        side_folders.keep_only(target, (file.name for file in part.files))
+        have = _right_chunks(target, part, expected, chunk_bytes)
+        for file in part.files:
+            path = os.path.join(target, file.name)
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(descriptor, file.size_bytes)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        raise from_os_error(error, doing="creating", path=target) from error
+    wanted = [
+        Wanted(
+            file.name,
+            f"{folder}/{file.name}" if folder else file.name,
+            file.size_bytes,
+            expected.get(file.name),
+            have.get(file.name, {}),
+        )
+        for file in part.files
+    ]
+    kept = sum(
+        min(chunk_bytes, file.size_bytes - number * chunk_bytes) for file in part.files for number in have.get(file.name, {})
+    )
+
+    def write(name: str, offset: int, data: Buffer) -> None:
+        path = os.path.join(target, name)
+        try:
+            # Opened for each range: a thread that outlives Ctrl-C must never write into another file's descriptor.
+            descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                view = memoryview(data)
+                while view.nbytes:
+                    count = os.pwrite(descriptor, view, offset)
+                    view, offset = view[count:], offset + count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise from_os_error(error, doing="writing", path=path) from error
+
+    digests = {
+        name: digest
+        for name, digest in fetch(
+            source, wanted, chunk_bytes=chunk_bytes, sink=write, stop_at_error=True, progress=progress
+        ).items()
+        if isinstance(digest, native.Digest)
+    }
+    try:
+        for file in part.files:
+            path = os.path.join(target, file.name)
+            os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
+            native.fsync_path(path)
+        for inside, _, _ in os.walk(target, topdown=False):
+            side_folders.sync_folder(inside)
+    except OSError as error:
+        raise from_os_error(error, doing="syncing", path=target) from error
+    if manifest is None:
+        here = dataclasses.replace(part, path=target)
+        if findings := check_part_structure(LocalBackend(target), here):
+            raise IntegrityError(f"{part.path}: {findings[0]}", hint="It came like this: use another checkpoint.")
+    return Filled(digests, kept)
+
+
+def _right_chunks(
+    target: str, part: Part, expected: Mapping[str, tuple[int, ...]], chunk_bytes: int
+) -> dict[str, dict[int, int]]:
+    """Chunks that an interrupted pull has brought, by file and number."""
+    specs = []
+    for file in part.files:
+        try:
+            size = os.stat(os.path.join(target, file.name), follow_symlinks=False).st_size
+        except OSError:
+            continue
+        if size == file.size_bytes and file.name in expected:
+            specs.append(native.FileSpec(file.name, size))
+    found = native.digest_files(target, specs, chunk_bytes=chunk_bytes) if specs else {}
+    return {
+        name: {number: crc for number, crc in enumerate(digest.chunks) if crc == expected[name][number]}
+        for name, digest in found.items()
+        if isinstance(digest, native.Digest)
+    }

@@ -1,0 +1,245 @@
+"""setup --from URL: from a bucket straight into the slot, on the machine that trained and on one that lost its disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ckptstore import listing, staging
+from ckptstore.backends import open_backend
+from ckptstore.backends.fsspec import FsspecBackend
+from ckptstore.errors import StorageError
+from ckptstore.model import MANIFEST_NAME, Level, Status
+from ckptstore.push import push
+from ckptstore.store import CheckpointStore
+from ckptstore.verify import verify
+from tests import commands, trees
+from tests.test_push_pull import flip
+from tests.test_remote_looking import upload
+
+OLD = ("--areal-version", "0.3.4", "--world-size", "2")  #: reads exports as they are, with optimizer shards beside them
+NEW = ("--areal-version", "1.0.4")  #: reads DCP, which is made of an export
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(params=["memory", "s3"])
+def url(request, tmp_path):
+    return request.getfixturevalue("s3") if request.param == "s3" else f"memory://setup-{tmp_path.name}-{os.getpid()}"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, url):
+    """A run of three checkpoints that are all pushed; the machine that trained it has only the first left."""
+    commands.isolate(monkeypatch, tmp_path)
+    monkeypatch.delenv("CKPTSTORE_URL", raising=False)
+    path = trees.make_run(tmp_path, steps=(46, 93, 140), slot="era_a", slot_step=46, recover_info=46)
+    trees.set_age(tmp_path / "logs", 3600)
+    for checkpoint in CheckpointStore(path).list():
+        push(open_backend(path), checkpoint, open_backend(url))
+    shutil.copytree(path, tmp_path / "kept")
+    for step in (93, 140):
+        shutil.rmtree(trees.checkpoint(path, step))
+    return path
+
+
+def yaml_of(run: Path) -> Path:
+    return run.parents[3] / "logs/alice/gsm8k-grpo/trial0/config.yaml"
+
+
+def slot_of(run: Path) -> Path:
+    return run / "default/recover_checkpoint"
+
+
+def test_dry_run(run, url, capfd):
+    before = sorted(run.rglob("*"))
+    done = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--dry-run", "--json", *OLD)
+    assert done.code == 0, done.out
+    assert done.json["checkpoint"]["step"] == 140
+    assert done.json["checkpoint"]["parts"][0]["path"] == f"{url}/default/{trees.folder_name(140)}"
+    assert sorted(run.rglob("*")) == before
+    text = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--dry-run", *OLD).out
+    assert url in text
+
+
+@pytest.mark.parametrize("words", [OLD, NEW, ("--as-is",)], ids=["era-a", "dcp", "as-is"])
+def test_into_the_slot(run, url, capfd, tmp_path, words):
+    """Every way in: copied, converted, as it is. The slot is whole and COMMITTED, and nothing is left of the way."""
+    done = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--json", *words)
+    assert done.code == 0, done.out
+    assert (done.json["done"], done.json["checkpoint"]["step"]) == (True, 140)
+    assert done.json["strategies"]["fetched"] == done.json["checkpoint"]["bytes"]
+    found = CheckpointStore(run).scan()
+    assert found.slot is not None
+    assert (found.slot.step, found.slot.status) == (140, Status.COMMITTED)
+    assert verify(open_backend(run), found.slot, Level.FULL).ok
+    if words != NEW:
+        source = trees.checkpoint(tmp_path / "kept", 140)
+        assert (slot_of(run) / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
+        assert (slot_of(run) / WEIGHTS).stat().st_mtime_ns == (source / WEIGHTS).stat().st_mtime_ns
+    if words != ("--as-is",):
+        assert found.recover_info is not None
+        assert found.recover_info.step == 140
+    side = run.parent / ".ckptstore/trial0"
+    assert sorted(name for name in os.listdir(side) if not name.startswith("old-")) in ([], ["lock"])
+    assert [checkpoint.step for checkpoint in found.checkpoints] == [46]
+
+
+def test_the_same_as_from_the_disk(run, url, capfd, tmp_path):
+    """File by file what setup makes of a local checkpoint."""
+    other = tmp_path / "other/checkpoints/alice/gsm8k-grpo/trial0"
+    shutil.copytree(tmp_path / "kept", other)
+    for words in (("--run", run, "--from", url), ("--run", other)):
+        assert commands.invoke(capfd, "setup", "--step", 93, *words, *NEW).code == 0
+    names = sorted(path.name for path in slot_of(other).iterdir())
+    assert sorted(path.name for path in slot_of(run).iterdir()) == names
+    for name in names:
+        if name != MANIFEST_NAME:
+            assert (slot_of(run) / name).read_bytes() == (slot_of(other) / name).read_bytes(), name
+
+
+def test_bounds_and_undo(run, url, capfd):
+    done = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--before-step", 140, "--json", *OLD)
+    assert done.json["checkpoint"]["step"] == 93
+    assert commands.invoke(capfd, "setup", "--run", run, "--undo").code == 0
+    info = CheckpointStore(run).scan().recover_info
+    assert info is not None
+    assert info.step == 46
+
+
+def test_damage_there_takes_the_next(run, url, capfd):
+    """One that is wrong in the store is found while it is fetched; the one before it is taken, and it is said."""
+    backend = open_backend(url)
+    key = f"default/{trees.folder_name(140)}/{WEIGHTS}"
+    data = bytearray(backend.get(key))
+    data[-1] ^= 1
+    backend.put(key, data)
+    backend.put(m := f"default/{trees.folder_name(140)}/{MANIFEST_NAME}", backend.get(m))
+    done = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--json", *OLD)
+    assert done.code == 0, done.out
+    assert done.json["checkpoint"]["step"] == 93
+    assert [skipped["step"] for skipped in done.json["skipped"]] == [140]
+
+
+def test_an_outage_takes_no_other(run, capfd, monkeypatch, tmp_path):
+    """A store that does not answer says nothing of a checkpoint."""
+    url = f"memory://outage-{tmp_path.name}-{os.getpid()}"
+    upload(tmp_path / "kept", open_backend(url))
+    before = {path: path.stat() for path in slot_of(run).iterdir()}
+    real = FsspecBackend.view
+
+    def broken(self, key, offset_bytes, length_bytes):
+        if "globalstep140" in key:
+            raise StorageError("planted outage", operation="reading", path=f"{self.location}/{key}")
+        return real(self, key, offset_bytes, length_bytes)
+
+    monkeypatch.setattr(FsspecBackend, "view", broken)
+    done = commands.invoke(capfd, "setup", "--run", run, "--from", url, *OLD)
+    assert done.code == 1
+    assert "planted outage" in done.err
+    assert {path: path.stat() for path in slot_of(run).iterdir()} == before
+
+
+def test_an_interrupted_one_goes_on(run, url, capfd, monkeypatch):
+    """What was fetched is kept."""
+    with monkeypatch.context() as planted:
+        planted.setattr(staging, "_describe", interrupted)
+        assert commands.invoke(capfd, "setup", "--run", run, "--from", url, *OLD).code == 130
+    done = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--json", *OLD)
+    assert done.code == 0, done.out
+    assert done.json["reused_bytes"] == done.json["checkpoint"]["bytes"]
+    assert done.json["strategies"]["fetched"] == 0
+
+
+def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_nothing_to_do_the_second_time(run, url, capfd):
+    for expected in (True, False):
+        done = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--json", *OLD)
+        assert done.code == 0, done.out
+        if expected:
+            assert done.json["done"]
+    assert CheckpointStore(run).scan().slot.step == 140
+
+
+def test_read_back(run, url, capfd, monkeypatch):
+    """A disk that gives back other bytes than were written."""
+    real = staging.fill
+
+    def fill(source, part, manifest, target, *, progress):
+        filled = real(source, part, manifest, target, progress=progress)
+        flip(Path(target) / WEIGHTS, 100)
+        return filled
+
+    monkeypatch.setattr(staging, "fill", fill)
+    done = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--verify-after-write", *OLD)
+    assert done.code == 1
+    assert "disk gives back" in done.err or "bytes from" in done.err
+    assert CheckpointStore(run).scan().slot.step != 140
+
+
+# --- a machine that lost its disk ----------------------------------------------------------------------------------
+
+
+def test_a_new_machine(run, url, capfd, tmp_path):
+    """The run's folder is made; the slot and recover_info are there, and AReaL would go on after the step."""
+    fileroot = tmp_path / "fresh"
+    fileroot.mkdir()
+    words = ("--fileroot", fileroot, "-e", "gsm8k-grpo", "-t", "trial0", "--user", "alice", "--from", url)
+    would = commands.invoke(capfd, "setup", *words, "--dry-run", *OLD)
+    assert would.code == 1
+    assert "is made and filled" in would.err
+    assert list(fileroot.iterdir()) == []
+    done = commands.invoke(capfd, "setup", *words, "--config", yaml_of(run), "--json", *OLD)
+    assert done.code == 0, done.out
+    found = CheckpointStore(fileroot / "checkpoints/alice/gsm8k-grpo/trial0").scan()
+    assert found.slot is not None
+    assert (found.slot.step, found.slot.status) == (140, Status.COMMITTED)
+    assert found.recover_info is not None
+    assert (found.recover_info.step, found.recover_info.problems) == (140, ())
+
+
+def test_the_variable_counts_where_the_run_is_not_here(run, url, capfd, tmp_path, monkeypatch):
+    """And only there: a run that is here is meant itself."""
+    monkeypatch.setenv("CKPTSTORE_URL", url)
+    here = commands.invoke(capfd, "setup", "--run", run, "--dry-run", "--json", *OLD)
+    assert here.json["checkpoint"]["step"] == 46
+    there = tmp_path / "fresh/checkpoints/alice/gsm8k-grpo/trial0"
+    words = ("--run", there, "--yes", "--json", "--script", "train.py", "--config", yaml_of(run), *OLD)
+    done = commands.invoke(capfd, "resume", *words, f"cluster.fileroot={tmp_path / 'fresh'}")
+    assert done.code == 0, done.out
+    assert done.json["checkpoint"]["step"] == 140
+    assert "CKPTSTORE_URL" in done.err
+    assert "train.py" in done.json["command"]
+
+
+def test_a_run_that_others_uploaded(run, capfd, tmp_path):
+    """No manifests, recover_info and all: its recover_info is used where it is the step's."""
+    url = f"memory://others-{tmp_path.name}-{os.getpid()}"
+    source = tmp_path / "kept"
+    upload(source, open_backend(url))
+    there = tmp_path / "fresh/checkpoints/alice/gsm8k-grpo/trial0"
+    done = commands.invoke(capfd, "setup", "--run", there, "--from", url, "--step", 46, "--json", *OLD)
+    assert done.code == 0, done.out
+    for name in ("step_info.json", "saver_info.json"):
+        assert (there / "recover_info" / name).read_bytes() == (source / "recover_info" / name).read_bytes()
+    assert listing.scan(open_backend(there)).slot.step == 46
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--from", "/tmp/x"), "is no URL"),
+        (("--from", "s3://a:hush@b/x"), "credentials"),
+        (("--from", "memory://x", "--checkpoint-path", "/tmp"), "without --from"),
+    ],
+)
+def test_usage(words, text, run, capfd):
+    done = commands.invoke(capfd, "setup", "--run", run, *words)
+    assert done.code == 2
+    assert text in done.err
+    assert "hush" not in done.err
