@@ -21,7 +21,7 @@ LAYERS = (
     ("errors", "model"),
     ("manifest", "native", "config", "rules", "ranks"),
     ("backends.base", "backends.local", "backends", "formats", "formats.*"),
-    ("frameworks", "frameworks.areal", "frameworks.areal.*"),
+    ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe"),
     ("places",),
     ("damage", "ledger", "halt", "pins"),
@@ -29,7 +29,7 @@ LAYERS = (
     ("verify", "seal", "commit", "running"),
     ("choose",),
     ("plan",),
-    ("room", "staging"),
+    ("room", "staging", "steps"),
     ("recovery", "adopt"),
     ("store",),
 )

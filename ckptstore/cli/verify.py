@@ -56,7 +56,7 @@ def command(
     where, steps = read_words(where, words, log_steps)
     if bool(steps) + everything + slot > 1:
         raise UsageError("name steps, or say --all, or --slot")
-    _, backend = open_run(where, as_json=as_json)
+    _, backend = open_run(where, as_json=as_json, steps_too=True)
     listing = scan(backend)
     chosen = _choose(listing, steps, slot=slot)
     if expected and len(chosen) != 1:

@@ -1,5 +1,6 @@
 """copy_files: the right bytes, digests and times, whatever the size, the threads and the strategy; and what it refuses."""
 
+import itertools
 import os
 import stat
 import subprocess
@@ -240,7 +241,7 @@ def test_write_gathers_one_file_from_many_buffers(roots, strategy):
     """Cuts within, at and across blocks and chunks; empty pieces at either end and between."""
     data = random_bytes(3 * BIG + 77)
     cuts = sorted({0, 1, 5, 4096, CHUNK - 1, CHUNK, CHUNK + 1, BIG, 2 * BIG + 3, 2 * BIG + 3, len(data) - 1, len(data)})
-    pieces = [b"", *(data[a:b] for a, b in zip(cuts, cuts[1:], strict=False)), b""]
+    pieces = [b"", *(data[a:b] for a, b in itertools.pairwise(cuts)), b""]
     many = [data[i : i + 1] for i in range(5000)]
     result = native.write_files(roots[1], {"f": pieces, "g": tuple(many), "h": []}, options=options(strategy=strategy))
     assert (roots[1] / "f").read_bytes() == data
