@@ -69,14 +69,16 @@ class CheckpointStore:
         retention (best K); those that are not finite are left out. Errors: NotCommitted and CommitUncertain as in
         errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError; SourceChangedError.
         """
-        draft = steps.begin(self._folder(), step)
+        draft = steps.begin(self.folder, step)
         try:
             digests = steps.copy_in(draft, os.path.abspath(directory), progress=progress)
             return steps.commit(draft, digests, metrics=metrics, source=os.path.basename(os.path.abspath(directory)))
         finally:
             steps.abandon(draft)
 
-    def _folder(self) -> str:
+    @property
+    def folder(self) -> str:
+        """The local folder that is saved into. UsageError where the store is somewhere else."""
         if not isinstance(self.backend, LocalBackend):
             raise UsageError(f"saving into {self.backend.location} is not supported yet", hint="Name a local folder.")
         return self.backend.location

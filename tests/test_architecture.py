@@ -29,9 +29,11 @@ LAYERS = (
     ("verify", "seal", "commit", "running"),
     ("choose",),
     ("plan",),
-    ("room", "staging", "steps"),
+    ("room", "staging", "steps", "loading"),
     ("recovery", "adopt"),
     ("store",),
+    ("torch.memory", "torch.state"),
+    ("torch", "torch.*"),
 )
 #: The shim for training code stands beside the trainers that it knows, and on top of everything.
 ABOVE = {"frameworks.areal.attach", "frameworks.areal.keeping"}
@@ -119,7 +121,7 @@ def test_only_native_imports_the_extension():
 
 
 ALLOWED = {
-    "torch": {"torch", "frameworks.areal.convert"},
+    "torch": {name for name in MODULES if name.partition(".")[0] == "torch"} | {"frameworks.areal.convert"},
     "obstore": {"backends.object"},
     "fsspec": {"backends.fsspec"},
     "safetensors": set(),
