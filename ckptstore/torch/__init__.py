@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from ckptstore.torch.reader import StoreReader
 from ckptstore.torch.simple import load, save
+from ckptstore.torch.writer import StoreWriter
 
-__all__ = ["load", "save"]
+__all__ = ["StoreReader", "StoreWriter", "load", "save"]
