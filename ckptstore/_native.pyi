@@ -8,7 +8,7 @@ from typing_extensions import Buffer
 
 _File = (
     tuple[bytes, int, int, int, Sequence[int] | None]
-    | tuple[bytes, int, int, int, Sequence[int] | None, Buffer]  # its bytes are in memory
+    | tuple[bytes, int, int, int, Sequence[int] | None, tuple[Buffer, ...]]  # its bytes are in memory
 )
 _Digest = tuple[int, tuple[int, ...]]
 _Failure = tuple[str, str, bytes, int]

@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ckptstore import damage
 from ckptstore import manifest as manifests
@@ -17,6 +18,7 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, ManifestError
 from ckptstore.formats import FormatError, dcp
+from ckptstore.frameworks import steps
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
@@ -34,6 +36,17 @@ CLOCK_SKEW_NS = 5_000_000_000
 RESUMABLE = frozenset({"dcp", "hf+optim", "mixed"})
 
 
+class ReadSigns(Protocol):
+    """What a framework reads out of a part's files; `sealed`: there is a manifest of ours among them."""
+
+    def __call__(self, files: Sequence[FileInfo], *, sealed: bool) -> layout.Signs:
+        """The signs."""
+
+
+def _areal_signs(files: Sequence[FileInfo], *, sealed: bool) -> layout.Signs:
+    return layout.read_signs(files)
+
+
 @dataclass(frozen=True, slots=True)
 class Listing:
     """One look at a run. Checkpoints by step, the slot apart."""
@@ -46,6 +59,7 @@ class Listing:
     notes: tuple[str, ...]
     newest_file: str  #: the file of the run that was written last, by the trainer
     newest_mtime_ns: int
+    framework: str = "areal"  #: areal, or steps: a store of steps, with neither slot nor recover_info
 
     def at_step(self, step: int) -> list[Checkpoint]:
         """The exports of that global step (several only where a run changed its steps per epoch)."""
@@ -57,7 +71,10 @@ def scan(backend: Backend) -> Listing:
 
     NotFoundError when the run's folder is missing. Unreadable folders make their checkpoint PARTIAL, with the reason.
     """
-    run = layout.sort_out(backend.tree(max_depth=5))
+    tree = backend.tree(max_depth=5)
+    if steps.is_store(tree):
+        return _scan_steps(backend, tree)
+    run = layout.sort_out(tree)
     notes = list(run.notes)
     checkpoints = [
         Checkpoint(name.step, name.epoch, name.epoch_step, "export", tuple(_parts(backend, run, folders)))
@@ -92,6 +109,27 @@ def _side(backend: Backend) -> str:
     if not backend.is_folder:
         return ""
     return side_folders.side_folder(backend.location, f"{backend.location}/{layout.MAIN_PART}/{layout.SLOT}")
+
+
+def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
+    """A store of steps; one part each."""
+    checkpoints = [
+        Checkpoint(step, -1, -1, "export", (read_part(backend, layout.MAIN_PART, folder, tree, read_signs=steps.read_signs),))
+        for step, folder in steps.steps_in(tree).items()
+    ]
+    if side := _side(backend):
+        checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
+    newest = (
+        max(
+            (file.mtime_ns, f"{folder_of(backend, part)}/{file.name}")
+            for c in checkpoints
+            for part in c.parts
+            for file in part.files
+        )
+        if any(c.file_count for c in checkpoints)
+        else (0, "")
+    )
+    return Listing(layout.run_ref(backend.location), tuple(checkpoints), None, None, (), (), newest[1], newest[0], "steps")
 
 
 def _with_known_damage(
@@ -142,7 +180,9 @@ def read_adopted(side: str) -> list[Checkpoint]:
     return found
 
 
-def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folder]) -> Part:
+def read_part(
+    backend: Backend, name: str, folder: str, folders: dict[str, Folder], *, read_signs: ReadSigns = _areal_signs
+) -> Part:
     """Judge one part at level quick. `folders` is Backend.tree(), `folder` a key of it."""
     files, findings = layout.files_of(folders, folder)
     ours = next((file for file in files if file.name == MANIFEST_NAME), None)
@@ -150,7 +190,7 @@ def read_part(backend: Backend, name: str, folder: str, folders: dict[str, Folde
         files.remove(ours)
     unread = not files and ours is None and any(not finding.path for finding in findings)
     # What an unreadable folder holds is unknown: it is not "empty".
-    signs = layout.Signs("unknown", (), ()) if unread else layout.read_signs(files)
+    signs = layout.Signs("unknown", (), ()) if unread else read_signs(files, sealed=ours is not None)
     findings.extend(signs.findings)
     notes: list[str] = []
     status = worst([Status.COMPLETE, *(finding.status for finding in findings)])

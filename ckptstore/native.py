@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, cast
 
 from ckptstore import _native
 from ckptstore.errors import (
@@ -138,21 +138,23 @@ def copy_files(
 
 def write_files(
     destination: Path,
-    contents: Mapping[str, Buffer],
+    contents: Mapping[str, Buffer | Sequence[Buffer]],
     *,
     options: CopyOptions | None = None,
     progress: Progress | None = None,
 ) -> CopyResult:
     """Write files below a folder from memory (any contiguous buffers): digested on the way, as copy_files otherwise.
 
-    The buffers must not be written to meanwhile. What ends up on the disk has the digests returned even so.
+    A list or tuple of buffers is one file: they follow one another in it. The buffers must not be written to meanwhile.
+    What ends up on the disk has the digests returned even so.
     """
     options = options or CopyOptions()
     _check_chunks(options.chunk_bytes)
-    specs: list[tuple[bytes, int, int, int, Sequence[int] | None, Buffer]] = []
+    specs: list[tuple[bytes, int, int, int, Sequence[int] | None, tuple[Buffer, ...]]] = []
     for name, data in contents.items():
         encoded, *_ = _plain(FileSpec(name, 0), options.chunk_bytes)
-        specs.append((encoded, 0, 0, 0, None, data))
+        buffers = cast("Sequence[Buffer]", data if isinstance(data, list | tuple) else (data,))
+        specs.append((encoded, 0, 0, 0, None, tuple(buffers)))
     return _run_copy(destination, destination, specs, options, progress)
 
 

@@ -78,6 +78,15 @@ class Plan:
         return restoration(placed, self.transfers, self.info, self.era, present=self.listing.recover_info)
 
 
+def refuse_steps(listing: Listing) -> None:
+    """UsageError for a store of steps: no trainer reads a slot there."""
+    if listing.framework == "steps":
+        raise UsageError(
+            f"{listing.run.path} is a store of steps: there is no slot that a trainer resumes from",
+            hint="Training loads from it by itself (ckptstore.torch.load); CheckpointStore.restore copies a step's files out.",
+        )
+
+
 def plan(
     backend: Backend,
     selection: Selection = ANY,
@@ -88,6 +97,7 @@ def plan(
 ) -> Plan:
     """What `setup` would do now, and why. Writes nothing."""
     listing = scan(backend)
+    refuse_steps(listing)
     source, found = backend, listing
     if selection.url:
         source = open_backend(selection.url)

@@ -30,7 +30,9 @@ JOURNAL = "journal.json"
 
 
 def side_folder(run: str, slot: str) -> str:
-    """Where our own things of this run go: beside the trial, or beside a slot that lies outside of it."""
+    """Where our own things of this run go: beside the trial, beside a slot that lies outside of it, or in a store of steps."""
+    if os.path.isdir(os.path.join(run, SIDE)):  # no AReaL run has it: a folder in there would be a model
+        return os.path.join(run, SIDE)
     parent = os.path.dirname(slot)
     inside = os.path.commonpath([run, slot]) == run
     if inside and _same_device(os.path.dirname(run), existing(parent)):

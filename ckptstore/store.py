@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckptstore import native, recovery
+from ckptstore import native, recovery, steps
 from ckptstore import side as side_folders
-from ckptstore.backends import open_backend
+from ckptstore.backends import LocalBackend, open_backend
 from ckptstore.choose import ResumePoint, Selection, resume_point
-from ckptstore.errors import AlreadyExistsError, CommitUncertain, IntegrityError, NotFoundError, UsageError, from_os_error
+from ckptstore.errors import (
+    AlreadyExistsError,
+    CkptStoreError,
+    CommitUncertain,
+    IntegrityError,
+    NotFoundError,
+    UsageError,
+    from_os_error,
+)
 from ckptstore.listing import Listing, find_manifest, folder_of, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level
@@ -23,6 +32,8 @@ from ckptstore.verify import Notify, Report, verify_all
 
 class CheckpointStore:
     """The checkpoints of one run, given by its folder (AReaL: `{fileroot}/checkpoints/{user}/{experiment}/{trial}`) or URL.
+
+    Any other folder, empty or not there yet, becomes a store of steps with the first `save`: one folder `step-N` each.
 
     Every call looks at the disk anew; nothing is cached. Thread-safe. All errors are subclasses of CkptStoreError.
 
@@ -39,7 +50,38 @@ class CheckpointStore:
 
     def scan(self) -> Listing:
         """Everything known about the run: checkpoints, slot, recover_info, notes. NotFoundError when it is missing."""
+        if steps.needs_mending(self.backend.location):
+            with contextlib.suppress(CkptStoreError), steps.locked(self.backend.location, "mending"):
+                pass  # whoever holds the lock has mended it
         return scan(self.backend)
+
+    def save(
+        self,
+        step: int,
+        directory: str | Path,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        progress: native.Progress | None = None,
+    ) -> Manifest:
+        """Copy a folder's files into the store as `step`: digested in the one read, durable, visible only when whole.
+
+        A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
+        retention (best K); those that are not finite are left out. Errors: NotCommitted and CommitUncertain as in
+        errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError; SourceChangedError.
+        """
+        draft = steps.begin(self.folder, step)
+        try:
+            digests = steps.copy_in(draft, os.path.abspath(directory), progress=progress)
+            return steps.commit(draft, digests, metrics=metrics, source=os.path.basename(os.path.abspath(directory)))
+        finally:
+            steps.abandon(draft)
+
+    @property
+    def folder(self) -> str:
+        """The local folder that is saved into. UsageError where the store is somewhere else."""
+        if not isinstance(self.backend, LocalBackend):
+            raise UsageError(f"saving into {self.backend.location} is not supported yet", hint="Name a local folder.")
+        return self.backend.location
 
     def list(self) -> Sequence[Checkpoint]:
         """All checkpoints by step, the recover slot not among them (it is `scan().slot`). Level quick."""
@@ -50,12 +92,7 @@ class CheckpointStore:
 
     def get(self, step: int) -> Checkpoint:
         """The checkpoint of a global step. NotFoundError names the steps that exist."""
-        listing = self.scan()
-        found = listing.at_step(step)
-        if not found:
-            steps = [checkpoint.step for checkpoint in listing.checkpoints]
-            raise NotFoundError(f"no checkpoint of step {step} in {self.backend.location}", hint=f"There are {steps[-20:]}.")
-        return found[-1]
+        return _at(self.scan(), step)
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is COMMITTED or COMPLETE, None without one. `resume_point` looks harder."""
@@ -99,7 +136,9 @@ class CheckpointStore:
     def restore(
         self, step: int, destination: str | Path, *, progress: native.Progress | None = None
     ) -> dict[str, native.CopyResult]:
-        """Copy a checkpoint to a new folder, one sub-folder a part, digests checked in the same read; durable.
+        """Copy a checkpoint to a new folder, digests checked in the same read; durable.
+
+        One sub-folder a part (AReaL's models); of a store of steps, the files themselves.
 
         AlreadyExistsError for a destination that exists: nothing is overwritten. DigestMismatchError for damage; the
         destination appears under its name only when all of it is right.
@@ -108,7 +147,8 @@ class CheckpointStore:
         target = os.path.abspath(destination)
         if os.path.lexists(target):
             raise AlreadyExistsError(f"{target} exists already", hint="Name a new folder.")
-        checkpoint = self.get(step)
+        listing = self.scan()
+        checkpoint = _at(listing, step)
         if not checkpoint.status.usable:
             raise IntegrityError(f"step {step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}")
         draft = f"{target}.ckptstore-{secrets.token_hex(8)}"
@@ -120,8 +160,8 @@ class CheckpointStore:
             raise from_os_error(error, doing="creating", path=draft) from error
         try:
             for part in checkpoint.parts:
-                folder = os.path.join(draft, part.name)
-                os.mkdir(folder, 0o700)
+                folder = draft if listing.framework == "steps" else os.path.join(draft, part.name)
+                os.makedirs(folder, 0o700, exist_ok=True)
                 recorded = find_manifest(self.backend, folder_of(self.backend, part))
                 valid = recorded is not None and not recorded.inspect(part.files).void
                 expected = {entry.path: entry.chunks for entry in recorded.files} if recorded and valid else {}
@@ -144,3 +184,11 @@ class CheckpointStore:
         except OSError as error:
             raise CommitUncertain(f"{target} is there, whole, and the disk has not confirmed it: {error.strerror}") from error
         return results
+
+
+def _at(listing: Listing, step: int) -> Checkpoint:
+    found = listing.at_step(step)
+    if not found:
+        there = [checkpoint.step for checkpoint in listing.checkpoints]
+        raise NotFoundError(f"no checkpoint of step {step} in {listing.run.path}", hint=f"There are {there[-20:]}.")
+    return found[-1]

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "error.h"
@@ -39,6 +40,29 @@ std::string size_difference(std::uint64_t now, std::uint64_t planned) {
 
 }  // namespace
 
+// --- Gather
+// --------------------------------------------------------------------------------------------------------
+
+void Gather::add(const std::byte* begin, std::size_t bytes) {
+  if (bytes == 0) return;
+  ends_.push_back(this->bytes() + bytes);
+  begins_.push_back(begin);
+}
+
+void Gather::read(std::byte* to, std::size_t bytes, std::uint64_t offset) const {
+  auto place = static_cast<std::size_t>(std::upper_bound(ends_.begin(), ends_.end(), offset) -
+                                        ends_.begin());
+  while (bytes > 0) {
+    const std::uint64_t before = place == 0 ? 0 : ends_[place - 1];
+    const std::size_t some = std::min<std::uint64_t>(bytes, ends_[place] - offset);
+    std::memcpy(to, begins_[place] + (offset - before), some);
+    to += some;
+    bytes -= some;
+    offset += some;
+    ++place;
+  }
+}
+
 // --- Source
 // --------------------------------------------------------------------------------------------------------
 
@@ -74,7 +98,7 @@ bool Source::prefers_direct(std::uint64_t offset, std::uint64_t bytes) const {
 
 bool Source::read(std::byte* to, std::size_t bytes, std::uint64_t offset, bool direct) {
   if (spec_->memory != nullptr) {
-    std::memcpy(to, spec_->memory + offset, bytes);
+    spec_->memory->read(to, bytes, offset);
     return false;
   }
   std::size_t done = 0;

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "file.h"
 
@@ -20,13 +21,26 @@ struct Root {
   UniqueFd fd;
 };
 
+/// Bytes that lie in several places of the caller's memory, as if they followed one another.
+class Gather {
+ public:
+  void add(const std::byte* begin, std::size_t bytes);
+  std::uint64_t bytes() const { return ends_.empty() ? 0 : ends_.back(); }
+  /// Copies `bytes` at `offset`, all of which must be there.
+  void read(std::byte* to, std::size_t bytes, std::uint64_t offset) const;
+
+ private:
+  std::vector<const std::byte*> begins_;
+  std::vector<std::uint64_t> ends_;  // of each place, counted from the first byte of all
+};
+
 /// One file to read, and what the caller knows of it.
 struct FileSpec {
   std::string name;           ///< below the root; neither absolute nor with . or .. in it
   std::uint64_t bytes = 0;    ///< its size
   std::int64_t mtime_ns = 0;  ///< 0: not known
   std::uint64_t inode = 0;    ///< 0: not known
-  const std::byte* memory =
+  const Gather* memory =
       nullptr;  ///< where its bytes are, if it is no file: only its name and size count then
 };
 

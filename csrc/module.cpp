@@ -91,14 +91,18 @@ struct Files {
       spec.inode = fields[3].cast<std::uint64_t>();
       if (!fields[4].is_none()) spec.expected = fields[4].cast<std::vector<std::uint64_t>>();
       if (fields.size() < 6) continue;
-      const BufferView& view = views.emplace_back(fields[5]);
-      static constexpr std::byte kNothing{};
-      spec.bytes = view.size();
-      spec.memory = view.size() == 0 ? &kNothing : static_cast<const std::byte*>(view.data());
+      Gather& gather = gathers.emplace_back();
+      for (const auto& buffer : fields[5].cast<py::tuple>()) {
+        const BufferView& view = views.emplace_back(py::reinterpret_borrow<py::object>(buffer));
+        gather.add(static_cast<const std::byte*>(view.data()), view.size());
+      }
+      spec.bytes = gather.bytes();
+      spec.memory = &gather;
     }
   }
 
   std::vector<DigestSpec> specs;
+  std::deque<Gather> gathers;  // a deque: the specs point into it
   std::deque<BufferView> views;
 };
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("manifest", "native", "config", "rules", "ranks", "parallel"),
     ("backends.base", "backends.local", "backends.object", "backends.fsspec", "backends", "formats", "formats.*"),
     ("fetching",),
-    ("frameworks", "frameworks.areal", "frameworks.areal.*"),
+    ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe"),
     ("places",),
     ("damage", "ledger", "halt", "pins", "inplace"),
@@ -31,9 +31,11 @@ LAYERS = (
     ("choose",),
     ("plan",),
     ("receiving",),
-    ("room", "staging"),
+    ("room", "staging", "steps", "loading"),
     ("recovery", "adopt", "push", "pull"),
     ("store",),
+    ("torch.memory", "torch.state"),
+    ("torch", "torch.*"),
 )
 #: The shim for training code stands beside the trainers that it knows, and on top of everything.
 ABOVE = {"frameworks.areal.attach", "frameworks.areal.keeping"}
@@ -121,7 +123,7 @@ def test_only_native_imports_the_extension():
 
 
 ALLOWED = {
-    "torch": {"torch", "frameworks.areal.convert"},
+    "torch": {name for name in MODULES if name.partition(".")[0] == "torch"} | {"frameworks.areal.convert"},
     "obstore": {"backends.object"},
     "fsspec": {"backends.fsspec"},
     "safetensors": set(),

@@ -7,6 +7,7 @@ import os
 import click
 
 from ckptstore import side as side_folders
+from ckptstore import steps
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
 from ckptstore.cli.render import done, echo, item, print_json, size
 from ckptstore.frameworks.areal import layout
@@ -26,7 +27,7 @@ from ckptstore.lock import RunLock
 @OVERRIDES
 def command(where: Where, old_slots: bool, dry_run: bool, as_json: bool) -> None:
     """Remove leftovers in the run's side folder. Checkpoints and the slot are never touched."""
-    located, _ = open_run(where, as_json=as_json, read_only=dry_run)
+    located, _ = open_run(where, as_json=as_json, read_only=dry_run, steps_too=True)
     side = side_folders.side_folder(located.run.path, f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}")
     found: list[tuple[str, int]] = []
     if os.path.isdir(side):
@@ -52,6 +53,6 @@ def command(where: Where, old_slots: bool, dry_run: bool, as_json: bool) -> None
 
 
 def _find(side: str, *, old_slots: bool) -> list[tuple[str, int]]:
-    names = [*side_folders.leftovers(side)]
+    names = sorted({*side_folders.leftovers(side), *steps.leftovers(os.path.dirname(side))})
     names += [old.name for old in side_folders.old_slots(side)] if old_slots else []
     return [(name, side_folders.size_of(os.path.join(side, name))) for name in names]

@@ -13,12 +13,13 @@ from typing import Any
 
 import click
 
-from ckptstore import commit
+from ckptstore import commit, native, steps
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend, is_url, normal_url, open_backend
 from ckptstore.choose import STATE_WORTH_STEPS, Selection
 from ckptstore.cli.render import echo, field, note, safe
 from ckptstore.errors import BusyError, NotFoundError, NothingToResumeError, UsageError, from_os_error
+from ckptstore.frameworks import steps as steps_layout
 from ckptstore.frameworks.areal import layout
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.saving import first_saved
@@ -232,8 +233,10 @@ def read_words(where: Where, words: Sequence[str], log_steps: Sequence[int] = ()
     return dataclasses.replace(where, overrides=tuple(overrides)), steps
 
 
-def open_run(where: Where, *, as_json: bool = False, read_only: bool = False, remote: bool = False) -> tuple[Located, Backend]:
-    """Find the run, say which it is, and open it.
+def open_run(
+    where: Where, *, as_json: bool = False, read_only: bool = False, remote: bool = False, steps_too: bool = False
+) -> tuple[Located, Backend]:
+    """Find the run, say which it is, and open it. UsageError for a store of steps, unless `steps_too`.
 
     What a crash interrupted there is finished first; with `read_only`, for a call that must not change anything,
     BusyError says that it is pending. With `remote` the run may be a URL, where nothing is ever pending.
@@ -244,6 +247,16 @@ def open_run(where: Where, *, as_json: bool = False, read_only: bool = False, re
     for warning in located.warnings:
         note(warning)
     if is_url(located.run.path):
+        return located, open_backend(located.run.path)
+    if is_steps(located.run.path):
+        if not steps_too:
+            raise UsageError(
+                f"{located.run.path} is a store of steps: this verb is for AReaL's runs",
+                hint="list, show, verify, status, plot, prune and clean know it; training loads from it by itself.",
+            )
+        if not read_only and steps.needs_mending(located.run.path):
+            with steps.locked(located.run.path, "mending"):
+                note("finished a save that was interrupted")
         return located, open_backend(located.run.path)
     slot = f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}"
     side = side_folders.side_folder(located.run.path, slot)
@@ -285,6 +298,11 @@ def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only
     except OSError as error:
         raise from_os_error(error, doing="creating", path=names.path) from error
     return *open_run(where, as_json=as_json), selection
+
+
+def is_steps(path: str) -> bool:
+    """Whether the folder is a store of steps."""
+    return steps_layout.is_store(native.scan_tree(path, max_depth=1))
 
 
 def note_other_at_work(located: Located) -> None:

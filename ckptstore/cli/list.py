@@ -52,6 +52,7 @@ TITLES = ("step", "log", "epoch:step", "parts", "holds", "format", "files", "siz
 _LEFT = frozenset({"parts", "holds", "format", "health", "status"})
 #: What a narrow terminal does without, in this order; a pipe gets everything.
 _DISPENSABLE = ("parts", "files", "format")
+_AREAL_ONLY = frozenset({"log", "epoch:step", "parts"})
 _MANY = 8
 NO_VERDICT = {"health": "unknown", "health_why": "no metrics are recorded", "metric": "", "value": None}
 
@@ -91,7 +92,7 @@ def command(
     if before_step is not None and max_step is not None:
         raise UsageError("--before-step and --max-step both bound the step: give one")
     step = from_log_step(log_step) if log_step is not None else None
-    located, backend = open_run(where, as_json=as_json, remote=True)
+    located, backend = open_run(where, as_json=as_json, remote=True, steps_too=True)
     listing = scan(backend)
     verdicts = _verdicts(located.run.path, [*listing.checkpoints, *listing.adopted, *([listing.slot] if listing.slot else [])])
     shown = [
@@ -117,15 +118,16 @@ def command(
     if not recover_info:
         _print_table(located, listing, shown, _within(before_step, max_step, step), bound, verdicts)
     echo()
-    _print_slot(listing, verdicts)
-    _print_info(listing.recover_info, full=recover_info)
+    if listing.framework != "steps":
+        _print_slot(listing, verdicts)
+        _print_info(listing.recover_info, full=recover_info)
     if not is_url(located.run.path) and (trip := halt.read(places.side_of(located.run.path))) is not None:
         field("breaker", f"TRIPPED at step {trip.step}: training does not start until setup (see `ckptstore status`)")
     if not recover_info:
         _print_config(located)
         for text in listing.notes:
             note(text)
-        _print_end(shown, verdicts, before_step, max_step)
+        _print_end(listing, shown, verdicts, (before_step, max_step))
 
 
 def _verdicts(run: str, checkpoints: Sequence[Checkpoint]) -> Verdicts:
@@ -175,7 +177,9 @@ def _print_table(
             there = [checkpoint.step for checkpoint in listing.checkpoints]
             field("", f"the run has {len(there)}, from step {there[0]} to {there[-1]}")
         else:
-            field("", "looked for PART/epoch{E}epochstep{S}globalstep{G}/, as AReaL's saver names them")
+            steps_only = "step-{N}/, as CheckpointStore.save names them"
+            areal = "PART/epoch{E}epochstep{S}globalstep{G}/, as AReaL's saver names them"
+            field("", f"looked for {steps_only if listing.framework == 'steps' else areal}")
         if text := gap(located, listing, bound):
             field("", text)
         return
@@ -186,6 +190,9 @@ def _print_table(
         titles = (*titles[:-1], "reward", "health", titles[-1])
         cells = [verdicts[id(checkpoint)].cells for checkpoint in shown]
         rows = [(*row[:-1], *more, row[-1]) for row, more in zip(rows, cells, strict=True)]
+    if listing.framework == "steps":
+        kept = [index for index, title in enumerate(titles) if title not in _AREAL_ONLY]
+        titles, rows = tuple(titles[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
     echo("\n".join(_fitting(titles, rows)))
     _print_damage(shown)
     notes = [
@@ -204,7 +211,7 @@ def _fitting(all_titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> li
     titles = list(all_titles)
     available = width()
     for name in ("", *_DISPENSABLE):
-        if name and (name != "parts" or len({row[all_titles.index("parts")] for row in rows}) == 1):
+        if name in titles and (name != "parts" or len({row[all_titles.index("parts")] for row in rows}) == 1):
             titles.remove(name)
         kept = [all_titles.index(title) for title in titles]
         chosen = [tuple(row[i] for i in kept) for row in rows]
@@ -284,7 +291,8 @@ def _print_config(located: Located) -> None:
     field("config", config.path)
 
 
-def _print_end(shown: list[Checkpoint], verdicts: Verdicts, before_step: int | None, max_step: int | None) -> None:
+def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bounds: tuple[int | None, int | None]) -> None:
+    before_step, max_step = bounds
     newest = next((checkpoint for checkpoint in reversed(shown) if checkpoint.status.usable), None)
     if newest is None:
         return
@@ -299,4 +307,7 @@ def _print_end(shown: list[Checkpoint], verdicts: Verdicts, before_step: int | N
         if max_step is not None
         else ""
     )
+    if listing.framework == "steps":
+        field("next", f"ckptstore verify {newest.step}")
+        return
     field("next", f"ckptstore verify {newest.step}   or   ckptstore setup{bound} --dry-run")

@@ -22,7 +22,7 @@ _MAX_COLUMNS = 120
 @OVERRIDES
 def command(where: Where, out: str, metric: str) -> None:
     """Show the metric over the global steps, bad stretches, the trip, and each checkpoint by its health."""
-    _, backend = open_run(where, read_only=True)
+    _, backend = open_run(where, read_only=True, steps_too=True)
     picture = compose(backend, metric=metric)
     if out:
         draw(picture, out)

@@ -152,10 +152,17 @@ def findings(items: Sequence[Finding], *, limit: int = 6, more: str = "") -> Non
         item("·", f"and {len(items) - limit} more{more}")
 
 
+def _is_logged(checkpoint: Checkpoint) -> bool:
+    """Whether the log's number is known. How the trainer of a store of steps counts in its log, it is not."""
+    return checkpoint.step >= 0 and (checkpoint.epoch >= 0 or checkpoint.kind != "export")
+
+
 def steps(checkpoint: Checkpoint) -> str:
     """Both numbers of a step: the folder's, and the one in the trainer's log."""
     if checkpoint.step < 0:
         return "unknown step"
+    if not _is_logged(checkpoint):
+        return f"step {checkpoint.step}"
     return f"global step {checkpoint.step} (the log says: Train step {checkpoint.log_step})"
 
 
@@ -178,7 +185,7 @@ def checkpoint_json(checkpoint: Checkpoint, *, with_files: bool = False) -> dict
     return {
         "kind": checkpoint.kind,
         "step": checkpoint.step,
-        "log_step": checkpoint.log_step if checkpoint.step >= 0 else -1,
+        "log_step": checkpoint.log_step if _is_logged(checkpoint) else -1,
         "epoch": checkpoint.epoch,
         "epoch_step": checkpoint.epoch_step,
         "status": str(checkpoint.status),

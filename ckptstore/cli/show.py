@@ -40,7 +40,7 @@ def command(where: Where, log_steps: tuple[int, ...], slot: bool, as_json: bool,
     where, wanted = read_words(where, words, log_steps)
     if len(wanted) + slot != 1:
         raise UsageError("show takes one step, or --slot", hint="`ckptstore list` shows which there are.")
-    _, backend = open_run(where, as_json=as_json, remote=True)
+    _, backend = open_run(where, as_json=as_json, remote=True, steps_too=True)
     listing = scan(backend)
     if slot and listing.slot is None:
         raise NotFoundError("the recover slot is empty", hint="`ckptstore setup` fills it.")

@@ -52,7 +52,7 @@ def command(
 ) -> None:
     """Show the state of a run: whether the circuit breaker halted it, pins, the last good checkpoint, the newest metrics."""
     changes = reset or imports or pin or unpin
-    located, backend = open_run(where, as_json=as_json, read_only=not changes)
+    located, backend = open_run(where, as_json=as_json, read_only=not changes, steps_too=True)
     side = ledgers.side_of(located.run.path)
     listing = scan(backend)
     if changes:

@@ -56,7 +56,7 @@ def command(
     where, steps = read_words(where, words, log_steps)
     if bool(steps) + everything + slot > 1:
         raise UsageError("name steps, or say --all, or --slot")
-    _, backend = open_run(where, as_json=as_json, remote=True)
+    _, backend = open_run(where, as_json=as_json, remote=True, steps_too=True)
     if with_weights and not backend.is_folder:
         raise UsageError("--weights looks at files of this machine", hint="Bring them first: ckptstore pull.")
     listing = scan(backend)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
 from ckptstore.formats import inert
@@ -81,6 +81,7 @@ class DcpMetadata:
     items: tuple[StorageItem, ...]
     tensors: Mapping[str, DcpTensor]
     object_keys: tuple[str, ...]  #: keys whose values are pickled objects, not tensors
+    paths: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)  #: key → the nested keys that it stands for
 
     @property
     def shard_bytes(self) -> dict[str, int]:
@@ -131,7 +132,16 @@ def _interpret(root: Any, budget: int) -> DcpMetadata:
         if budget < 0:  # lists that refer to each other describe more chunks than their bytes could
             raise FormatError("lists more chunks than it has bytes")
     items = tuple(_item(index, info) for index, info in _raw_pairs(fields.get("storage_data")))
-    return DcpMetadata(items, tensors, tuple(object_keys))
+    return DcpMetadata(items, tensors, tuple(object_keys), _paths(fields.get("planner_data")))
+
+
+def _paths(value: Any) -> dict[str, tuple[str | int, ...]]:
+    """What torch's own planner keeps; another planner's data is passed over."""
+    if type(value) is not inert.Pairs or len(value) % 2:
+        return {}
+    found = dict(zip(value[::2], value[1::2], strict=True)) if all(type(key) is str for key in value[::2]) else {}
+    plain = all(type(path) is tuple and all(type(part) in (str, int) for part in path) for path in found.values())
+    return found if plain else {}
 
 
 def _tensor(record: inert.Record) -> DcpTensor:

@@ -1,5 +1,6 @@
 """copy_files: the right bytes, digests and times, whatever the size, the threads and the strategy; and what it refuses."""
 
+import itertools
 import os
 import stat
 import subprocess
@@ -233,6 +234,21 @@ def test_write_from_memory(roots, strategy):
     for name, data in contents.items():
         assert (roots[1] / name).read_bytes() == data
         assert (roots[1] / name).stat().st_mtime_ns >= before - 20_000_000
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_write_gathers_one_file_from_many_buffers(roots, strategy):
+    """Cuts within, at and across blocks and chunks; empty pieces at either end and between."""
+    data = random_bytes(3 * BIG + 77)
+    cuts = sorted({0, 1, 5, 4096, CHUNK - 1, CHUNK, CHUNK + 1, BIG, 2 * BIG + 3, 2 * BIG + 3, len(data) - 1, len(data)})
+    pieces = [b"", *(data[a:b] for a, b in itertools.pairwise(cuts)), b""]
+    many = [data[i : i + 1] for i in range(5000)]
+    result = native.write_files(roots[1], {"f": pieces, "g": tuple(many), "h": []}, options=options(strategy=strategy))
+    assert (roots[1] / "f").read_bytes() == data
+    assert (roots[1] / "g").read_bytes() == data[:5000]
+    assert (roots[1] / "h").read_bytes() == b""
+    assert result.digests["f"] == independent_digest(data)
+    assert result.digests["g"] == independent_digest(data[:5000])
 
 
 def test_write_from_memory_holds_and_lets_go_of_the_buffer(roots):

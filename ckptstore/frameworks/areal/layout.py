@@ -157,7 +157,7 @@ def files_of(folders: Mapping[str, Folder], path: str) -> tuple[list[FileInfo], 
     pending = [""]
     while pending:
         inside = pending.pop()
-        folder = folders.get(f"{path}/{inside}" if inside else path)
+        folder = folders.get(f"{path}/{inside}" if path and inside else path or inside)
         if folder is None:
             findings.append(Finding(inside, "folder nested too deeply to be a checkpoint's", Status.PARTIAL))
             continue

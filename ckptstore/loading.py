@@ -1,0 +1,137 @@
+"""Reads ranges of a checkpoint's files straight into memory, in parallel, every byte checked against the manifest: one read.
+
+A chunk that is wanted in part is read whole, since its digest covers all of it; what nobody wants goes to a scratch buffer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from ckptstore import native
+from ckptstore.errors import IntegrityError, from_os_error
+from ckptstore.formats import streaming
+from ckptstore.manifest import FileEntry
+
+_MOST_VIEWS = 1000  # a preadv takes IOV_MAX (1024)
+_MOST_THREADS = 16
+
+
+class Want(NamedTuple):
+    """Bytes of a file, from `offset` on, and the writable memory that they fill."""
+
+    offset: int
+    memory: memoryview
+
+
+class _Chunk(NamedTuple):
+    entry: FileEntry
+    fd: int
+    number: int
+    wants: list[Want]  #: within the chunk, by offset
+
+
+def read_into(root: str, files: Iterable[tuple[FileEntry, Sequence[Want]]], *, chunk_bytes: int, threads: int = 0) -> None:
+    """Fill all wanted memory from files below `root`; wants of one file must not overlap.
+
+    DigestMismatchError where a chunk is not what the manifest records, IntegrityError for a file of another size; the
+    memory then holds anything. NotFoundError, AccessError, StorageError. Blocks; releases the GIL while it reads.
+    """
+    fds: list[int] = []
+    try:
+        chunks = []
+        for entry, wants in files:
+            fds.append(_open(root, entry))
+            chunks += [_Chunk(entry, fds[-1], number, parts) for number, parts in _by_chunk(wants, chunk_bytes).items()]
+        count = min(threads or min(_MOST_THREADS, 2 * len(os.sched_getaffinity(0))), len(chunks))
+        if count == 0:
+            return
+        queue = iter(chunks)
+        with ThreadPoolExecutor(count, thread_name_prefix="ckptstore-load") as pool:
+            list(pool.map(lambda _: _work(queue, chunk_bytes), range(count)))
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def read_whole(root: str, entry: FileEntry, *, chunk_bytes: int) -> bytes:
+    """A small file, checked. Errors as read_into's."""
+    data = bytearray(entry.size_bytes)
+    read_into(root, [(entry, [Want(0, memoryview(data))] if data else [])], chunk_bytes=chunk_bytes)
+    return bytes(data)
+
+
+def _open(root: str, entry: FileEntry) -> int:
+    path = os.path.join(root, entry.path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise from_os_error(error, doing="reading", path=path) from error
+    size_bytes = os.fstat(fd).st_size
+    if size_bytes != entry.size_bytes:
+        os.close(fd)
+        raise IntegrityError(
+            f"{path} has {size_bytes:,} bytes, and the manifest says {entry.size_bytes:,}", hint="Use another checkpoint."
+        )
+    return fd
+
+
+def _by_chunk(wants: Sequence[Want], chunk_bytes: int) -> Mapping[int, list[Want]]:
+    found: dict[int, list[Want]] = {}
+    for want in sorted(wants, key=lambda want: want.offset):
+        offset, memory = want
+        while len(memory):
+            number = offset // chunk_bytes
+            room = (number + 1) * chunk_bytes - offset
+            found.setdefault(number, []).append(Want(offset, memory[:room]))
+            offset, memory = offset + room, memory[room:]
+    return found
+
+
+def _work(queue: Iterator[_Chunk], chunk_bytes: int) -> None:
+    scratch = memoryview(bytearray(0))
+    while (chunk := next(queue, None)) is not None:
+        begin = chunk.number * chunk_bytes
+        end = min(begin + chunk_bytes, chunk.entry.size_bytes)
+        if not scratch and sum(len(want.memory) for want in chunk.wants) < end - begin:
+            scratch = memoryview(bytearray(chunk_bytes))
+        crc = 0
+        views = list(_views(chunk.wants, begin, end, scratch))
+        at = begin
+        for some in range(0, len(views), _MOST_VIEWS):
+            at = _fill(chunk, views[some : some + _MOST_VIEWS], at)
+        for view in views:
+            crc = native.crc64(view, crc)
+        if crc != chunk.entry.chunks[chunk.number]:
+            raise streaming.mismatch(chunk.entry.path, begin)
+
+
+def _views(wants: Sequence[Want], begin: int, end: int, scratch: memoryview) -> Iterator[memoryview]:
+    """Memory for all of begin..end, in order: what is wanted, and scratch between."""
+    at = begin
+    for want in wants:
+        if want.offset > at:
+            yield scratch[at - begin : want.offset - begin]
+        yield want.memory
+        at = want.offset + len(want.memory)
+    if at < end:
+        yield scratch[at - begin : end - begin]
+
+
+def _fill(chunk: _Chunk, views: list[memoryview], at: int) -> int:
+    """Read the file from `at` on into all of these; where it ended."""
+    try:
+        while views:
+            count = os.preadv(chunk.fd, views, at)
+            if count == 0:
+                raise IntegrityError(f"{chunk.entry.path} became shorter while it was read", hint="Use another checkpoint.")
+            at += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
+    except OSError as error:
+        raise from_os_error(error, doing="reading", path=chunk.entry.path) from error
+    return at

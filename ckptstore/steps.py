@@ -1,0 +1,348 @@
+"""Saves into a store of steps, so that a crash at any instant leaves each step as it was, or the new one, whole.
+
+    1  begin       {store}/.ckptstore/save-<random>/step/, 0700; `owner` beside it is locked while its writer lives
+    2  write       every file, digested on the way, fsynced (the engine; several ranks may write into one draft)
+    3  manifest    written and fsynced, then every folder of the draft
+    4  publish     one rename to step-N that replaces nothing; a step that is there already is exchanged for the new one,
+                   and is untouched until then. Where the file system cannot exchange, the old one is renamed to
+                   .ckptstore/aside-<step>-<random> and the new one in; `mend` puts it back after a crash between the two
+    5  sync        the store's folder, and the one that was renamed from
+    6  discard     the old one, renamed out of the way first
+
+Steps 4 to 6 hold the store's lock; writing does not, so that saves of different steps may overlap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import ckptstore
+from ckptstore import native, probe
+from ckptstore import side as side_folders
+from ckptstore.backends.local import LocalBackend
+from ckptstore.errors import (
+    BusyError,
+    CkptStoreError,
+    CommitUncertain,
+    NotCommitted,
+    NotFoundError,
+    RefusedError,
+    UsageError,
+    from_os_error,
+)
+from ckptstore.frameworks import steps as layout
+from ckptstore.frameworks.areal.layout import SIDE, files_of
+from ckptstore.lock import RunLock
+from ckptstore.manifest import FileEntry, Manifest, check_names
+from ckptstore.model import MANIFEST_NAME
+
+OWNER = "owner"
+PART = "default"
+LOCK_PATIENCE_S = 60.0
+_NEWBORN_S = 60.0  # what is younger may be alive though nothing is locked: a probe, a draft before its lock
+_ASIDE = re.compile(r"aside-([0-9]+)-[0-9a-f]+")
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step being written: fill `path` by the engine, then `commit`, else `abandon`. Not thread-safe."""
+
+    root: str  #: the store
+    step: int
+    home: str  #: the draft's own folder in the side folder
+    descriptor: int = field(repr=False)  #: of the owner file: locked while this process lives
+
+    @property
+    def path(self) -> str:
+        """The folder that becomes the step."""
+        return os.path.join(self.home, "step")
+
+
+def side_of(root: str) -> str:
+    """The side folder of a store of steps."""
+    return os.path.join(root, SIDE)
+
+
+def begin(root: str, step: int) -> Draft:
+    """Make the store where there is none, and a draft in it.
+
+    RefusedError for a folder that is something else: AReaL's trainer takes every folder in its run for a model.
+    """
+    layout.folder_name(step)
+    root = os.path.realpath(root)
+    side = side_of(root)
+    if not os.path.isdir(side):
+        _make_store(root)
+    sweep(root)
+    name = secrets.token_hex(8)
+    home, unborn = os.path.join(side, f"save-{name}"), os.path.join(side, f"new-{name}")
+    try:
+        os.makedirs(os.path.join(unborn, "step"), 0o700)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(os.path.join(unborn, OWNER), flags, 0o600)
+        with contextlib.suppress(OSError):  # no flock on some network file systems: there a draft counts as left behind
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.rename(unborn, home)  # from here on it is somebody's: whoever sweeps finds it locked
+    except OSError as error:
+        raise from_os_error(error, doing="beginning a save in", path=home) from error
+    return Draft(root, step, home, descriptor)
+
+
+def _make_store(root: str) -> None:
+    try:
+        os.makedirs(root, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, doing="creating the store", path=root) from error
+    tree = LocalBackend(root).tree(max_depth=2)
+    foreign = [entry.name for entry in tree[""].entries if not entry.name.startswith(".")]
+    if foreign and not layout.is_store(tree):
+        raise RefusedError(
+            f"{root} holds {foreign[0]} and is no store of steps: nothing is saved into it",
+            hint="Name a folder that is empty or not there yet; what AReaL saved is kept by `ckptstore adopt`.",
+        )
+    side_folders.make_side(side_of(root))
+    try:
+        side_folders.sync_folder(os.path.dirname(root))
+    except OSError as error:
+        raise from_os_error(error, doing="syncing", path=os.path.dirname(root)) from error
+
+
+def commit(
+    draft: Draft,
+    digests: Mapping[str, native.Digest],
+    *,
+    chunk_bytes: int = native.CHUNK_BYTES,
+    metrics: Mapping[str, float] | None = None,
+    source: str = "",
+) -> Manifest:
+    """Publish the draft, whose files are durable and have these digests, as its step.
+
+    `metrics` are recorded in the manifest; those that are not finite numbers are left out. Errors: NotCommitted (the store
+    is as it was), CommitUncertain (the new one is in, the disk did not confirm it). The draft is gone afterwards.
+    """
+    try:
+        manifest = _describe(draft, digests, chunk_bytes, metrics or {}, source)
+        with locked(draft.root, f"save of step {draft.step}"):
+            _publish(draft, manifest)
+    except (NotCommitted, CommitUncertain):
+        raise
+    except CkptStoreError as error:
+        raise NotCommitted(f"step {draft.step} was not saved: {error}", hint=error.hint) from error
+    finally:
+        abandon(draft)
+    return manifest
+
+
+def abandon(draft: Draft) -> None:
+    """Remove what is left of a draft. After a commit that is the step which was replaced, if any."""
+    if draft.descriptor < 0:
+        return
+    with contextlib.suppress(CkptStoreError):  # what stays is swept by a later save
+        side_folders.discard(os.path.dirname(draft.home), os.path.basename(draft.home))
+    os.close(draft.descriptor)
+    draft.descriptor = -1
+
+
+def copy_in(draft: Draft, directory: str, *, progress: native.Progress | None = None) -> dict[str, native.Digest]:
+    """Copy a folder's files into a draft: digested in the one read, durable, times kept. Their digests.
+
+    RefusedError for links and devices in it; SourceChangedError where it is written meanwhile.
+    """
+    files, findings = files_of(LocalBackend(directory).tree(max_depth=4), "")
+    files = [file for file in files if file.name != MANIFEST_NAME]
+    odd = [f"{file.name} is a {file.kind}" for file in files if file.kind != "file"]
+    if findings or odd:
+        raise RefusedError(f"{directory} cannot be saved: {findings[0] if findings else odd[0]}", hint="Save plain files.")
+    if not files:
+        raise UsageError(f"{directory} holds no files: there is nothing to save")
+    check_names(file.name for file in files)
+    specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in files]
+    return native.copy_files(directory, draft.path, specs, progress=progress).digests
+
+
+@contextlib.contextmanager
+def locked(root: str, doing: str) -> Iterator[None]:
+    """Hold the store's lock, waiting up to LOCK_PATIENCE_S for it: it is only ever held for moments. BusyError after that."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        lock = RunLock(side_of(root), doing)
+        try:
+            lock.__enter__()
+            break
+        except BusyError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    try:
+        mend(root)
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def mend(root: str) -> None:
+    """Finish a replacement that a crash cut between its two renames. The caller holds the lock."""
+    side = side_of(root)
+    for name in _names(side):
+        if (match := _ASIDE.fullmatch(name)) is None:
+            continue
+        target = os.path.join(root, layout.folder_name(int(match[1])))
+        if os.path.lexists(target):
+            side_folders.discard(side, name)
+            continue
+        try:
+            side_folders.rename_in(os.path.join(side, name), target)
+            side_folders.sync_folder(root)
+        except OSError as error:
+            raise from_os_error(error, doing="putting back", path=target) from error
+
+
+def needs_mending(root: str) -> bool:
+    """Whether a crash left a step aside."""
+    return any(_ASIDE.fullmatch(name) for name in _names(side_of(root)))
+
+
+def leftovers(root: str) -> list[str]:
+    """Names in the side folder that dead writers left: drafts that nobody holds, and trash."""
+    side = side_of(root)
+    return [
+        name
+        for name in _names(side)
+        if name.startswith("trash-")
+        or (name.startswith(("probe-", "new-")) and _age_s(side, name) > _NEWBORN_S)
+        or (name.startswith("save-") and _is_dead_draft(side, name))
+    ]
+
+
+def sweep(root: str) -> None:
+    """Remove what dead writers left. Anybody's failure to do so harms nobody."""
+    for name in leftovers(root):
+        with contextlib.suppress(CkptStoreError):
+            side_folders.discard(side_of(root), name)
+
+
+def _is_dead_draft(side: str, name: str) -> bool:
+    try:
+        descriptor = os.open(os.path.join(side, name, OWNER), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return _age_s(side, name) > _NEWBORN_S
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _age_s(side: str, name: str) -> float:
+    try:
+        return time.time() - os.stat(os.path.join(side, name)).st_mtime
+    except OSError:
+        return 0.0  # gone, or not ours to judge
+
+
+def _names(side: str) -> list[str]:
+    try:
+        return sorted(os.listdir(side))
+    except OSError:
+        return []
+
+
+def _describe(
+    draft: Draft, digests: Mapping[str, native.Digest], chunk_bytes: int, metrics: Mapping[str, float], source: str
+) -> Manifest:
+    """Give the files the store's mode and owner, and write the manifest that makes them a checkpoint."""
+    check_names(digests)
+    entries = []
+    try:
+        model = os.stat(draft.root)
+        for name, digest in sorted(digests.items()):
+            path = os.path.join(draft.path, name)
+            side_folders.like(path, model, mode=model.st_mode & 0o666)
+            info = os.stat(path, follow_symlinks=False)
+            entries.append(FileEntry(name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
+        for folder, _, _ in os.walk(draft.path, topdown=False):
+            side_folders.like(folder, model)
+            side_folders.sync_folder(folder)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{error.filename} was written, and is gone", hint="Is somebody cleaning up there?") from error
+    except OSError as error:
+        raise from_os_error(error, doing="preparing", path=error.filename or draft.path) from error
+    numbers = {name: float(value) for name, value in metrics.items()}
+    manifest = Manifest(
+        step=draft.step,
+        epoch=-1,
+        epoch_step=-1,
+        part=PART,
+        origin="save",
+        files=tuple(entries),
+        chunk_bytes=chunk_bytes,
+        source=source,
+        tool=f"ckptstore {ckptstore.__version__}",
+        metrics={name: value for name, value in numbers.items() if math.isfinite(value)},
+    )
+    side_folders.write_manifest(draft.path, manifest, model=model)
+    return manifest
+
+
+def _publish(draft: Draft, manifest: Manifest) -> None:
+    target = os.path.join(draft.root, layout.folder_name(draft.step))
+    side = side_of(draft.root)
+    replaces = os.path.lexists(target)
+    try:
+        if not replaces:
+            side_folders.rename_in(draft.path, target)
+        elif probe.probe(side).exchange:
+            native.rename_exchange(draft.path, target)
+        else:
+            _replace_by_two_renames(draft, target)
+    except OSError as error:
+        if not _is_in(target, manifest):  # a network file system may report a failure, and have done it
+            raise NotCommitted(
+                f"step {draft.step} was not saved: publishing {target}: {error.strerror or error}",
+                hint="The store is as it was.",
+            ) from error
+    try:
+        side_folders.sync_folder(draft.root)
+        side_folders.sync_folder(draft.home)
+        side_folders.sync_folder(side)
+    except OSError as error:
+        if replaces:  # the old one is kept, beside
+            with contextlib.suppress(OSError):
+                os.rename(draft.path, os.path.join(side, f"old-step-{draft.step}-{secrets.token_hex(4)}"))
+        raise CommitUncertain(
+            f"step {draft.step} is there, whole, and the disk has not confirmed it: {error.strerror or error}",
+            hint="Look at the disk's health: after a power cut the step may be the old one, or missing.",
+        ) from error
+    with contextlib.suppress(CkptStoreError):
+        mend(draft.root)  # the old one, where it was renamed aside: the next save does it otherwise
+
+
+def _is_in(target: str, manifest: Manifest) -> bool:
+    try:
+        with open(os.path.join(target, MANIFEST_NAME), "rb") as file:
+            return file.read() == manifest.to_bytes()
+    except OSError:
+        return False
+
+
+def _replace_by_two_renames(draft: Draft, target: str) -> None:
+    side = side_of(draft.root)
+    aside = os.path.join(side, f"aside-{draft.step}-{secrets.token_hex(4)}")
+    os.rename(target, aside)
+    try:
+        side_folders.sync_folder(side)
+        side_folders.rename_in(draft.path, target)
+    except OSError:
+        if not os.path.lexists(target):
+            os.rename(aside, target)
+        raise

@@ -1,0 +1,15 @@
+"""Saving and loading from PyTorch: state dicts, in the background too, and torch.distributed.checkpoint. Imports torch.
+
+>>> import ckptstore.torch as ckpt                                     # doctest: +SKIP
+>>> store = ckptstore.CheckpointStore("runs/mine")                     # doctest: +SKIP
+>>> ckpt.save(store, step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})    # doctest: +SKIP
+>>> state = ckpt.load(store)                                           # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from ckptstore.torch.reader import StoreReader
+from ckptstore.torch.simple import load, save
+from ckptstore.torch.writer import StoreWriter
+
+__all__ = ["StoreReader", "StoreWriter", "load", "save"]

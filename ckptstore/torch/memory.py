@@ -1,0 +1,85 @@
+"""Tensors as bytes: their own memory for the engine, and safetensors' names for their dtypes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ckptstore.errors import UsageError
+
+#: safetensors' dtypes, largest first. Those that this torch lacks are left out.
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, known)
+    for name, known in {
+        "F64": "float64",
+        "I64": "int64",
+        "U64": "uint64",
+        "C64": "complex64",
+        "F32": "float32",
+        "I32": "int32",
+        "U32": "uint32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "I16": "int16",
+        "U16": "uint16",
+        "I8": "int8",
+        "U8": "uint8",
+        "BOOL": "bool",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "F8_E8M0": "float8_e8m0fnu",
+    }.items()
+    if hasattr(torch, known)
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable; valid while the tensor lives."""
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise UsageError("only a contiguous tensor on the CPU has bytes of its own")
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr()))
+
+
+def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The tensor's values, contiguous on the CPU: itself where it is that already. UsageError for what has no plain memory."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise UsageError(f"{where} is a tensor without plain memory ({tensor.layout}, {tensor.device})", hint="Save it dense.")
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and hasattr(tensor, "to_local"):
+        raise UsageError(f"{where} is a shard of a distributed tensor", hint="Save it with dcp.save and StoreWriter.")
+    if tensor.dtype not in NAMES:
+        raise UsageError(f"{where} has the dtype {tensor.dtype}, which safetensors does not know", hint="Save it as another.")
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
+    """The file of these plain tensors, as buffers in order: the header, then each tensor's own memory.
+
+    Format: https://huggingface.co/docs/safetensors (8 bytes of length, JSON, data; tensors aligned to their items).
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in ordered:
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *(bytes_of(tensor) for _, tensor in ordered)]
+
+
+def empty(dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """A new tensor for what a safetensors header describes. UsageError where this torch has no such dtype."""
+    if dtype not in DTYPES:
+        raise UsageError(f"this torch ({torch.__version__}) has no dtype for safetensors' {dtype}")
+    return torch.empty(tuple(shape), dtype=DTYPES[dtype])

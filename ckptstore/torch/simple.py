@@ -1,0 +1,158 @@
+"""State dicts in and out of a store of steps: no pickle, no torch.save, one read and one write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ckptstore import native, steps
+from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
+from ckptstore.formats import FormatError, safetensors
+from ckptstore.frameworks.steps import STATE_NAME, folder_name
+from ckptstore.listing import read_manifest, reader
+from ckptstore.loading import Want, read_into, read_whole
+from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.model import Part
+from ckptstore.store import CheckpointStore
+from ckptstore.torch import memory
+from ckptstore.torch import state as states
+
+CONFIG_NAME = "config.json"
+SUFFIX = ".safetensors"
+
+
+def save(
+    store: CheckpointStore,
+    step: int,
+    state_dict: Mapping[str, Any],
+    *,
+    metrics: Mapping[str, float] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Save a state dict as `step`: durable, digested, visible only when whole. Blocks until then.
+
+    The state: tensors, numbers, text, bytes, None, dtypes, and dicts, lists and tuples of these. Tensors go from their own
+    memory to the disk (those on a device, or not contiguous, by a copy); they must not change meanwhile. `config`, plain
+    JSON, becomes config.json; `metrics` are for retention. UsageError names what cannot be saved without a pickle; other
+    errors as CheckpointStore.save.
+    """
+    return write(store, step, files_of(state_dict, config), metrics=metrics)
+
+
+def files_of(state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The files of a state, as buffers in order; they hold the tensors' memory."""
+    encoded = states.Encoder(state_dict)
+    files: dict[str, Any] = {
+        f"{name}{SUFFIX}": memory.safetensors_file(tensors) for name, tensors in encoded.tensors.items() if tensors
+    }
+    files[STATE_NAME] = json.dumps(encoded.document, separators=(",", ":"), allow_nan=False).encode()
+    if config is not None:
+        try:
+            files[CONFIG_NAME] = json.dumps(dict(config), indent=2).encode()
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"config is not plain JSON: {error}") from error
+    # What the buffers are the memory of must live as long as they do.
+    return {name: _Kept(data if isinstance(data, list) else [data], encoded.tensors) for name, data in files.items()}
+
+
+class _Kept(list[Any]):
+    """Buffers, and the tensors that own their memory."""
+
+    def __init__(self, buffers: list[Any], owner: object) -> None:
+        super().__init__(buffers)
+        self.owner = owner
+
+
+def write(
+    store: CheckpointStore,
+    step: int,
+    files: Mapping[str, Any],
+    *,
+    metrics: Mapping[str, float] | None = None,
+    options: native.CopyOptions | None = None,
+) -> Manifest:
+    """Write files from memory as `step`, and commit it."""
+    draft = steps.begin(store.folder, step)
+    try:
+        digests = native.write_files(draft.path, files, options=options).digests
+        return steps.commit(draft, digests, metrics=metrics)
+    finally:
+        steps.abandon(draft)
+
+
+def load(store: CheckpointStore, step: int | None = None, *, map_location: torch.device | str | None = None) -> dict[str, Any]:
+    """The state saved as `step` (None: the newest whole one), on the CPU or at `map_location`.
+
+    Read once, in parallel, into the new tensors' memory, every digest checked: DigestMismatchError for damage,
+    NothingToResumeError where there is no step. What was not saved by `save` is UsageError.
+    """
+    part, manifest = find(store, step)
+    files = {entry.path: entry for entry in manifest.files}
+    if STATE_NAME not in files:
+        raise UsageError(
+            f"step {manifest.step} was not saved by ckptstore.torch.save ({part.format})",
+            hint="A DCP checkpoint is loaded by dcp.load with StoreReader; any by CheckpointStore.restore.",
+        )
+    text = read_whole(part.path, files[STATE_NAME], chunk_bytes=manifest.chunk_bytes)
+    document = json.loads(text)
+    wanted = states.tensors_in(document)
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    reads = []
+    headers: list[tuple[bytes, bytearray, str]] = []
+    for file, names in wanted.items():
+        entry = files.get(file + SUFFIX)
+        if entry is None:
+            raise IntegrityError(f"step {manifest.step}: state.json names {file}{SUFFIX}, and there is none")
+        header, wants, tensors[file] = _plan(store, part, entry, names)
+        again = bytearray(len(header))
+        headers.append((header, again, entry.path))
+        reads.append((entry, [Want(0, memoryview(again)), *wants]))
+    read_into(part.path, reads, chunk_bytes=manifest.chunk_bytes)
+    for first, again, name in headers:  # the header that was believed is the one whose digest was checked
+        if first != again:
+            raise IntegrityError(f"{part.path}/{name} changed while it was read", hint="Use another checkpoint.")
+    if map_location is not None:
+        tensors = {file: {name: tensor.to(map_location) for name, tensor in inside.items()} for file, inside in tensors.items()}
+    result = states.decode(document, tensors)
+    assert isinstance(result, dict)
+    return result
+
+
+def find(store: CheckpointStore, step: int | None) -> tuple[Part, Manifest]:
+    """A step's files and its manifest."""
+    if step is None:
+        newest = store.latest()
+        if newest is None:
+            raise NothingToResumeError(f"there is no whole step in {store.folder}", hint="Nothing has been saved there yet.")
+        step = newest.step
+    checkpoint = store.get(step)
+    if not checkpoint.status.usable:
+        raise IntegrityError(
+            f"step {step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}", hint="Load another step."
+        )
+    try:
+        return checkpoint.parts[0], read_manifest(store.backend, folder_name(step))
+    except NotFoundError as error:
+        raise UsageError(
+            f"step {step} has no manifest: it was not saved by ckptstore", hint="Load it with what has saved it."
+        ) from error
+
+
+def _plan(
+    store: CheckpointStore, part: Part, entry: FileEntry, names: set[str]
+) -> tuple[bytes, list[Want], dict[str, torch.Tensor]]:
+    """A safetensors file's header, where its tensors go, and these tensors, still empty."""
+    read_at = reader(store.backend, part)
+    try:
+        found = safetensors.read_header(read_at, entry.path, entry.size_bytes)
+    except FormatError as error:
+        raise IntegrityError(f"{part.path}/{entry.path}: {error}", hint="Load another step.") from error
+    begin = 8 + int.from_bytes(read_at(entry.path, 0, 8), "little")
+    if lacking := names - found.keys():
+        raise IntegrityError(f"{part.path}/{entry.path} lacks {sorted(lacking)[0]!r}, which state.json names")
+    tensors = {name: memory.empty(found[name].dtype, found[name].shape) for name in found if name in names}
+    wants = [Want(begin + found[name].begin, memory.bytes_of(tensor)) for name, tensor in tensors.items() if tensor.numel()]
+    return read_at(entry.path, 0, begin), wants, tensors

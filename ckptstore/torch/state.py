@@ -1,0 +1,177 @@
+"""A state dict as JSON and tensors, without pickle: what `save` writes into a step, and `load` gives back.
+
+    state.json             everything but the tensors: {"format": "ckptstore.state", "version": 1, "state": …}
+    {key}.safetensors      the tensors below the state's first key of that name (model, optimizer, …), by their dotted path;
+                           `tensors.safetensors` where a tensor has no key above it
+
+In the JSON, an object with one key that begins with "$" is something that JSON lacks: $tensor (file and name), $dict (pairs,
+for keys that are not text), $ordered, $tuple, $float (nan, inf, -inf), $bytes, $dtype, $device, $size. A tensor that is met
+twice, or whose memory is (tied weights), is stored once, and is one tensor again when it is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ckptstore.errors import IntegrityError, UsageError
+from ckptstore.torch.memory import plain
+
+FORMAT = "ckptstore.state"
+VERSION = 1
+LOOSE = "tensors"  #: the file of tensors that no key stands above
+_MOST_DEPTH = 64
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+Tensors = dict[str, dict[str, torch.Tensor]]
+"""File (without suffix) → name → tensor."""
+
+
+class Encoder:
+    """Takes a state dict apart: `document` for JSON, `tensors` for files. One use."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.tensors: Tensors = {}
+        self._seen: dict[tuple[object, ...], tuple[str, str]] = {}
+        if not isinstance(state, Mapping):
+            raise UsageError(f"a state dict is saved, and this is a {type(state).__name__}")
+        self.document = {"format": FORMAT, "version": VERSION, "state": self._encode(state, ())}
+
+    def _encode(self, value: Any, path: tuple[str, ...]) -> Any:
+        if len(path) > _MOST_DEPTH:
+            raise UsageError(f"{_shown(path)[:200]} is nested more than {_MOST_DEPTH} deep; does it contain itself?")
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if type(value) is float:
+            return value if math.isfinite(value) else {"$float": str(value)}
+        if isinstance(value, torch.Tensor):
+            return {"$tensor": list(self._tensor(value, path))}
+        if type(value) is list:
+            return [self._encode(item, (*path, str(i))) for i, item in enumerate(value)]
+        if isinstance(value, torch.Size):
+            return {"$size": list(value)}
+        if type(value) is tuple:
+            return {"$tuple": [self._encode(item, (*path, str(i))) for i, item in enumerate(value)]}
+        if isinstance(value, Mapping):
+            return self._mapping(value, path)
+        if type(value) is bytes:
+            return {"$bytes": base64.b64encode(value).decode("ascii")}
+        if isinstance(value, torch.dtype):
+            return {"$dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, torch.device):
+            return {"$device": str(value)}
+        raise UsageError(
+            f"{_shown(path)} is a {type(value).__module__}.{type(value).__qualname__}, which is saved only as a pickle could",
+            hint="Put its state_dict(), numbers, text, lists and dicts of these, and tensors into the state.",
+        )
+
+    def _mapping(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
+        plain_keys = all(type(key) is str for key in value) and not any(key.startswith("$") for key in value)
+        if plain_keys and not isinstance(value, OrderedDict):
+            return {key: self._encode(item, (*path, key)) for key, item in value.items()}
+        pairs = []
+        for key, item in value.items():
+            if type(key) not in (str, int, bool, float, tuple):
+                raise UsageError(f"{_shown(path)} has a key that is a {type(key).__name__}", hint="Use text or numbers.")
+            pairs.append([self._encode(key, path), self._encode(item, (*path, str(key)))])
+        return {"$ordered" if isinstance(value, OrderedDict) else "$dict": pairs}
+
+    def _tensor(self, tensor: torch.Tensor, path: tuple[str, ...]) -> tuple[str, str]:
+        values = plain(tensor, _shown(path))
+        storage = tensor.untyped_storage()
+        key = (
+            storage.data_ptr() if storage.nbytes() else id(tensor),
+            tensor.device,
+            tensor.storage_offset(),
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
+        if key in self._seen:
+            return self._seen[key]
+        file = path[0] if len(path) > 1 and _FILE.fullmatch(path[0]) else LOOSE
+        # Names that differ in case alone would be one file on some file systems.
+        file = next((known for known in self.tensors if known.lower() == file.lower()), file)
+        inside = self.tensors.setdefault(file, {})
+        name = ".".join(path[1:] if file == path[0] else path)
+        name = stem = "_metadata" if name == "__metadata__" else name
+        number = 2
+        while name in inside:  # {"a.b": …, "a": {"b": …}}
+            name, number = f"{stem}#{number}", number + 1
+        inside[name] = values
+        self._seen[key] = (file, name)
+        return file, name
+
+
+def tensors_in(document: Any) -> dict[str, set[str]]:
+    """The tensors that a document names, by file. IntegrityError for a document of another kind."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise IntegrityError("state.json is not a state that ckptstore saved", hint="Was the step saved by something else?")
+    if document.get("version") != VERSION:
+        raise IntegrityError(f"state.json is of version {document.get('version')!r:.20}", hint="Upgrade ckptstore.")
+    found: dict[str, set[str]] = {}
+
+    def note(file: str, name: str) -> None:
+        found.setdefault(file, set()).add(name)
+
+    _decode(document["state"], note)
+    return found
+
+
+def decode(document: Mapping[str, Any], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
+    """The state again."""
+    return _decode(document["state"], lambda file, name: tensors[file][name])
+
+
+def _decode(value: Any, tensor: Callable[[str, str], Any]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or not next(iter(value)).startswith("$"):
+        return {key: _decode(item, tensor) for key, item in value.items()}
+    ((kind, content),) = value.items()
+    try:
+        match kind:
+            case "$tensor":
+                file, name = content
+                return tensor(str(file), str(name))
+            case "$dict":
+                return {_decode(key, tensor): _decode(item, tensor) for key, item in content}
+            case "$ordered":
+                return OrderedDict((_decode(key, tensor), _decode(item, tensor)) for key, item in content)
+            case "$tuple":
+                return tuple(_decode(item, tensor) for item in content)
+            case "$float":
+                return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[content]
+            case "$bytes":
+                return base64.b64decode(content, validate=True)
+            case "$dtype":
+                return _dtype(content)
+            case "$device":
+                return torch.device(content)
+            case "$size":
+                return torch.Size(content)
+    except (TypeError, ValueError, KeyError, binascii.Error) as error:
+        raise IntegrityError(f"state.json: {kind} holds {content!r:.80}: {error!r:.80}") from error
+    raise IntegrityError(f"state.json: {kind!r:.40} is not known to this ckptstore", hint="Upgrade ckptstore.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"torch.{name} is no dtype")
+    return found
+
+
+def _shown(path: tuple[str, ...]) -> str:
+    return "state" + "".join(f"[{part!r:.60}]" for part in path)

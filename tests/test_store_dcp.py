@@ -1,0 +1,336 @@
+"""StoreWriter and StoreReader under torch.distributed.checkpoint: one process, FSDP2 on gloo ranks, and ranks that die."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptstore import CheckpointStore, loading, native, steps
+from ckptstore.errors import IntegrityError, UsageError
+from ckptstore.formats import dcp as dcp_format
+from ckptstore.model import Status
+from tests import trees
+from tests.test_torch_state import same
+
+torch = pytest.importorskip("torch")
+dcp = pytest.importorskip("torch.distributed.checkpoint")
+from ckptstore.torch import StoreReader, StoreWriter, reader  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "store")
+
+
+def folder(store: CheckpointStore, step: int) -> Path:
+    return Path(store.folder) / f"step-{step}"
+
+
+def make_state(seed: int = 0) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    tied = torch.randn(50, 4)
+    return {
+        "model": {
+            "w": torch.randn(300, 7),
+            "h": torch.randn(9).half(),
+            "t": torch.randn(6, 5).t(),
+            "tied": tied,
+            "too": tied,
+        },
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3, 4)}}, "lr": 0.1},
+        "odd": [torch.tensor([True, False]), torch.arange(5, dtype=torch.uint8), torch.ones(3).to(torch.float8_e5m2)],
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(2, dtype=torch.int64),
+        "text": "abc",
+        "number": 7,
+    }
+
+
+def blank(state: Any) -> Any:
+    """The same structure with other values."""
+    if isinstance(state, torch.Tensor):
+        return torch.zeros_like(state)
+    if isinstance(state, dict):
+        return {key: blank(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [blank(value) for value in state]
+    return type(state)()
+
+
+def save(store: CheckpointStore, step: int, state: dict[str, Any]) -> StoreWriter:
+    writer = StoreWriter(store, step)
+    dcp.save(state, storage_writer=writer, no_dist=True)
+    return writer
+
+
+def load(store: CheckpointStore, step: int | None, state: dict[str, Any]) -> dict[str, Any]:
+    dcp.load(state, storage_reader=StoreReader(store, step), no_dist=True)
+    return state
+
+
+# --- one process ---------------------------------------------------------------------------------------------------
+
+
+def test_comes_back_and_is_stock(store: CheckpointStore) -> None:
+    state = make_state()
+    writer = save(store, 4, state)
+    assert same(load(store, 4, blank(state)), state)
+    assert same(load(store, None, blank(state)), state)
+    plain = blank(state)
+    dcp.load(plain, checkpoint_id=folder(store, 4), no_dist=True)
+    assert same(plain, state), "stock torch reads it too"
+    assert {path.name for path in folder(store, 4).iterdir()} == {".metadata", "__0_0.distcp", "ckptstore.manifest.json"}
+    assert writer.manifest is not None
+    assert {entry.path for entry in writer.manifest.files} == {".metadata", "__0_0.distcp"}
+    checkpoint = store.get(4)
+    assert (checkpoint.status, checkpoint.format) == (Status.COMMITTED, "dcp")
+    assert store.verify(4).ok
+
+
+def test_archives_are_whole_zips(store: CheckpointStore) -> None:
+    """Every item by zipfile, which checks the CRC-32 that torch does not."""
+    save(store, 1, make_state())
+    data = (folder(store, 1) / "__0_0.distcp").read_bytes()
+    found = dcp_format.read_metadata((folder(store, 1) / ".metadata").read_bytes())
+    assert len(found.items) > 8
+    for item in found.items:
+        with zipfile.ZipFile(BytesIO(data[item.offset : item.offset + item.length])) as archive:
+            assert archive.testzip() is None
+    assert str(store.folder).encode() not in (folder(store, 1) / ".metadata").read_bytes(), "no path in it"
+
+
+def test_what_stock_torch_saved(store: CheckpointStore, tmp_path: Path) -> None:
+    """A folder written by torch, kept by store.save: other archives than ours."""
+    state = make_state(1)
+    dcp.save(state, checkpoint_id=tmp_path / "plain", no_dist=True)
+    store.save(9, tmp_path / "plain")
+    assert same(load(store, 9, blank(state)), state)
+
+
+def test_nested_again_from_the_metadata(store: CheckpointStore, tmp_path: Path) -> None:
+    """torch's own way to load without knowing the structure needs planner_data."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state = make_state(2)
+    save(store, 1, state)
+    found: dict[str, Any] = {}
+    stock: dict[str, Any] = {}
+    readers = (StoreReader(store, 1), dcp.FileSystemReader(folder(store, 1)))
+    for result, storage in zip((found, stock), readers, strict=True):
+        _load_state_dict(result, storage_reader=storage, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    assert same(found["model"]["w"], state["model"]["w"])
+    assert same(found["optimizer"], stock["optimizer"])
+    assert same(found, stock)
+
+
+def test_async_save(store: CheckpointStore) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        state = make_state()
+        kept = {key: value.clone() for key, value in state["model"].items()}
+        future = dcp.async_save(state, storage_writer=StoreWriter(store, 1))
+        for value in state["model"].values():
+            value.zero_()
+        future.result()
+        found = load(store, 1, blank(make_state()))
+    finally:
+        dist.destroy_process_group()
+    assert all(same(kept[key], found["model"][key]) for key in kept)
+
+
+def test_a_part_of_the_state_reads_a_part(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = {f"t{i}": torch.randn(4_000_000) for i in range(5)}
+    save(store, 1, big)
+    read = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: (count := real(fd, views, at), read.append(count))[0])
+    found = load(store, 1, {"t2": torch.zeros(4_000_000)})
+    assert same(found["t2"], big["t2"])
+    assert 16_000_000 < sum(read) < 16_000_000 + 3 * native.CHUNK_BYTES
+
+
+def test_flips_are_found(store: CheckpointStore) -> None:
+    state = make_state()
+    save(store, 1, state)
+    for name in ("__0_0.distcp", ".metadata"):
+        path = folder(store, 1) / name
+        for at in range(0, path.stat().st_size, 331):
+            trees.bitflip(path, at)
+            with pytest.raises((dcp.CheckpointException, IntegrityError)) as caught:
+                load(store, 1, blank(state))
+            assert "digest" in str(caught.value)
+            trees.bitflip(path, at)
+    assert same(load(store, 1, blank(state)), state)
+
+
+def test_planted_a_reader_that_does_not_compare(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make_state()
+    writer = save(store, 1, state)
+    item = next(i for i in dcp_format.read_metadata((folder(store, 1) / ".metadata").read_bytes()).items if i.key == "model.w")
+    trees.bitflip(folder(store, 1) / item.file, item.offset + 2000)
+    assert writer.manifest is not None
+    crcs = {entry.size_bytes: entry.crc for entry in writer.manifest.files}
+    monkeypatch.setattr(loading, "_work", _without_digests)
+    assert crcs
+    assert not same(load(store, 1, blank(state)), state), "silently wrong: what the digests are for"
+
+
+def _without_digests(queue: Any, chunk_bytes: int) -> None:
+    while (chunk := next(queue, None)) is not None:
+        scratch = memoryview(bytearray(chunk_bytes))
+        begin = chunk.number * chunk_bytes
+        end = min(begin + chunk_bytes, chunk.entry.size_bytes)
+        loading._fill(chunk, list(loading._views(chunk.wants, begin, end, scratch)), begin)
+
+
+def test_a_save_that_fails_leaves_nothing(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make_state()
+    save(store, 1, state)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "write_files", fail)
+    with pytest.raises(dcp.CheckpointException, match="No space left"):
+        save(store, 2, state)
+    assert [one.step for one in store.list()] == [1]
+    assert sorted(path.name for path in Path(steps.side_of(store.folder)).iterdir()) == ["lock"]
+
+
+def test_usage(store: CheckpointStore, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="checkpoint_id"):
+        dcp.save({"a": torch.ones(1)}, checkpoint_id=tmp_path / "x", storage_writer=StoreWriter(store, 1), no_dist=True)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/x").write_bytes(b"x")
+    store.save(1, tmp_path / "f")
+    with pytest.raises(dcp.CheckpointException, match=r"no checkpoint of torch\.distributed"):
+        load(store, 1, {"a": torch.ones(1)})
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4)])
+def test_pieces_of_a_tensor(shape: tuple[int, ...]) -> None:
+    """Where it says one piece, the bytes there are the part; where not, they are not in one piece."""
+    whole = torch.arange(max(1, torch.Size(shape).numel())).reshape(shape)
+    ranges = [[(a, b) for a in range(size) for b in range(1, size - a + 1)] for size in shape]
+    for places in itertools.product(*ranges):
+        part = whole
+        for dim, (begin, length) in enumerate(places):
+            part = part.narrow(dim, begin, length)
+
+        class Request:
+            storage_offsets = torch.Size([place[0] for place in places])
+            lengths = torch.Size([place[1] for place in places])
+
+        begin = reader._in_one_piece(Request, shape)  # type: ignore[arg-type]
+        flat, wanted = whole.reshape(-1), part.reshape(-1)
+        if begin is not None:
+            assert torch.equal(flat[begin : begin + len(wanted)], wanted)
+        else:
+            assert int(wanted[-1] - wanted[0]) != len(wanted) - 1
+
+
+# --- several ranks -------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ranks(doing: str, store: CheckpointStore, step: int, world: int, *more: object) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.store_ranks", doing, store.backend.location,
+             *map(str, (step, rank, world, port, *more))],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def finish(children: list[subprocess.Popen[str]], timeout_s: float = 90) -> list[tuple[int, str]]:
+    deadline = time.monotonic() + timeout_s
+    try:
+        return [(child.wait(max(1, deadline - time.monotonic())), child.communicate()[0]) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def run(doing: str, store: CheckpointStore, step: int, world: int, *more: object) -> None:
+    results = finish(ranks(doing, store, step, world, *more))
+    assert all(code == 0 and "DONE" in out for code, out in results), results
+
+
+@pytest.mark.parametrize("doing", ["save", "async"])
+def test_ranks_save_and_other_numbers_of_ranks_load(store: CheckpointStore, tmp_path: Path, doing: str) -> None:
+    run(doing, store, 5, 2, tmp_path / "saved.pt")
+    assert store.verify(5).ok
+    assert {path.name for path in folder(store, 5).iterdir()} >= {"__0_0.distcp", "__1_0.distcp", ".metadata"}
+    saved = torch.load(tmp_path / "saved.pt")
+    for world in (1, 2, 3) if doing == "save" else (1,):
+        run("load", store, 5, world, tmp_path / f"loaded{world}.pt")
+        assert same(torch.load(tmp_path / f"loaded{world}.pt"), saved), f"{world} ranks"
+
+
+@pytest.mark.parametrize(
+    ("rank", "where"),
+    [
+        (0, "before"),
+        (1, "after"),
+        (1, "hang"),
+        *(pytest.param(rank, where, marks=pytest.mark.soak) for rank, where in ((0, "after"), (1, "before"), (1, "error"))),
+    ],
+)
+def test_a_rank_that_dies(store: CheckpointStore, rank: int, where: str) -> None:
+    """No commit, an error on the other, no hang beyond the group's timeout (20 s); and the next save goes through."""
+    started = time.monotonic()
+    children = ranks("die", store, 5, 2, f"{rank}:{where}")
+    code, out = finish([children[1 - rank]])[0]
+    assert code == 7, out
+    assert "FAILED" in out
+    assert time.monotonic() - started < 60
+    children[rank].kill()
+    assert children[rank].wait() in (-signal.SIGKILL, 7)
+    assert not folder(store, 5).exists()
+    run("save", store, 5, 2)
+    assert store.verify(5).ok
+    assert steps.leftovers(store.folder) == []
+    assert not list(Path(steps.side_of(store.folder)).glob("save-*"))
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.soak)])
+def test_ranks_killed_at_any_moment(store: CheckpointStore, times: int) -> None:
+    """Over a step that is there: it is the old one or the new one, whole, whenever one of two ranks is killed."""
+    run("save", store, 5, 2)
+    old = store.verify(5).manifest_sha256
+    for number in range(times):
+        children = ranks("save", store, 5, 2)
+        time.sleep(random.uniform(2.0, 9.0))  # about when they save; the machine's load moves it
+        children[number % 2].kill()
+        finish([children[1 - number % 2]])
+        children[number % 2].wait()
+        report = store.verify(5)
+        assert report.ok, report.findings
+    assert old

@@ -1,0 +1,307 @@
+"""State dicts saved and loaded without pickle: values, dtypes, ties, and every changed byte found."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickletools
+import subprocess
+import sys
+import threading
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptstore import CheckpointStore, loading, native
+from ckptstore.errors import (
+    CkptStoreError,
+    DigestMismatchError,
+    IntegrityError,
+    NotFoundError,
+    NothingToResumeError,
+    UsageError,
+)
+from ckptstore.manifest import FileEntry
+from tests import trees
+
+torch = pytest.importorskip("torch")
+ckpt = pytest.importorskip("ckptstore.torch")
+from ckptstore.torch import memory, simple  # noqa: E402
+from ckptstore.torch import state as states  # noqa: E402
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "store")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in type and value, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        raw = [value.detach().contiguous().reshape(-1).view(torch.uint8) if value.numel() else value for value in (a, b)]
+        return a.dtype == b.dtype and a.shape == b.shape and (not a.numel() or torch.equal(*raw))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) and math.isnan(a):
+        return isinstance(b, float) and math.isnan(b)
+    return type(a) is type(b) and a == b
+
+
+def test_everything_comes_back(store: CheckpointStore) -> None:
+    state = {
+        "model": OrderedDict([("b", torch.ones(3)), ("a", torch.zeros(2, 2))]),
+        "numbers": [1, -(2**70), 0.1, 1e300, math.inf, -math.inf, math.nan, True, None, "text ü \x00 \ud7ff", b"\0\xff"],
+        "keys": {1: "a", "1": "b", (2, "x"): [], True + 1: {}, 0.5: ()},
+        "$odd": {"$tensor": "not one", "plain": {"$": 1}},
+        "types": [torch.float8_e5m2, torch.device("cuda:1"), torch.Size([1, 2])],
+        "deep": {"a.b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "__metadata__": torch.tensor(3)},
+        "scalar": torch.tensor(7.5),
+        "empty": [torch.empty(0, 3, dtype=torch.int64), {}, [], ()],
+        "name with / and \\": {"x": torch.tensor([True])},
+        "MODEL": {"case": torch.tensor(1)},
+    }
+    simple.save(store, 3, state)
+    assert same(state, ckpt.load(store, 3))
+    assert type(ckpt.load(store)["model"]) is OrderedDict
+    assert store.verify(3).ok
+    for path in Path(store.folder).rglob("*"):
+        assert path.suffix in ("", ".json", ".safetensors"), path
+
+
+@pytest.mark.parametrize("name", memory.DTYPES)
+def test_every_dtype(store: CheckpointStore, name: str) -> None:
+    bits = torch.randint(0, 2 if name == "BOOL" else 256, (3, 5, 8 * 3), dtype=torch.uint8)
+    value = bits.view(torch.bool) if name == "BOOL" else bits.view(memory.DTYPES[name])
+    ckpt.save(store, 1, {"x": value, "y": value.transpose(0, 2)})
+    assert same({"x": value, "y": value.transpose(0, 2)}, ckpt.load(store, 1))
+
+
+def test_other_readers_agree(store: CheckpointStore) -> None:
+    """The reference reader of the format."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = {"model": {"a": torch.randn(5, 7), "b": torch.arange(3, dtype=torch.int16), "c": torch.randn(3).bfloat16()}}
+    ckpt.save(store, 1, state)
+    assert same(dict(sorted(safetensors.load_file(Path(store.folder) / "step-1/model.safetensors").items())), state["model"])
+
+
+def test_ties_stay_ties(store: CheckpointStore) -> None:
+    weight = torch.nn.Parameter(torch.randn(100, 10))
+    state = {"model": {"embed": weight, "head": weight, "view": weight.data}, "optimizer": {0: weight.clone()}}
+    ckpt.save(store, 1, state)
+    loaded = ckpt.load(store, 1)
+    assert loaded["model"]["embed"] is loaded["model"]["head"] is loaded["model"]["view"]
+    assert loaded["optimizer"][0].data_ptr() != loaded["model"]["embed"].data_ptr()
+    assert os.stat(Path(store.folder) / "step-1/model.safetensors").st_size < 4500, "stored once"
+
+
+def test_views_and_strides(store: CheckpointStore) -> None:
+    base = torch.arange(60, dtype=torch.float32).reshape(3, 4, 5)
+    state = {
+        "x": {"t": base.transpose(0, 2), "s": base[1:, ::2], "e": torch.tensor([1.0, 2.0]).expand(3, 2), "row": base[2],
+              "conj": torch.complex(base, -base).conj(), "neg": torch.complex(base, base).conj().imag,
+              "grad": (base * 1).requires_grad_() * 2}
+    }  # fmt: skip
+    ckpt.save(store, 1, state)
+    assert same({"x": {k: v.resolve_conj().resolve_neg() for k, v in state["x"].items()}}, ckpt.load(store, 1))
+
+
+def test_optimizer_and_scheduler_go_on(store: CheckpointStore) -> None:
+    def make() -> tuple[Any, Any, Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+    def train(model: Any, optimizer: Any, scheduler: Any, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+
+    one = make()
+    train(*one, 3)
+    state = {"model": one[0].state_dict(), "optimizer": one[1].state_dict(), "scheduler": one[2].state_dict(),
+             "rng": torch.get_rng_state()}  # fmt: skip
+    manifest = ckpt.save(store, 3, state, metrics={"loss": torch.tensor(0.25)}, config={"lr": 0.1})
+    assert manifest.metrics == {"loss": 0.25}
+    assert json.loads((Path(store.folder) / "step-3/config.json").read_text()) == {"lr": 0.1}
+    train(*one, 3)
+    other = make()
+    loaded = ckpt.load(store)
+    for part, name in zip(other, ("model", "optimizer", "scheduler"), strict=True):
+        part.load_state_dict(loaded[name])
+    torch.set_rng_state(loaded["rng"])
+    train(*other, 3)
+    assert same(dict(one[0].state_dict()), dict(other[0].state_dict()))
+    assert store.get(3).holds == ("weights", "optimizer")
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (object(), "a builtins.object"),
+        (defaultdict, "a builtins.type"),
+        ({1, 2}, "a builtins.set"),
+        (torch.randn(3).to_sparse(), "without plain memory"),
+        (torch.empty(3, device="meta"), "without plain memory"),
+        (torch.zeros(2, dtype=torch.complex128), "complex128"),
+        ({frozenset(): 1}, "a key that is a frozenset"),
+        (torch.nn.Linear(1, 1), "Linear"),
+    ],
+)
+def test_what_needs_a_pickle_is_refused(store: CheckpointStore, value: Any, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as caught:
+        ckpt.save(store, 1, {"a": [1, {"b": value}]})
+    assert "state['a']['1']['b']" in str(caught.value)
+    assert not Path(store.folder).exists()
+
+
+def test_a_state_in_itself(store: CheckpointStore) -> None:
+    state: dict[str, Any] = {}
+    state["me"] = state
+    with pytest.raises(UsageError, match="contain itself"):
+        ckpt.save(store, 1, state)
+    with pytest.raises(UsageError, match="config"):
+        ckpt.save(store, 1, {}, config={"x": object()})
+    with pytest.raises(UsageError, match="a state dict"):
+        ckpt.save(store, 1, [1])
+
+
+def flip(path: Path, at: int) -> None:
+    """One bit, the times as they were."""
+    before = os.stat(path)
+    trees.bitflip(path, at)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_every_flipped_bit_is_found(store: CheckpointStore) -> None:
+    """Any bit of any file: never a state that differs."""
+    state = {"model": {"a": torch.randn(50), "b": torch.randn(3)}, "step": 4}
+    ckpt.save(store, 1, state)
+    for name in ("model.safetensors", "state.json"):
+        path = Path(store.folder) / "step-1" / name
+        original = path.read_bytes()
+        for at in range(0, len(original), 3):
+            flip(path, at)
+            with pytest.raises((IntegrityError, DigestMismatchError)):
+                ckpt.load(store, 1)
+            before = os.stat(path)
+            path.write_bytes(original)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert same(ckpt.load(store, 1), state)
+
+
+def test_the_digests_find_it_and_nothing_else(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: a load that does not compare reads the flipped tensor silently."""
+    ckpt.save(store, 1, {"model": {"a": torch.zeros(500)}})
+    flip(Path(store.folder) / "step-1/model.safetensors", -9)
+    with pytest.raises(DigestMismatchError):
+        ckpt.load(store, 1)
+    monkeypatch.setattr(loading.native, "crc64", _crc_of_the_original(store))
+    assert not same(ckpt.load(store, 1)["model"]["a"], torch.zeros(500))
+
+
+def _crc_of_the_original(store: CheckpointStore) -> Any:
+    known = {entry.path: entry.crc for entry in simple.find(store, 1)[1].files}
+    totals: list[int] = []
+    return lambda view, crc: known["state.json" if not totals and not totals.append(1) else "model.safetensors"]  # type: ignore[func-returns-value]
+
+
+def test_load_says_what_is_missing(store: CheckpointStore, tmp_path: Path) -> None:
+    with pytest.raises((NothingToResumeError, NotFoundError)):
+        ckpt.load(store)
+    ckpt.save(store, 1, {"a": torch.ones(2)})
+    with pytest.raises(NotFoundError, match="no checkpoint of step 2"):
+        ckpt.load(store, 2)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "x").write_bytes(b"x")
+    store.save(2, tmp_path / "files")
+    with pytest.raises(UsageError, match="not saved by ckptstore"):
+        ckpt.load(store, 2)
+    assert same(ckpt.load(store, 1, map_location="cpu"), {"a": torch.ones(2)})
+    with pytest.raises(IntegrityError, match="not known"):
+        states.decode({"state": {"$new": 1}}, {})
+    with pytest.raises(IntegrityError, match="dtype"):
+        states.decode({"state": {"$dtype": "save"}}, {})
+
+
+def test_large_states_over_many_chunks(store: CheckpointStore) -> None:
+    """Tensors across chunks, thousands in one chunk, a chunk of one tensor."""
+    torch.manual_seed(1)
+    state = {"model": {f"small{i}": torch.randn(7) for i in range(3000)}, "optimizer": {"big": torch.randn(9_000_000)}}
+    state["model"]["mid"] = torch.randn(3_000_001)
+    ckpt.save(store, 1, state)
+    loaded = ckpt.load(store, 1)
+    assert all(same(value, loaded["model"][key]) for key, value in state["model"].items())
+    assert same(state["optimizer"], loaded["optimizer"])
+
+
+def test_no_pickle_and_one_read(store: CheckpointStore) -> None:
+    """The files hold no pickle, and loading asks the disk for each byte of tensors once."""
+    ckpt.save(store, 1, {"model": {"a": torch.randn(6_000_000)}})
+    for path in (Path(store.folder) / "step-1").iterdir():
+        with pytest.raises(ValueError, match=r".*"):
+            list(pickletools.genops(path.read_bytes()[:4096]))
+    read = []
+    real = os.preadv
+    lock = threading.Lock()
+
+    def preadv(fd: int, views: Any, at: int) -> int:
+        count = real(fd, views, at)
+        with lock:
+            read.append(count)
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", preadv)
+        ckpt.load(store, 1)
+    total = sum(os.stat(Path(store.folder) / "step-1" / name).st_size for name in ("model.safetensors", "state.json"))
+    assert sum(read) == total
+
+
+def test_wants_anywhere_in_a_file(tmp_path: Path) -> None:
+    """read_into beside slicing, with chunks of a page: whole, in part, at the borders, none."""
+    data = os.urandom(4096 * 5 + 99)
+    result = native.write_files(tmp_path, {"f": data}, options=native.CopyOptions(chunk_bytes=4096))
+    digest = result.digests["f"]
+    entry = FileEntry("f", len(data), 0, 0, digest.crc, digest.chunks)
+    for places in ([(0, 1)], [(4095, 2)], [(5, 9000), (9005, 1), (20000, 579)], [(0, len(data))], [(len(data) - 1, 1)], []):
+        buffers = [bytearray(length) for _, length in places]
+        wants = [loading.Want(at, memoryview(buffer)) for (at, _), buffer in zip(places, buffers, strict=True)]
+        loading.read_into(str(tmp_path), [(entry, wants)], chunk_bytes=4096)
+        assert [bytes(buffer) for buffer in buffers] == [data[at : at + length] for at, length in places]
+    bad = entry._replace(chunks=(*digest.chunks[:3], 1, *digest.chunks[4:]))
+    out = bytearray(10)
+    loading.read_into(str(tmp_path), [(bad, [loading.Want(4096 * 3 - 10, memoryview(out))])], chunk_bytes=4096)
+    with pytest.raises(DigestMismatchError, match="from 12288"):
+        loading.read_into(str(tmp_path), [(bad, [loading.Want(4096 * 3 - 9, memoryview(out))])], chunk_bytes=4096)
+    with pytest.raises(IntegrityError, match="bytes, and the manifest says"):
+        loading.read_into(str(tmp_path), [(entry._replace(size_bytes=5), [])], chunk_bytes=4096)
+
+
+def test_the_core_never_imports_torch(store: CheckpointStore) -> None:
+    ckpt.save(store, 1, {"a": torch.ones(2)})
+    code = f"import sys\nfrom ckptstore import CheckpointStore\ns = CheckpointStore({store.folder!r})\n"
+    code += "assert s.verify(1).ok and s.latest()\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_is_not_shared_with_the_tree(store: CheckpointStore) -> None:
+    """Nothing is mapped: what the file becomes later does not change what was loaded."""
+    ckpt.save(store, 1, {"a": torch.zeros(100)})
+    loaded = ckpt.load(store, 1)["a"]
+    (Path(store.folder) / "step-1/tensors.safetensors").write_bytes(b"\xff" * 500)
+    assert same(loaded, torch.zeros(100))
+
+
+def test_errors_are_ours(store: CheckpointStore) -> None:
+    ckpt.save(store, 1, {"a": torch.zeros(100)})
+    (Path(store.folder) / "step-1/tensors.safetensors").unlink()
+    with pytest.raises(CkptStoreError):
+        ckpt.load(store, 1)
