@@ -30,7 +30,7 @@ LAYERS = (
     ("choose",),
     ("plan",),
     ("room", "staging", "steps", "loading"),
-    ("recovery", "adopt"),
+    ("recovery", "adopt", "retention"),
     ("store",),
     ("torch.memory", "torch.state"),
     ("torch", "torch.*"),

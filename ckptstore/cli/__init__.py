@@ -14,7 +14,7 @@ import click
 import ckptstore
 from ckptstore.errors import CkptStoreError
 
-VERBS = ("list", "setup", "resume", "show", "verify", "seal", "adopt", "watch", "status", "plot", "doctor", "clean")
+VERBS = ("list", "setup", "resume", "show", "verify", "seal", "adopt", "watch", "status", "plot", "doctor", "prune", "clean")
 
 HELP = """From a crash to resumed training, and never onto a bad checkpoint.
 

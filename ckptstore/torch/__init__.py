@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+from ckptstore.torch.background import SaveHandle, save_async, wait_all
 from ckptstore.torch.reader import StoreReader
 from ckptstore.torch.simple import load, save
 from ckptstore.torch.writer import StoreWriter
 
-__all__ = ["StoreReader", "StoreWriter", "load", "save"]
+__all__ = ["SaveHandle", "StoreReader", "StoreWriter", "load", "save", "save_async", "wait_all"]
