@@ -73,7 +73,7 @@ def decide(candidates: Iterable[Candidate], keep: Keep, *, pinned: Collection[in
     ordered = sorted(candidates, key=lambda one: one.step)
     good = [one for one in ordered if one.good]
     newest = good[-1].step if good else None
-    last = {one.step for one in good[len(good) - keep.last :]} if keep.last else set()
+    last = {one.step for one in good[-keep.last :]} if keep.last else set()
     ranked = [one for one in good if keep.metric in one.metrics and math.isfinite(one.metrics[keep.metric])]
     sign = 1 if keep.mode == "max" else -1
     ranked.sort(key=lambda one: (sign * one.metrics[keep.metric], one.step), reverse=True)
