@@ -1,4 +1,4 @@
-"""A durable write of tensors from memory: the engine beside torch.save, safetensors and torch's DCP."""
+"""Tensors from memory to the disk and back, beside torch.save, safetensors and DCP; and what training waits for."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import measure_fio, measure_here, parse_size, record
 
-from ckptstore import native
+from ckptstore import CheckpointStore, native
 
 torch = pytest.importorskip("torch")
 
@@ -32,6 +32,20 @@ def engine(tensors, path):
     path.mkdir()
     buffers = {f"{name}.bin": tensor.view(torch.uint8).numpy() for name, tensor in tensors.items()}
     native.write_files(path, buffers)
+
+
+def store_save(tensors, path):
+    import ckptstore.torch
+
+    ckptstore.torch.save(CheckpointStore(path), 1, {"model": tensors})
+
+
+def store_writer(tensors, path):
+    import torch.distributed.checkpoint as checkpoint
+
+    from ckptstore.torch import StoreWriter
+
+    checkpoint.save(tensors, storage_writer=StoreWriter(CheckpointStore(path), 1), no_dist=True)
 
 
 def torch_save(tensors, path):
@@ -67,6 +81,8 @@ def then_sync(run):
 WAYS = {  # name: (function, durable, digested)
     "fio write": (None, True, False),
     "ckptstore": (engine, True, True),
+    "ckptstore.torch.save": (store_save, True, True),
+    "dcp.save, StoreWriter": (store_writer, True, True),
     "torch.save": (torch_save, False, False),
     "torch.save, fsync": (then_sync(torch_save), True, False),
     "safetensors": (safetensors, False, False),
@@ -74,6 +90,9 @@ WAYS = {  # name: (function, durable, digested)
     "DCP": (dcp(1), False, False),
     "DCP, 4 threads": (dcp(4), False, False),
 }
+
+
+OURS = ("ckptstore", "ckptstore.torch.save", "dcp.save, StoreWriter")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -102,7 +121,7 @@ def test_save(benchmark, place, tensors, name, turn):
         moved_bytes=size,
         group="save from memory",
         contender=name,
-        ours=name == "ckptstore",
+        ours=name in OURS,
         durable=durable,
         digested=digested,
         turn=turn,
@@ -115,3 +134,159 @@ def test_save(benchmark, place, tensors, name, turn):
         first = next(iter(tensors))
         assert (path / f"{first}.bin").read_bytes() == tensors[first].view(torch.uint8).numpy().tobytes()
     shutil.rmtree(path)
+
+
+# --- and back ------------------------------------------------------------------------------------------------------
+
+
+def blank(tensors):
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
+def store_load(path, tensors):
+    import ckptstore.torch
+
+    return ckptstore.torch.load(CheckpointStore(path), 1)["model"]
+
+
+def store_reader(path, tensors):
+    import torch.distributed.checkpoint as checkpoint
+
+    from ckptstore.torch import StoreReader
+
+    checkpoint.load(tensors, storage_reader=StoreReader(CheckpointStore(path), 1), no_dist=True)
+    return tensors
+
+
+def dcp_load(path, tensors):
+    import torch.distributed.checkpoint as checkpoint
+
+    checkpoint.load(tensors, checkpoint_id=path, no_dist=True)
+    return tensors
+
+
+def safetensors_load(path, tensors):
+    from safetensors.torch import load_file
+
+    return {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}  # load_file only maps
+
+
+LOADS = {  # name: (how it is saved, how it is loaded, digested)
+    "ckptstore.torch.load": (store_save, store_load, True),
+    "dcp.load, StoreReader": (store_writer, store_reader, True),
+    "dcp.load": (dcp(1), dcp_load, False),
+    "torch.load": (torch_save, lambda path, tensors: torch.load(path / "model.pt"), False),
+    "safetensors load_file": (safetensors, safetensors_load, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("heat", ["warm", "cold"])
+@pytest.mark.parametrize("name", LOADS)
+def test_load(benchmark, place, tensors, name, heat, turn):
+    write, read, digested = LOADS[name]
+    path = place / f"load-{time.monotonic_ns()}"
+    write(tensors, path)
+    target, found = blank(tensors), []
+
+    def prepare():
+        os.sync()
+        for file in path.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    if heat == "cold":
+                        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    else:
+                        while opened.read(1 << 24):
+                            pass
+
+    record(
+        benchmark,
+        lambda: measure_here(lambda: found.append(read(path, target))),
+        prepare=prepare,
+        moved_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        group=f"load into memory, {heat}",
+        contender=name,
+        ours="ckptstore" in name or "Store" in name,
+        durable=False,
+        digested=digested,
+        turn=turn,
+    )
+    assert all(torch.equal(found[0][key].view(torch.int16), value.view(torch.int16)) for key, value in tensors.items())
+    shutil.rmtree(path)
+
+
+# --- what training waits for ---------------------------------------------------------------------------------------
+
+
+def memcpy(tensors, path, copies):
+    for name, tensor in tensors.items():
+        copies[name].copy_(tensor)
+
+
+def store_async(tensors, path, step):
+    import ckptstore.torch
+
+    return ckptstore.torch.save_async(CheckpointStore(path), step, {"model": tensors}).wait
+
+
+def dcp_async(cached):
+    def begin(tensors, path, step):
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as checkpoint
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        writer = _dcp_writers.setdefault((path, cached), checkpoint.FileSystemWriter(path, cache_staged_state_dict=cached))
+        return checkpoint.async_save(tensors, checkpoint_id=path / str(step), storage_writer=writer).result
+
+    return begin
+
+
+_dcp_writers = {}
+STALLS = {
+    "one memcpy": None,
+    "ckptstore.torch.save_async": store_async,
+    "dcp.async_save": dcp_async(False),
+    "dcp.async_save, cached staging": dcp_async(True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", STALLS)
+def test_stall(benchmark, place, tensors, name, turn):
+    """From the second save on: the first makes the buffers."""
+    if "cached" in name and not torch.cuda.is_available():
+        pytest.skip("torch pins its cached staging for an accelerator, and there is none")
+    begin = STALLS[name]
+    path = place / f"stall-{time.monotonic_ns()}"
+    copies, waiting = blank(tensors), []
+
+    def prepare():
+        if begin is not None:
+            begin(tensors, path, 1)()
+        os.sync()
+        time.sleep(0.3)
+
+    def run():
+        if begin is None:
+            return measure_here(lambda: memcpy(tensors, path, copies))
+        return measure_here(lambda: waiting.append(begin(tensors, path, 2)))
+
+    record(
+        benchmark,
+        run,
+        prepare=prepare,
+        moved_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        group="what training waits for, of a save in the background",
+        contender=name,
+        ours="ckptstore" in name,
+        durable=False,
+        digested="ckptstore" in name,
+        turn=turn,
+    )
+    for wait in waiting:
+        wait()
+    if "ckptstore" in name:
+        assert CheckpointStore(path).verify(2).ok
+    shutil.rmtree(path, ignore_errors=True)

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckptstore import native, recovery, steps
+from ckptstore import native, recovery, retention, steps
 from ckptstore import side as side_folders
 from ckptstore.backends import LocalBackend, open_backend
 from ckptstore.choose import ResumePoint, Selection, resume_point
@@ -26,6 +26,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level
 from ckptstore.plan import Options
 from ckptstore.recovery import Outcome
+from ckptstore.retention import Decision, Keep
 from ckptstore.seal import seal
 from ckptstore.verify import Notify, Report, verify_all
 
@@ -61,20 +62,29 @@ class CheckpointStore:
         directory: str | Path,
         *,
         metrics: Mapping[str, float] | None = None,
+        keep: Keep | None = None,
         progress: native.Progress | None = None,
     ) -> Manifest:
         """Copy a folder's files into the store as `step`: digested in the one read, durable, visible only when whole.
 
         A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
-        retention (best K); those that are not finite are left out. Errors: NotCommitted and CommitUncertain as in
-        errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError; SourceChangedError.
+        retention (best K); those that are not finite are left out. `keep` prunes afterwards. Errors: NotCommitted and
+        CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
+        SourceChangedError.
         """
         draft = steps.begin(self.folder, step)
         try:
             digests = steps.copy_in(draft, os.path.abspath(directory), progress=progress)
-            return steps.commit(draft, digests, metrics=metrics, source=os.path.basename(os.path.abspath(directory)))
+            manifest = steps.commit(draft, digests, metrics=metrics, source=os.path.basename(os.path.abspath(directory)))
         finally:
             steps.abandon(draft)
+        if keep is not None:
+            self.prune(keep)
+        return manifest
+
+    def prune(self, keep: Keep, *, dry_run: bool = False) -> Sequence[Decision]:
+        """Delete the steps that no rule of `keep` keeps; with `dry_run` only the decisions. See retention.prune."""
+        return retention.plan(self.backend, keep) if dry_run else retention.prune(self.backend, keep)
 
     @property
     def folder(self) -> str:

@@ -32,7 +32,7 @@ LAYERS = (
     ("plan",),
     ("receiving",),
     ("room", "staging", "steps", "loading"),
-    ("recovery", "adopt", "push", "pull"),
+    ("recovery", "adopt", "push", "pull", "retention"),
     ("store",),
     ("torch.memory", "torch.state"),
     ("torch", "torch.*"),

@@ -16,7 +16,8 @@ import ckptstore
 from ckptstore.errors import CkptStoreError
 
 VERBS = (
-    "list", "setup", "resume", "show", "verify", "seal", "push", "pull", "adopt", "watch", "status", "plot", "doctor", "clean",
+    "list", "setup", "resume", "show", "verify", "seal", "push", "pull", "adopt", "watch", "status", "plot", "doctor",
+    "prune", "clean",
 )  # fmt: skip
 
 HELP = """From a crash to resumed training, and never onto a bad checkpoint.

@@ -50,15 +50,19 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr()))
 
 
-def plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """The tensor's values, contiguous on the CPU: itself where it is that already. UsageError for what has no plain memory."""
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's values, contiguous on the CPU: itself where it is that already."""
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def checked(tensor: torch.Tensor, where: str) -> None:
+    """UsageError for a tensor, found at `where`, that has no plain memory."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise UsageError(f"{where} is a tensor without plain memory ({tensor.layout}, {tensor.device})", hint="Save it dense.")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and hasattr(tensor, "to_local"):
         raise UsageError(f"{where} is a shard of a distributed tensor", hint="Save it with dcp.save and StoreWriter.")
     if tensor.dtype not in NAMES:
         raise UsageError(f"{where} has the dtype {tensor.dtype}, which safetensors does not know", hint="Save it as another.")
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> list[Any]:

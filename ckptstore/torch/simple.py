@@ -16,6 +16,7 @@ from ckptstore.listing import read_manifest, reader
 from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Part
+from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import memory
 from ckptstore.torch import state as states
@@ -31,20 +32,23 @@ def save(
     *,
     metrics: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
+    keep: Keep | None = None,
 ) -> Manifest:
     """Save a state dict as `step`: durable, digested, visible only when whole. Blocks until then.
 
     The state: tensors, numbers, text, bytes, None, dtypes, and dicts, lists and tuples of these. Tensors go from their own
     memory to the disk (those on a device, or not contiguous, by a copy); they must not change meanwhile. `config`, plain
-    JSON, becomes config.json; `metrics` are for retention. UsageError names what cannot be saved without a pickle; other
-    errors as CheckpointStore.save.
+    JSON, becomes config.json; `metrics` are for retention, and `keep` prunes by it afterwards. UsageError names what cannot
+    be saved without a pickle; other errors as CheckpointStore.save.
     """
-    return write(store, step, files_of(state_dict, config), metrics=metrics)
+    return write(store, step, files_of(state_dict, config), metrics=metrics, keep=keep)
 
 
-def files_of(state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The files of a state, as buffers in order; they hold the tensors' memory."""
-    encoded = states.Encoder(state_dict)
+def files_of(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, *, take: states.Take = memory.plain
+) -> dict[str, Any]:
+    """The files of a state, as buffers in order; they hold the tensors' memory. `take` makes plain tensors of any."""
+    encoded = states.Encoder(state_dict, take)
     files: dict[str, Any] = {
         f"{name}{SUFFIX}": memory.safetensors_file(tensors) for name, tensors in encoded.tensors.items() if tensors
     }
@@ -72,15 +76,19 @@ def write(
     files: Mapping[str, Any],
     *,
     metrics: Mapping[str, float] | None = None,
+    keep: Keep | None = None,
     options: native.CopyOptions | None = None,
 ) -> Manifest:
-    """Write files from memory as `step`, and commit it."""
+    """Write files from memory as `step`, commit it, and prune."""
     draft = steps.begin(store.folder, step)
     try:
         digests = native.write_files(draft.path, files, options=options).digests
-        return steps.commit(draft, digests, metrics=metrics)
+        manifest = steps.commit(draft, digests, metrics=metrics)
     finally:
         steps.abandon(draft)
+    if keep is not None:
+        store.prune(keep)
+    return manifest
 
 
 def load(store: CheckpointStore, step: int | None = None, *, map_location: torch.device | str | None = None) -> dict[str, Any]:

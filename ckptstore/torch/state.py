@@ -22,13 +22,16 @@ from typing import Any
 import torch
 
 from ckptstore.errors import IntegrityError, UsageError
-from ckptstore.torch.memory import plain
+from ckptstore.torch.memory import checked, plain
 
 FORMAT = "ckptstore.state"
 VERSION = 1
 LOOSE = "tensors"  #: the file of tensors that no key stands above
 _MOST_DEPTH = 64
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+Take = Callable[[torch.Tensor], torch.Tensor]
+"""Makes a contiguous tensor on the CPU of any that `checked` lets through."""
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 """File (without suffix) → name → tensor."""
@@ -37,8 +40,9 @@ Tensors = dict[str, dict[str, torch.Tensor]]
 class Encoder:
     """Takes a state dict apart: `document` for JSON, `tensors` for files. One use."""
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, Any], take: Take = plain) -> None:
         self.tensors: Tensors = {}
+        self._take = take
         self._seen: dict[tuple[object, ...], tuple[str, str]] = {}
         if not isinstance(state, Mapping):
             raise UsageError(f"a state dict is saved, and this is a {type(state).__name__}")
@@ -84,7 +88,7 @@ class Encoder:
         return {"$ordered" if isinstance(value, OrderedDict) else "$dict": pairs}
 
     def _tensor(self, tensor: torch.Tensor, path: tuple[str, ...]) -> tuple[str, str]:
-        values = plain(tensor, _shown(path))
+        checked(tensor, _shown(path))
         storage = tensor.untyped_storage()
         key = (
             storage.data_ptr() if storage.nbytes() else id(tensor),
@@ -98,6 +102,7 @@ class Encoder:
         )
         if key in self._seen:
             return self._seen[key]
+        values = self._take(tensor)
         file = path[0] if len(path) > 1 and _FILE.fullmatch(path[0]) else LOOSE
         # Names that differ in case alone would be one file on some file systems.
         file = next((known for known in self.tensors if known.lower() == file.lower()), file)

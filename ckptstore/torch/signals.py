@@ -1,0 +1,112 @@
+"""Signals that ask for a save: a spot notice (SIGTERM), or somebody who wants one now (SIGUSR1).
+
+The handler only notes it: in the middle of optimizer.step() there is no state worth saving. The loop asks between two steps,
+saves, and is told whether the save was committed before the deadline. What is not committed by then is not in the store, and
+what was there is. A second SIGTERM ends the process at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from ckptstore.errors import CkptStoreError, UsageError
+from ckptstore.store import CheckpointStore
+from ckptstore.torch.background import save_async, wait_all
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an emergency save."""
+
+    step: int
+    committed: bool  #: whether it was in the store, durable, before the deadline
+    seconds: float
+    problem: str = ""  #: why not
+
+
+class Emergency:
+    """Notes signals, and saves by their deadline. Made by `install_signal_handlers`; used by the training thread."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self._noted: dict[int, float] = {}  # signal → when, by time.monotonic
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a save is asked for."""
+        return bool(self._noted)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the process is to end (SIGTERM). Stays so after the save."""
+        return signal.SIGTERM in self._noted
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline of the earliest signal; the whole deadline without one."""
+        if not self._noted:
+            return self.deadline_s
+        return min(self._noted.values()) + self.deadline_s - time.monotonic()
+
+    def save(self, store: CheckpointStore, step: int, state_dict: Mapping[str, Any], **options: Any) -> Outcome:
+        """Save by the deadline, a save that is in flight first. Never raises what a save raises: the outcome says it.
+
+        `options` are save_async's. A request by SIGUSR1 is answered by this.
+        """
+        started = time.monotonic()
+        problem = ""
+        try:
+            with contextlib.suppress(CkptStoreError):  # another step's failure is no reason not to save this one
+                wait_all(max(0.0, self.remaining_s))
+            save_async(store, step, state_dict, **{"nice": 0, **options}).wait(max(0.0, self.remaining_s))
+        except TimeoutError:
+            problem = f"not committed within {self.deadline_s:g} s"
+        except (CkptStoreError, OSError, MemoryError) as error:
+            problem = str(error)
+        self._noted.pop(signal.SIGUSR1, None)
+        return Outcome(step, not problem, time.monotonic() - started, problem)
+
+    def uninstall(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and number in self._noted:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._noted.setdefault(number, time.monotonic())
+        previous = self._previous.get(number)
+        if callable(previous):
+            previous(number, frame)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the signals that are noted."""
+        return iter([signal.Signals(number).name for number in self._noted])
+
+
+def install_signal_handlers(deadline_s: float = 30.0, *, signals: Sequence[int] = SIGNALS) -> Emergency:
+    """Note these signals instead of dying of them; a handler that was there before is called as well.
+
+    `deadline_s` counts from the signal (spot machines give 30 s to 2 min). UsageError outside of the main thread, where
+    Python takes no handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("signal handlers are installed in the main thread", hint="Call it before threads are started.")
+    if deadline_s <= 0:
+        raise UsageError(f"deadline_s must be positive, not {deadline_s:g}")
+    emergency = Emergency(deadline_s)
+    for number in signals:
+        emergency._previous[number] = signal.signal(number, emergency._note)
+    return emergency

@@ -1,0 +1,222 @@
+"""Saves in the background: what is saved is the state at the call, one at a time, and no failure is lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptstore import CheckpointStore, native, steps
+from ckptstore.errors import BusyError, CkptStoreError, UsageError
+from ckptstore.retention import Keep
+from tests.test_torch_state import same
+
+torch = pytest.importorskip("torch")
+ckpt = pytest.importorskip("ckptstore.torch")
+from ckptstore.torch import background  # noqa: E402
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "store")
+
+
+class Gate:
+    """Holds every write until it is opened."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.reached = threading.Event()
+        self.error: BaseException | None = None
+        self.options: list[Any] = []
+        self.real = native.write_files
+        patch.setattr(native, "write_files", self.write_files)
+
+    def write_files(self, *args: Any, **kwargs: Any) -> Any:
+        self.options.append(kwargs.get("options"))
+        self.reached.set()
+        assert self.open.wait(30)
+        if self.error is not None:
+            raise self.error
+        return self.real(*args, **kwargs)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+    for line in background._lines.values():
+        if line.last is not None and line.last._future is not None:
+            line.last._future.exception(30)
+
+
+def make(value: float) -> dict[str, Any]:
+    return {"model": {"a": torch.full((1000,), value), "t": torch.full((3, 4), value).t()}, "step": int(value)}
+
+
+def test_the_state_may_change_once_it_is_staged(store: CheckpointStore, gate: Gate) -> None:
+    state = make(1)
+    handle = ckpt.save_async(store, 1, state, metrics={"loss": 2})
+    assert (handle.staged, handle.committed, handle.failed, handle.skipped) == (True, False, False, False)
+    state["model"]["a"].zero_()
+    state["model"]["t"].zero_()
+    gate.open.set()
+    manifest = handle.wait(30)
+    assert handle.committed
+    assert manifest is not None
+    assert manifest.metrics == {"loss": 2.0}
+    assert same(ckpt.load(store, 1), make(1))
+    assert gate.options[0].nice == 10
+
+
+def test_planted_a_save_without_a_copy(store: CheckpointStore, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background._Buffers, "take", lambda self, tensor: tensor.contiguous())
+    state = make(1)
+    handle = ckpt.save_async(store, 1, state)
+    state["model"]["a"].zero_()
+    gate.open.set()
+    handle.wait(30)
+    assert not same(ckpt.load(store, 1), make(1))
+
+
+def test_buffers_are_used_again(store: CheckpointStore) -> None:
+    ckpt.save_async(store, 1, make(1)).wait()
+    line = background._line_of(store)
+    before = [tensor.data_ptr() for tensor in line.buffers.tensors]
+    ckpt.save_async(store, 2, make(2)).wait()
+    assert [tensor.data_ptr() for tensor in line.buffers.tensors] == before
+    other = {"model": {"a": torch.ones(5)}, "more": [torch.ones(2)] * 2, "x": torch.zeros(3, dtype=torch.int64)}
+    ckpt.save_async(store, 3, other).wait()
+    ckpt.save_async(store, 4, {"x": torch.zeros(3)}).wait()
+    assert len(line.buffers.tensors) == 1
+    for step, state in ((1, make(1)), (2, make(2)), (3, other), (4, {"x": torch.zeros(3)})):
+        assert same(ckpt.load(store, step), state)
+    loaded = ckpt.load(store, 3)["more"]
+    assert loaded[0] is loaded[1]
+
+
+def test_busy(store: CheckpointStore, gate: Gate) -> None:
+    first = ckpt.save_async(store, 1, make(1))
+    assert gate.reached.wait(10)
+    skipped = ckpt.save_async(store, 2, make(2), on_busy="skip")
+    assert (skipped.skipped, skipped.staged, skipped.committed, skipped.wait()) == (True, False, False, None)
+    with pytest.raises(BusyError, match="step 1 is still in flight"):
+        ckpt.save_async(store, 3, make(3), on_busy="raise")
+    with pytest.raises(UsageError):
+        ckpt.save_async(store, 3, make(3), on_busy="nonsense")
+    with pytest.raises(TimeoutError):
+        first.wait(0.01)
+    waiting = threading.Thread(target=lambda: ckpt.save_async(store, 4, make(4)).wait())
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    gate.open.set()
+    waiting.join(30)
+    assert [one.step for one in store.list()] == [1, 4]
+
+
+def test_stores_do_not_wait_for_each_other(store: CheckpointStore, gate: Gate, tmp_path: Path) -> None:
+    ckpt.save_async(store, 1, make(1))
+    other = CheckpointStore(tmp_path / "other")
+    handle = ckpt.save_async(other, 1, make(2), on_busy="raise")
+    gate.open.set()
+    handle.wait(30)
+    ckpt.wait_all(30)
+    assert [len(one.list()) for one in (store, other)] == [1, 1]
+
+
+def test_a_failure_is_raised_at_the_next_call(store: CheckpointStore, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    gate.open.set()
+    gate.error = OSError(28, "No space left on device")
+    with caplog.at_level(logging.ERROR, "ckptstore"):
+        handle = ckpt.save_async(store, 1, make(1))
+        with pytest.raises(OSError, match="No space left"):
+            ckpt.save_async(store, 2, make(2))
+    assert "step 1 failed" in caplog.text
+    assert handle.failed
+    gate.error = None
+    ckpt.save_async(store, 3, make(3)).wait()
+    assert [one.step for one in store.list()] == [3]
+
+
+def test_a_failure_that_was_told_is_not_told_again(store: CheckpointStore, gate: Gate) -> None:
+    gate.open.set()
+    gate.error = OSError(28, "No space left on device")
+    handle = ckpt.save_async(store, 1, make(1))
+    with pytest.raises(OSError, match="No space left"):
+        handle.wait(30)
+    gate.error = None
+    ckpt.wait_all(30)
+    ckpt.save_async(store, 2, make(2)).wait(30)
+
+
+def test_what_cannot_be_saved_is_said_at_once(store: CheckpointStore) -> None:
+    with pytest.raises(UsageError):
+        ckpt.save_async(store, 1, {"a": object()})
+    ckpt.save_async(store, 2, make(2), keep=Keep(last=1)).wait()
+    ckpt.save_async(store, 3, make(3), keep=Keep(last=1)).wait()
+    assert [one.step for one in store.list()] == [3]
+
+
+SCRIPT = """
+import os, signal, sys, time, torch, ckptstore.torch as ckpt
+from ckptstore import CheckpointStore, native
+store = CheckpointStore(sys.argv[1])
+real = native.write_files
+def slow(*args, **kwargs):
+    print("writing", flush=True)
+    time.sleep(float(sys.argv[3]))
+    return real(*args, **kwargs)
+ckpt.save(store, 1, {"a": torch.ones(10)})
+native.write_files = slow
+ckpt.save_async(store, 2, {"a": torch.ones(1000)})
+if sys.argv[2] == "raise":
+    raise RuntimeError("training failed")
+if sys.argv[2] == "fork":
+    child = os.fork()
+    if child == 0:
+        from ckptstore.torch import background
+        os._exit(5 if background._lines else 0)
+    assert os.waitpid(child, 0)[1] == 0
+if sys.argv[2] == "sleep":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1), ("fork", 0)])
+def test_a_save_in_flight_is_finished_at_exit(store: CheckpointStore, how: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, store.folder, how, "0.5"], capture_output=True, check=False, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert [one.step for one in store.list()] == [1, 2]
+    assert store.verify(2).ok
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_killed_while_it_writes(store: CheckpointStore, name: str) -> None:
+    words = [sys.executable, "-c", SCRIPT, store.folder, "sleep", "30"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"writing\n"
+        os.kill(child.pid, getattr(signal, name))
+        child.wait(20)
+    assert [one.step for one in store.list()] == [1]
+    assert len(steps.leftovers(store.folder)) == 1
+    ckpt.save(store, 2, {"a": torch.ones(1)})
+    assert steps.leftovers(store.folder) == []
+
+
+def test_errors_are_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises((CkptStoreError, OSError)):
+        ckpt.save_async(CheckpointStore(tmp_path / "file"), 1, make(1)).wait()

@@ -1,0 +1,167 @@
+"""Signals that ask for a save, and the examples that a reader starts from."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptstore import CheckpointStore, native
+from ckptstore.errors import UsageError
+
+torch = pytest.importorskip("torch")
+ckpt = pytest.importorskip("ckptstore.torch")
+
+ROOT = Path(__file__).parent.parent
+LOOP = [sys.executable, str(ROOT / "examples/save_in_a_loop.py")]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "store")
+
+
+@pytest.fixture
+def emergency() -> Any:
+    found = ckpt.install_signal_handlers(deadline_s=1.0)
+    yield found
+    found.uninstall()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_usr1_is_answered_and_term_stays(store: CheckpointStore, emergency: Any) -> None:
+    assert not emergency.requested
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert (emergency.requested, emergency.stopping, list(emergency)) == (True, False, ["SIGUSR1"])
+    outcome = emergency.save(store, 3, {"a": torch.ones(3)})
+    assert (outcome.step, outcome.committed, outcome.problem) == (3, True, "")
+    assert not emergency.requested
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert emergency.stopping
+    assert emergency.save(store, 4, {"a": torch.ones(3)}).committed
+    assert emergency.stopping
+    assert [one.step for one in store.list()] == [3, 4]
+
+
+def test_the_deadline(store: CheckpointStore, emergency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is too slow: it says that it was not committed, and the store is as it was."""
+    ckpt.save(store, 1, {"a": torch.ones(3)})
+    release = threading.Event()
+    real = native.write_files
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        release.wait(20)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(native, "write_files", slow)
+    os.kill(os.getpid(), signal.SIGTERM)
+    started = time.monotonic()
+    outcome = emergency.save(store, 2, {"a": torch.ones(3)})
+    assert time.monotonic() - started < 5
+    assert (outcome.committed, outcome.problem) == (False, "not committed within 1 s")
+    assert [one.step for one in store.list()] == [1]
+    release.set()
+    ckpt.wait_all(20)
+
+
+def test_a_failure_is_an_outcome(store: CheckpointStore, emergency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "write_files", full)
+    outcome = emergency.save(store, 2, {"a": torch.ones(3)})
+    assert not outcome.committed
+    assert "No space left" in outcome.problem
+
+
+def test_a_handler_before_is_called_too() -> None:
+    called = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: called.append(number))
+    emergency = ckpt.install_signal_handlers(signals=[signal.SIGUSR1])
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert (emergency.requested, called) == (True, [signal.SIGUSR1])
+    finally:
+        emergency.uninstall()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_usage() -> None:
+    with pytest.raises(UsageError, match="positive"):
+        ckpt.install_signal_handlers(0)
+    failed: list[BaseException] = []
+
+    def install() -> None:
+        try:
+            ckpt.install_signal_handlers()
+        except UsageError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=install)
+    thread.start()
+    thread.join()
+    assert failed
+
+
+def run_loop(store: CheckpointStore, steps: int, **more: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+    words = [*LOOP, store.backend.location, str(steps)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_the_loop_goes_on_where_it_stopped(store: CheckpointStore, tmp_path: Path) -> None:
+    """Interrupted by SIGTERM and started again, it computes what an uninterrupted one computes."""
+    child = run_loop(store, 100, STEP_S="0.02")
+    assert child.stdout is not None
+    while "step 39" not in (line := child.stdout.readline()):
+        assert line, "it ended"
+    child.send_signal(signal.SIGUSR1)
+    child.send_signal(signal.SIGTERM)
+    rest = child.communicate(timeout=60)[0]
+    assert child.returncode == 0, rest
+    stopped = int(re.search(r"SIGTERM.*: step (\d+) committed: True", rest)[1])  # type: ignore[index]
+    assert stopped in [one.step for one in store]
+    second = run_loop(store, 100)
+    out = second.communicate(timeout=60)[0]
+    assert second.returncode == 0, out
+    assert f"resumed after step {stopped}" in out
+    whole = CheckpointStore(tmp_path / "whole")
+    other = run_loop(whole, 100)
+    assert other.communicate(timeout=60)
+    one, two = ckpt.load(store, 99), ckpt.load(whole, 99)
+    assert all(torch.equal(one["model"][key], two["model"][key]) for key in two["model"])
+
+
+def test_a_second_term_ends_it(store: CheckpointStore) -> None:
+    child = run_loop(store, 100, STEP_S="2")
+    assert child.stdout is not None
+    time.sleep(8)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) in (-signal.SIGTERM, 0)
+    child.stdout.close()
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")),
+    reason="no transformers, or no accelerate",
+)
+def test_the_trainer_example(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, str(ROOT / "examples/hf_trainer.py"), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "from None to 10; kept [5, 10]" in done.stdout
+    assert "from checkpoint-10 to 20; kept [10, 15, 20]" in done.stdout
+    store = CheckpointStore(tmp_path / "store")
+    assert all(store.verify(step).ok for step in (10, 15, 20))
