@@ -6,7 +6,8 @@ CkptStoreError
 ├── AlreadyExistsError (FileExistsError)
 ├── AccessError (PermissionError)
 ├── StorageError (OSError)                   the medium failed: errno, operation and path are kept
-│   └── NoSpaceError                         ENOSPC, EDQUOT, EFBIG
+│   ├── NoSpaceError                         ENOSPC, EDQUOT, EFBIG
+│   └── TransitError                         bytes were damaged on their way, and refused; retryable
 ├── BusyError                                another setup, or the trainer itself, is at work; retryable
 ├── RefusedError                             possible, but would lose something or not resume: says which flag allows it
 ├── NothingToResumeError                     no checkpoint qualifies; exit 4
@@ -71,6 +72,12 @@ class StorageError(CkptStoreError, OSError):
 
 class NoSpaceError(StorageError):
     """Out of space, quota, inodes, or over the largest file size."""
+
+
+class TransitError(StorageError):
+    """What arrived in a store is not what was sent, by its digest; the store refused it."""
+
+    retryable = True
 
 
 class BusyError(CkptStoreError):

@@ -23,6 +23,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from ckptstore.errors import (
     BusyError,
     IntegrityError,
     ManifestError,
+    NoSpaceError,
     NotFoundError,
     SourceChangedError,
     StorageError,
@@ -51,6 +53,8 @@ CLAIM = f"{DRAFT_PREFIX}claim"
 PART_BYTES = 16 << 20
 MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
 FILES_AT_ONCE = 4
+FILE_TRIES = 4
+SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
 BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most
 
 
@@ -258,8 +262,24 @@ class _Push:
                 at_once = max(BUDGET_BYTES // threads // part_bytes, 1)
                 self.target.put_parts(self._key(file.path), parts(), part_bytes=part_bytes, parallel=at_once)
 
+        def send_again(file: FileEntry, stop: parallel.Stop) -> None:
+            """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""
+            nonlocal done
+            deadline = time.monotonic() + SEND_AGAIN_S
+            for left in reversed(range(FILE_TRIES)):
+                before = done
+                try:
+                    send(file, stop)
+                except StorageError as error:
+                    if not left or time.monotonic() > deadline or isinstance(error, NoSpaceError):
+                        raise
+                    with lock:
+                        done = min(before, done)
+                else:
+                    return
+
         ordered = sorted(missing, key=lambda file: -file.size_bytes)
-        parallel.each(ordered, send, threads=threads, tick=lambda: progress(done, total))
+        parallel.each(ordered, send_again, threads=threads, tick=lambda: progress(done, total))
 
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""

@@ -1,22 +1,24 @@
 """ObjectBackend: s3://, gs:// and az:// through obstore, and every endpoint that speaks S3.
 
 Credentials and endpoints as each cloud's users expect: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, instance roles and so
-on by obstore itself; the profiles of ~/.aws by us, since obstore reads none. All retries of a request are here, in obstore's
-own settings; who reads a range and finds it wrong asks again (transfer.py).
+on by obstore itself; the profiles of ~/.aws by us, since obstore reads none. All retries of a request are here; who reads a
+range and finds it wrong asks again (fetching.py), and who sent a file that arrived damaged sends it again (push.py).
 """
 
 from __future__ import annotations
 
 import configparser
 import os
+import random
 import re
+import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from ckptstore.backends.base import Backend, Blob
-from ckptstore.errors import AccessError, AlreadyExistsError, NotFoundError, StorageError, UsageError
+from ckptstore.errors import AccessError, AlreadyExistsError, NotFoundError, StorageError, TransitError, UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
 #: A request is tried again for so long: a store that is overloaded or restarts comes back, one that is gone is named.
 RETRY_FOR = timedelta(seconds=60)
 TRIES = 8
-#: A connection on which nothing comes for so long has stalled.
+#: A download on which nothing comes for so long has stalled.
 STALL = timedelta(seconds=10)
-#: The longest that one request may take, its answer included: a part of 64 MiB at 1 MB/s.
-REQUEST = timedelta(seconds=90)
+#: The longest that one request may take. Uploads have no other bound: for them the library counts the time of sending as
+#: waiting for an answer, and a part of 16 MiB among sixteen takes minutes on a slow line.
+REQUEST = timedelta(seconds=300)
 
 _NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
+_BAD_DIGEST = re.compile(r"<Code>(BadDigest|InvalidDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
 _DENIED = re.compile(r"status code: 40[13] ")
 _SECRETS = re.compile(r"(?i)((?:signature|credential|token|sig|secret|key)[\w-]*=)[^&\s\"']+")
 
@@ -47,7 +51,8 @@ class ObjectBackend(Backend):
         self._missing = (kinds.NotFoundError, FileNotFoundError)
         self._failures = (kinds.BaseError, FileNotFoundError, NotImplementedError)
         try:
-            self._store = _store(parts.scheme, parts.netloc)
+            self._store = _store(parts.scheme, parts.netloc, {"read_timeout": STALL})
+            self._sending = _store(parts.scheme, parts.netloc, {})
         except (*self._failures, ValueError) as error:
             raise UsageError(
                 f"{url}: {_said(error)}", hint="Credentials and endpoint come from the environment: docs/object-stores.md."
@@ -80,22 +85,48 @@ class ObjectBackend(Backend):
         """See Backend.list."""
         below = self._path(prefix) if prefix else self._prefix
         cut = len(self._prefix) + 1 if self._prefix else 0
-        try:
-            for batch in self._obstore.list(self._store, prefix=below or None, chunk_size=1000):
-                for meta in batch:
-                    yield Blob(meta["path"][cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
-        except self._failures as error:
-            self._raise(error, "listing", prefix)
+        last: str | None = None
+        tries = _Tries()
+        while True:
+            try:
+                for batch in self._obstore.list(self._store, prefix=below or None, offset=last, chunk_size=1000):
+                    for meta in batch:
+                        last = meta["path"]
+                        yield Blob(last[cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
+                return
+            except self._failures as error:  # an answer that broke off is not asked for again by obstore
+                if not (isinstance(error, self._obstore.exceptions.GenericError) and tries.again()):
+                    self._raise(error, "listing", prefix)
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
-        """See Backend.put. A retried request may find what its first try left: read the key before giving up."""
-        mode = "create" if if_absent else "overwrite"
+        """See Backend.put."""
+        path = self._path(key)
+        if if_absent:
+            self._create(key, data)
+            return
         try:
-            self._obstore.put(self._store, self._path(key), memoryview(data), mode=mode, use_multipart=False)
-        except (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError):
-            raise AlreadyExistsError(f"{self.location}/{key} exists already") from None
+            self._obstore.put(self._sending, path, memoryview(data), mode="overwrite", use_multipart=False)
         except self._failures as error:
             self._raise(error, "writing", key)
+
+    def _create(self, key: str, data: Buffer) -> None:
+        """Create-only is the one request that obstore does not repeat when the answer is lost: done or not, nobody knows.
+
+        Here it is repeated; a key that is there after a lost answer is read: where it holds `data`, a first try came through.
+        """
+        kinds = self._obstore.exceptions
+        tries = _Tries()
+        while True:
+            try:
+                self._obstore.put(self._sending, self._path(key), memoryview(data), mode="create", use_multipart=False)
+                return
+            except (kinds.AlreadyExistsError, kinds.PreconditionError):
+                if tries.made and self.get(key) == bytes(data):
+                    return
+                raise AlreadyExistsError(f"{self.location}/{key} exists already") from None
+            except self._failures as error:
+                if not (isinstance(error, kinds.GenericError) and tries.again()):
+                    self._raise(error, "writing", key)
 
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """See Backend.put_parts."""
@@ -110,7 +141,7 @@ class ObjectBackend(Backend):
 
         try:
             self._obstore.put(
-                self._store, self._path(key), watched(), use_multipart=True, chunk_size=part_bytes, max_concurrency=parallel
+                self._sending, self._path(key), watched(), use_multipart=True, chunk_size=part_bytes, max_concurrency=parallel
             )
         except BaseException as error:
             if failed:
@@ -149,6 +180,13 @@ class ObjectBackend(Backend):
             ) from None
         if isinstance(error, self._missing):
             raise NotFoundError(f"{what}: there is no such key") from None
+        if _BAD_DIGEST.search(str(error)):
+            raise TransitError(
+                f"{what}: what arrived there is not what was sent, and the store refused it",
+                operation=doing,
+                path=f"{self.location}/{key}",
+                hint="The way there, or this machine's memory, damages data. Look for another one.",
+            ) from None
         # A LIST that is refused comes as a general error: only its text has the status.
         if isinstance(error, (kinds.PermissionDeniedError, kinds.UnauthenticatedError)) or _DENIED.search(str(error)):
             raise AccessError(
@@ -160,6 +198,22 @@ class ObjectBackend(Backend):
             path=f"{self.location}/{key}",
             hint="It was tried several times. Is the store there, and its name right? The same command goes on.",
         ) from None
+
+
+class _Tries:
+    """A bounded number of tries, with growing pauses of random length between them."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self._deadline = time.monotonic() + RETRY_FOR.total_seconds()
+
+    def again(self) -> bool:
+        """Wait a while; False when it is time to give up."""
+        if self.made >= TRIES or time.monotonic() > self._deadline:
+            return False
+        time.sleep(min(0.1 * 2**self.made, 5) * random.uniform(0.5, 1))
+        self.made += 1
+        return True
 
 
 def _library() -> Any:
@@ -174,10 +228,10 @@ def _library() -> Any:
     return obstore
 
 
-def _store(scheme: str, bucket: str) -> Any:
+def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
     from obstore.store import AzureStore, GCSStore, S3Store
 
-    options: Any = {"timeout": REQUEST, "read_timeout": STALL, "connect_timeout": timedelta(seconds=5)}
+    options: Any = {"timeout": REQUEST, "connect_timeout": timedelta(seconds=5), **timeouts}
     retries: Any = {
         "max_retries": TRIES,
         "retry_timeout": RETRY_FOR,
@@ -187,7 +241,7 @@ def _store(scheme: str, bucket: str) -> Any:
         return GCSStore(bucket, client_options=options, retry_config=retries)
     if scheme == "az":
         return AzureStore(bucket, client_options=options, retry_config=retries)
-    config: Any = _profile()
+    config: Any = _profile() | {"disable_bulk_delete": True}  # we remove single keys, and not every store has the other
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     if endpoint.startswith("http://"):
         options["allow_http"] = True

@@ -1,0 +1,173 @@
+"""A loopback proxy that does to HTTP what networks and overloaded stores do: one request in so many goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+#: What can happen to a request. `lost` and `reset` differ in whether the server ever saw it.
+KINDS = ("reset", "lost", "cut", "stall", "slowdown", "internal", "flip", "flip_up", "error_in_200")
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+INTERNAL = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    head: bytes
+    body: bytes
+
+
+#: Says what happens to a request: one of KINDS, or "" for nothing.
+Choose = Callable[[Request], str]
+
+
+@dataclass
+class Proxy:
+    """Listens on `port` and passes everything to `server_port`, except what `choose` says."""
+
+    server_port: int
+    choose: Choose = field(default=lambda request: "")
+    hit: list[str] = field(default_factory=list)
+    seen: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self._ended = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError, ValueError):
+            request = _read_request(client)
+            if request is None:
+                return
+            kind = self.choose(request)
+            self.seen.append(request)
+            if kind:
+                self.hit.append(kind)
+            if kind == "stall":
+                self._ended.wait(30)
+            elif kind == "reset":
+                _reset(client)
+            elif kind in ("slowdown", "internal"):
+                status, body = (b"503 Slow Down", SLOW_DOWN) if kind == "slowdown" else (b"500 Internal Server Error", INTERNAL)
+                client.sendall(_response(status, body))
+            elif kind == "error_in_200":
+                client.sendall(_response(b"200 OK", INTERNAL))
+            else:
+                body = _flipped(request.body) if kind == "flip_up" else request.body
+                answer = self._ask(request.head, body)
+                head, _, data = answer.partition(b"\r\n\r\n")
+                if kind == "lost":
+                    _reset(client)
+                elif kind == "cut":
+                    client.sendall((head + b"\r\n\r\n" + data)[: len(head) + 4 + len(data) // 2])
+                    _reset(client)
+                else:
+                    client.sendall(head + b"\r\n\r\n" + (_flipped(data) if kind == "flip" else data))
+
+    def _ask(self, head: bytes, body: bytes) -> bytes:
+        lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+        with socket.create_connection(("127.0.0.1", self.server_port)) as server:
+            server.sendall(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body)
+            parts = []
+            while data := server.recv(1 << 20):
+                parts.append(data)
+        head, _, data = b"".join(parts).partition(b"\r\n\r\n")
+        kept = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+        return b"\r\n".join([*kept, b"Connection: close"]) + b"\r\n\r\n" + data
+
+
+def at_random(kinds: tuple[str, ...], share: float, seed: int) -> Choose:
+    """`share` of all requests go wrong, each in one of the ways; the same ones for the same seed, as far as threads allow."""
+    dice = random.Random(seed)
+    lock = threading.Lock()
+
+    def choose(request: Request) -> str:
+        with lock:
+            kind = dice.choice(kinds) if dice.random() < share else ""
+        return kind if _possible(kind, request) else ""
+
+    return choose
+
+
+def always(kind: str, method: str = "", ending: str = "") -> Choose:
+    """All requests of a method, for a path with this in it."""
+
+    def choose(request: Request) -> str:
+        meant = (not method or request.method == method) and ending in request.path
+        return kind if meant and _possible(kind, request) else ""
+
+    return choose
+
+
+def _possible(kind: str, request: Request) -> bool:
+    if kind == "error_in_200":  # what S3 does to a Complete that takes long
+        return request.method == "POST" and "uploadId" in request.path
+    if kind == "flip_up":
+        return len(request.body) > 64 and request.method == "PUT"
+    if kind == "flip":
+        return request.method == "GET" and "list-type" not in request.path
+    return True
+
+
+def _read_request(client: socket.socket) -> Request | None:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = client.recv(1 << 16)
+        if not more:
+            return None
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    length = next((int(value) for name, value in fields.items() if name.lower() == b"content-length"), 0)
+    parts = [body]
+    missing = length - len(body)
+    while missing > 0:
+        more = client.recv(min(missing, 1 << 20))
+        if not more:
+            return None
+        parts.append(more)
+        missing -= len(more)
+    method, path, _ = head.split(b" ", 2)
+    return Request(method.decode(), path.decode(), head, b"".join(parts))
+
+
+def _response(status: bytes, body: bytes) -> bytes:
+    return b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (
+        status,
+        len(body),
+        body,
+    )
+
+
+def _flipped(data: bytes) -> bytes:
+    if not data:
+        return data
+    changed = bytearray(data)
+    changed[len(changed) // 2] ^= 1
+    return bytes(changed)
+
+
+def _reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
