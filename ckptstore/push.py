@@ -9,7 +9,7 @@ Each part of a checkpoint, into `URL/{part}/{export}/`, the main model last:
                   keys lie below that no claim of ours brought
     3  data       every file under its final key, unless it is there already; each byte read once, checked against the
                   manifest on the way; a file that differs is never completed
-    4  look again all keys with the right sizes, and no others; the server's own digests, where it keeps them
+    4  look again all keys with the right sizes, and no others
     5  manifest   create-only: from here on it is COMMITTED. Who loses this race has written the same content
     6  claim away
 
