@@ -104,6 +104,7 @@ def watch(
     *,
     keep: int = 2,
     into: str = "",
+    kept: Callable[[], bool] = lambda: True,
     stop: Callable[[], bool] = lambda: False,
     wait: Callable[[float], object] = time.sleep,
     notify: Notify | None = None,
@@ -111,7 +112,8 @@ def watch(
     """Adopt each save that the trainer finishes, as long as `stop()` is false; yields what was adopted.
 
     Older adopted steps beyond the newest `keep` are removed, and only after the new one is committed. A save in progress is
-    waited for, never disturbed. `wait` is called with the seconds until the next look.
+    waited for, never disturbed. After each adoption `kept()` says whether all is safe elsewhere: else nothing is removed.
+    `wait` is called with the seconds until the next look.
     """
     while not stop():
         try:
@@ -119,7 +121,8 @@ def watch(
         except (RefusedError, SourceChangedError, AlreadyExistsError, IntegrityError):
             pass  # no finished save that is new: look again
         else:
-            prune(backend, keep=keep, into=into)
+            if kept():
+                prune(backend, keep=keep, into=into)
             yield checkpoint
         wait(POLL_S)
 

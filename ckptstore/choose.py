@@ -173,7 +173,7 @@ def _candidates(backend: Backend, listing: Listing, selection: Selection) -> lis
     everything = list(listing.checkpoints)
     everything += listing.adopted
     if not backend.is_folder:  # its slot, if it has one, is what some trainer once resumed from: exports alone
-        everything = [dataclasses.replace(checkpoint, store=backend.location) for checkpoint in everything]
+        everything = [c if c.store else dataclasses.replace(c, store=backend.location) for c in everything]
     # Equal steps: the slot first, since it holds optimizer state and needs no copy. One that AReaL could not read is none.
     elif listing.slot is not None and listing.slot.step >= 0 and listing.slot.format in RESUMABLE:
         everything.append(listing.slot)

@@ -27,6 +27,7 @@ from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, FileInfo
 from ckptstore.native import Folder
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
+_MIRROR = f"{layout.MAIN_PART}/{layout.SIDE}"  #: of a run in an object store
 
 #: Clocks of several nodes write into one run: files this close count as one save.
 CLOCK_SKEW_NS = 5_000_000_000
@@ -97,7 +98,7 @@ def scan(backend: Backend) -> Listing:
         tuple(checkpoints),
         slot,
         info,
-        tuple(read_adopted(side)) if side else (),
+        tuple(read_adopted(side) if side else _mirrored(backend, tree)),
         tuple(notes),
         newest_file,
         newest_mtime_ns,
@@ -160,24 +161,45 @@ def read_adopted(side: str) -> list[Checkpoint]:
         names = os.listdir(os.path.join(side, "adopted"))
     except OSError:
         return []
-    found = []
-    for step in sorted(int(name.removeprefix("globalstep")) for name in names if _ADOPTED.fullmatch(name)):
-        store = adopted_folder(side, step)
-        backend = LocalBackend(store)
-        try:
-            tree = backend.tree(max_depth=5)
-        except CkptStoreError:
-            continue  # being removed, or another user keeps it to himself
-        folders = sorted(entry.name for entry in tree[""].entries if stat.S_ISDIR(entry.mode))
-        parts = [
-            _with_dcp_holdings(backend, read_part(backend, name, name, tree))
-            for name in sorted(folders, key=lambda part: (part != layout.MAIN_PART, part))
-            if name != layout.RECOVER_INFO
-        ]
-        info = recover_info.read(backend, tree.get(layout.RECOVER_INFO))
-        if parts and info is not None and info.step == step:
-            found.append(Checkpoint(step, info.epoch, info.epoch_step, "adopted", tuple(parts), store=store))
-    return found
+    stores = [LocalBackend(adopted_folder(side, step)) for step in _adopted_steps(names)]
+    return [checkpoint for store in stores if (checkpoint := _read_kept(store)) is not None]
+
+
+def mirror_of(url: str, step: int) -> str:
+    """Where `watch --to URL` puts the adopted `step`: AReaL takes no notice of it in a folder that the run is pulled into."""
+    return adopted_folder(f"{url}/{_MIRROR}", step)
+
+
+def _mirrored(backend: Backend, tree: dict[str, Folder]) -> Iterable[Checkpoint]:
+    """Adopted steps in a run's URL. They come part by part: one that is not COMMITTED as a whole is none."""
+    inside = tree.get(f"{_MIRROR}/adopted", Folder(0, []))
+    for step in _adopted_steps(entry.name for entry in inside.entries):
+        found = _read_kept(open_backend(mirror_of(backend.location, step)))
+        if found is not None and found.status is Status.COMMITTED:
+            yield found
+
+
+def _adopted_steps(names: Iterable[str]) -> list[int]:
+    return sorted(int(name.removeprefix("globalstep")) for name in names if _ADOPTED.fullmatch(name))
+
+
+def _read_kept(store: Backend) -> Checkpoint | None:
+    """The adopted step that `store` is rooted at; None where it is not all there."""
+    try:
+        tree = store.tree(max_depth=5)
+    except CkptStoreError:
+        return None  # being removed, or another user keeps it to himself
+    folders = sorted(entry.name for entry in tree[""].entries if stat.S_ISDIR(entry.mode))
+    parts = [
+        _with_dcp_holdings(store, read_part(store, name, name, tree))
+        for name in sorted(folders, key=lambda part: (part != layout.MAIN_PART, part))
+        if name != layout.RECOVER_INFO
+    ]
+    info = recover_info.read(store, tree.get(layout.RECOVER_INFO))
+    named = _ADOPTED.fullmatch(store.location.rpartition("/")[2])
+    if not parts or info is None or not named or info.step != int(named[0].removeprefix("globalstep")):
+        return None
+    return Checkpoint(info.step, info.epoch, info.epoch_step, "adopted", tuple(parts), store=store.location)
 
 
 def read_part(

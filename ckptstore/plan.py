@@ -163,7 +163,7 @@ def _info(backend: Backend, listing: Listing, checkpoint: Checkpoint, options: O
         return InfoPlan("leave", {})
     source, info = backend, listing.recover_info
     if checkpoint.kind == "adopted":  # the trainer's own recover_info was kept with it
-        source = LocalBackend(checkpoint.store)
+        source = open_backend(checkpoint.store)
         info = recover_info.read(source, source.tree(max_depth=2).get(layout.RECOVER_INFO))
     elif checkpoint.store and found.recover_info is not None:  # from a URL where somebody put it too
         source, info = open_backend(checkpoint.store), found.recover_info

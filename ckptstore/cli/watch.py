@@ -10,9 +10,11 @@ from types import FrameType
 import click
 
 from ckptstore import adopt
+from ckptstore.backends import is_url, normal_url
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import checkpoint_json, done, echo, size, steps
+from ckptstore.cli.render import checkpoint_json, done, echo, note, size, steps
+from ckptstore.errors import CkptStoreError
 from ckptstore.locate import Where
 
 
@@ -20,9 +22,9 @@ from ckptstore.locate import Where
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="How many of the newest to keep.")
 @click.option(
     "--to",
-    metavar="DIR",
+    metavar="DIR|URL",
     default="",
-    help="Keep them below this folder, on another disk say, instead of beside the run.",
+    help="Keep them below this folder, on another disk say, instead of beside the run; or push each to this URL too.",
 )
 @click.option("--once", is_flag=True, help="Stop after the first.")
 @JSON
@@ -32,7 +34,8 @@ def command(where: Where, keep: int, to: str, once: bool, as_json: bool) -> None
     """Keep the newest finished saves of a running trainer. Runs until Ctrl-C or SIGTERM; --json prints a line a save.
 
     Nothing of the trainer's is touched; a save in progress is waited for. `setup` takes them like any other checkpoint; those
-    that are kept elsewhere by --checkpoint-path DIR/EXPERIMENT/TRIAL/adopted/globalstepN.
+    that are kept elsewhere by --checkpoint-path DIR/EXPERIMENT/TRIAL/adopted/globalstepN, or by --from URL. What could not be
+    pushed is pushed after the next save, and is not removed here before.
     """
     located, backend = open_run(where, as_json=as_json)
     stop = threading.Event()
@@ -44,8 +47,24 @@ def command(where: Where, keep: int, to: str, once: bool, as_json: bool) -> None
         signal.signal(number, end)
     if not as_json:
         echo(f"watching {located.run.path}, keeping the newest {keep}{f' in {to}' * bool(to)}", err=True)
+    url = normal_url(to) if is_url(to) else ""
     with Progress(quiet=as_json) as progress:
-        watching = adopt.watch(backend, keep=keep, into=to, stop=stop.is_set, wait=stop.wait, notify=progress.notify)
+
+        def kept() -> bool:
+            from ckptstore.mirror import mirror
+
+            try:
+                sent = mirror(backend, url, notify=progress.notify) if url else []
+            except CkptStoreError as error:
+                note(f"not pushed to {url}, until the next save: {error}")
+                return False
+            for step in sorted({one.step for one in sent}):
+                note(f"step {step} is committed in {url}")
+            return True
+
+        watching = adopt.watch(
+            backend, keep=keep, into="" if url else to, kept=kept, stop=stop.is_set, wait=stop.wait, notify=progress.notify
+        )
         for checkpoint in watching:
             if as_json:
                 click.echo(json.dumps({"checkpoint": checkpoint_json(checkpoint), "store": checkpoint.store}))
