@@ -211,7 +211,7 @@ def campaign(run: Path, s3: str, seaweed, folder: Path, *, rounds: int, seed: in
         url, there = f"{s3}/{number}", folder / f"there-{number}/trial0"
         push_words = ("push", "46", "--run", run, "--to", url)
         for _ in range(2):
-            killed += kill_after(start(*push_words, seaweed=seaweed), dice.uniform(0.2, 1.2))
+            killed += kill_after(start(*push_words, seaweed=seaweed), dice.uniform(0.2, 0.9))
             assert_nothing_half(open_backend(url))
         process = start(*push_words, seaweed=seaweed)
         assert process.wait(60) == 0, process.communicate()[1]
@@ -220,7 +220,7 @@ def campaign(run: Path, s3: str, seaweed, folder: Path, *, rounds: int, seed: in
         assert verify(remote, listing.scan(remote).checkpoints[0], Level.FULL).checkpoint.status is Status.COMMITTED
         pull_words = ("pull", "46", "--from", url, "--to", there)
         for _ in range(2):
-            killed += kill_after(start(*pull_words, seaweed=seaweed), dice.uniform(0.2, 1.2))
+            killed += kill_after(start(*pull_words, seaweed=seaweed), dice.uniform(0.2, 0.9))
             if there.is_dir():
                 for checkpoint in CheckpointStore(there).list():
                     assert CheckpointStore(there).verify(checkpoint.step).ok
@@ -240,7 +240,7 @@ def test_kill_9(run, s3, seaweed, tmp_path):
 
 @pytest.mark.soak
 def test_kill_9_many_times(run, s3, seaweed, tmp_path):
-    assert campaign(run, s3, seaweed, tmp_path, rounds=50, seed=int(time.time())) >= 100
+    assert campaign(run, s3, seaweed, tmp_path, rounds=50, seed=int(time.time())) >= 50
 
 
 def test_ctrl_c(run, s3, seaweed, tmp_path):
