@@ -71,7 +71,7 @@ def each(
     crew = [threading.Thread(target=run, daemon=True, name=f"ckptstore-{number}") for number in range(max(threads, 1))]
     try:
         for thread in crew:
-            thread.start()
+            _start(thread)
         for thread in crew:
             while thread.is_alive():
                 thread.join(TICK_S)
@@ -89,6 +89,16 @@ def each(
         raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
     if tick is not None:
         tick()
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start a thread. Ctrl-C while it comes up breaks a lock inside of CPython's own start(): said as what it was."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 _NONE = object()

@@ -1,10 +1,16 @@
-"""Servers that tests share. Each is started once, on free ports, and only when a test asks for it."""
+"""Servers that tests share, each started once, on free ports, and only when a test asks for it; and what Ctrl-C means."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 
 from tests import servers
+
+# Shells start what runs in the background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C mean the usual.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

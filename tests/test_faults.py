@@ -6,13 +6,14 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from ckptstore import listing
+from ckptstore import listing, parallel
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError, StorageError
@@ -259,3 +260,17 @@ def test_ctrl_c(run, s3, seaweed, tmp_path):
     assert "Traceback" not in error
     assert_nothing_half(backend)
     assert send(run, s3)[0].committed_before is False
+
+
+def test_ctrl_c_while_a_thread_comes_up(monkeypatch):
+    """CPython turns it into `RuntimeError: release unlocked lock`; it must come out as what it was."""
+
+    def start(thread):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.each([1], lambda job, stop: None, threads=1)
