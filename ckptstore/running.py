@@ -68,7 +68,12 @@ def _processes(run: RunRef) -> Iterator[tuple[int, str]]:
                 words = file.read(1 << 16).decode(errors="replace").split("\0")
         except OSError:
             continue  # it has ended, or it is another user's
-        if not os.path.basename(words[0]).startswith(_TRAINERS) or any("ckptstore" in word for word in words[:4]):
+        if not os.path.basename(words[0]).startswith(_TRAINERS) or _is_ours(words):
             continue
         if names <= set(words) or any(f"{run.path}/" in f"{word}/" for word in words):  # trial1 is not trial10
             yield int(pid), " ".join(filter(None, words))[:120]
+
+
+def _is_ours(words: list[str]) -> bool:
+    """`python -m ckptstore.recover …` or the console script; the interpreter's path may well name us, and be the trainer's."""
+    return any(os.path.basename(word) == "ckptstore" or word.partition(".")[0] == "ckptstore" for word in words[1:4])
