@@ -32,10 +32,11 @@ from ckptstore.errors import (
     from_os_error,
 )
 from ckptstore.frameworks.areal import layout, recover_info
-from ckptstore.listing import Listing, adopted_folder, find_manifest, folder_of, read_adopted, read_part, scan
+from ckptstore.listing import Listing, adopted_folder, read_adopted, scan
 from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, FileInfo, Status
+from ckptstore.parts import find_manifest, folder_of, read_part
 from ckptstore.verify import Notify, check_part_structure
 
 POLL_S = 5.0

@@ -31,7 +31,8 @@ from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.halt import Trip, both
 from ckptstore.ledger import Judges, Ledger, Writer
 from ckptstore.ranks import Alone, own_rank, together
-from ckptstore.rules import Arm, Rule, Sign, Watch, match, server_rule
+from ckptstore.rules import Arm, Rule, Sign, match, server_rule
+from ckptstore.streak import Watch
 
 log = logging.getLogger(__name__)
 

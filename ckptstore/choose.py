@@ -14,8 +14,9 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import RESUMABLE, Listing, backend_for, find_manifest, read_adopted, read_part
+from ckptstore.listing import RESUMABLE, Listing, backend_for, read_adopted
 from ckptstore.model import Checkpoint, Level, Status
+from ckptstore.parts import find_manifest, read_part
 from ckptstore.verify import verify
 
 if TYPE_CHECKING:

@@ -29,42 +29,20 @@ import json
 import os
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 from ckptstore import inplace, native
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import CkptStoreError, CommitUncertain, ManifestError, NotCommitted, NotFoundError, RefusedError
+from ckptstore.errors import CkptStoreError, CommitUncertain, NotCommitted, NotFoundError, RefusedError
 from ckptstore.frameworks.areal.layout import RECOVER_INFO, files_of
+from ckptstore.journal import Journal, Move, pending
 from ckptstore.lock import RunLock, busy
-from ckptstore.manifest import MAX_BYTES, check_name
+from ckptstore.manifest import MAX_BYTES
 from ckptstore.manifest import parse as parse_manifest
 from ckptstore.model import MANIFEST_NAME
 from ckptstore.side import JOURNAL
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One slot to be replaced. Paths are relative to the side folder, so that a remounted volume still matches."""
-
-    part: str
-    slot: str
-    staged: str
-    aside: str
-    new: str  #: identity of what shall be in the slot; empty when nothing shall
-    old: str  #: identity of what was in it; empty when there was nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Journal:
-    """A commit that will be finished, whoever has to."""
-
-    action: str  #: setup or undo
-    step: int
-    method: str  #: exchange or rename
-    moves: tuple[Move, ...]
-    created_at: str = ""
 
 
 def identity(folder: str) -> str:
@@ -156,43 +134,6 @@ def publish(side: str, journal: Journal) -> None:
             f"the journal {side}/{JOURNAL} could not be written: {_reason(error)}; the slot is as it was"
         ) from error
     _finish(side, journal)
-
-
-def pending(side: str) -> Journal | None:
-    """The commit that a crash interrupted, None when there is none. ManifestError for a journal that can't be trusted."""
-    try:
-        document = json.loads(LocalBackend(side).get(JOURNAL, length_bytes=1 << 20))
-        moves = tuple(Move(**move) for move in document["moves"])
-        journal = Journal(document["action"], document["step"], document["method"], moves, document["created_at"])
-        if (document["format"], document["version"]) != ("ckptstore.journal", 1):
-            raise ValueError(f"format {document['format']!r:.40} version {document['version']!r:.20}")
-        _check(journal)
-    except NotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ManifestError(
-            f"{side}/{JOURNAL} is not a journal of ours: {error}",
-            hint="Move it away; the slots are where they are.",
-        ) from error
-    return journal
-
-
-def _check(journal: Journal) -> None:
-    """ValueError for a journal that could make us rename what is none of our business."""
-    texts = [journal.action, journal.method, journal.created_at]
-    for move in journal.moves:
-        texts += [move.part, move.slot, move.staged, move.aside, move.new, move.old]
-    if not all(isinstance(text, str) for text in texts) or type(journal.step) is not int:
-        raise ValueError("a field has the wrong type")
-    if journal.method not in ("exchange", "rename"):
-        raise ValueError(f"method {journal.method!r:.20}")
-    for move in journal.moves:
-        check_name(move.part), check_name(move.staged), check_name(move.aside)
-        # The slot lies in the trial beside the side folder, or beside the side folder's own: two levels up at most.
-        components = move.slot.split("/")
-        inside = components[min(components.count(".."), 2) :]
-        if not inside or any(component in ("", ".", "..") for component in inside) or "\0" in move.slot:
-            raise ValueError(f"{move.slot!r:.80} cannot be a slot")
 
 
 def roll_forward(side: str) -> str:

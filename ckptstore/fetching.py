@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ckptstore import native, parallel
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError
+from ckptstore.formats.streaming import mismatch
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -136,16 +137,6 @@ def _read(backend: Backend, job: _Range, unit: int, chunk_bytes: int) -> tuple[B
         seen.add(tuple(crcs))
     assert wrong is not None
     raise mismatch(job.file.name, (first + wrong) * unit)
-
-
-def mismatch(name: str, offset_bytes: int) -> DigestMismatchError:
-    """The error for a chunk that is not what the manifest records."""
-    return DigestMismatchError(
-        f"{name}: the bytes from {offset_bytes:,} on are not those that the manifest records",
-        path=name,
-        offset_bytes=offset_bytes,
-        hint="Use another checkpoint, or bring this one again from a place where it is whole.",
-    )
 
 
 def _digest(file: Wanted, pieces: Mapping[int, int], chunk_bytes: int, unit: int) -> native.Digest | CkptStoreError:

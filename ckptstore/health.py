@@ -22,7 +22,8 @@ from typing import NamedTuple
 from ckptstore import ledger as ledgers
 from ckptstore.ledger import Judges, Ledger, Line
 from ckptstore.model import Checkpoint
-from ckptstore.rules import Rule, Sign, Watch, match, server_rule
+from ckptstore.rules import Rule, Sign, match, server_rule
+from ckptstore.streak import Watch
 
 #: Metrics so many steps away say nothing about a step.
 NEAR_STEPS = 20

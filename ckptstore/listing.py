@@ -6,46 +6,29 @@ import dataclasses
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ckptstore import damage
-from ckptstore import manifest as manifests
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import CkptStoreError, ManifestError
-from ckptstore.formats import FormatError, dcp
+from ckptstore.errors import CkptStoreError
 from ckptstore.frameworks import steps
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
-from ckptstore.manifest import Manifest
-from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, FileInfo, Finding, Part, ReadAt, Status, worst
+from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, Finding, Part, Status
 from ckptstore.native import Folder
+from ckptstore.parts import CLOCK_SKEW_NS, find_manifest, folder_of, read_part, with_dcp_holdings, worsen
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
 _MIRROR = f"{layout.MAIN_PART}/{layout.SIDE}"  #: of a run in an object store
 
-#: Clocks of several nodes write into one run: files this close count as one save.
-CLOCK_SKEW_NS = 5_000_000_000
-
 
 #: Formats from which a trainer restores more than weights; replacing one by anything else loses that.
 RESUMABLE = frozenset({"dcp", "hf+optim", "mixed"})
-
-
-class ReadSigns(Protocol):
-    """What a framework reads out of a part's files; `sealed`: there is a manifest of ours among them."""
-
-    def __call__(self, files: Sequence[FileInfo], *, sealed: bool) -> layout.Signs:
-        """The signs."""
-
-
-def _areal_signs(files: Sequence[FileInfo], *, sealed: bool) -> layout.Signs:
-    return layout.read_signs(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +174,7 @@ def _read_kept(store: Backend) -> Checkpoint | None:
         return None  # being removed, or another user keeps it to himself
     folders = sorted(entry.name for entry in tree[""].entries if stat.S_ISDIR(entry.mode))
     parts = [
-        _with_dcp_holdings(store, read_part(store, name, name, tree))
+        with_dcp_holdings(store, read_part(store, name, name, tree))
         for name in sorted(folders, key=lambda part: (part != layout.MAIN_PART, part))
         if name != layout.RECOVER_INFO
     ]
@@ -202,121 +185,12 @@ def _read_kept(store: Backend) -> Checkpoint | None:
     return Checkpoint(info.step, info.epoch, info.epoch_step, "adopted", tuple(parts), store=store.location)
 
 
-def read_part(
-    backend: Backend, name: str, folder: str, folders: dict[str, Folder], *, read_signs: ReadSigns = _areal_signs
-) -> Part:
-    """Judge one part at level quick. `folders` is Backend.tree(), `folder` a key of it."""
-    files, findings = layout.files_of(folders, folder)
-    ours = next((file for file in files if file.name == MANIFEST_NAME), None)
-    if ours is not None:
-        files.remove(ours)
-    unread = not files and ours is None and any(not finding.path for finding in findings)
-    # What an unreadable folder holds is unknown: it is not "empty".
-    signs = layout.Signs("unknown", (), ()) if unread else read_signs(files, sealed=ours is not None)
-    findings.extend(signs.findings)
-    notes: list[str] = []
-    status = worst([Status.COMPLETE, *(finding.status for finding in findings)])
-    if ours is not None:
-        # A store's times are those of arrival: what came before its manifest is what the manifest was written for. Reading
-        # ten thousand of them is left to those who look at one (`verify`, `show`, `pull`).
-        vouched = not backend.is_folder and not findings and all(file.mtime_ns <= ours.mtime_ns for file in files)
-        if vouched:
-            status = Status.COMMITTED
-        else:
-            status = _judge_manifest(backend, folder, folders[folder].content, files, findings, notes)
-    return Part(
-        name=name,
-        path=f"{backend.location}/{folder}" if folder else backend.location,
-        files=tuple(files),
-        format=signs.format,
-        holds=signs.holds,
-        status=status,
-        findings=tuple(findings),
-        notes=tuple(notes),
-        mtime_ns=max((file.mtime_ns for file in files), default=0),
-    )
-
-
-def _judge_manifest(
-    backend: Backend, folder: str, data: bytes | None, files: list[FileInfo], findings: list[Finding], notes: list[str]
-) -> Status:
-    """The status of a part that has a manifest (`data`, if it came with the listing); adds to `findings` and `notes`."""
-    try:
-        if data is None:
-            key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
-            data = backend.get(key, length_bytes=manifests.MAX_BYTES + 1)
-        if not findings and manifests.vouches_for(data, files):
-            return Status.COMMITTED
-        manifest = manifests.parse(data)
-        seen = manifest.inspect(files if backend.is_folder else as_recorded(files, manifest))
-    except ManifestError as error:
-        notes.append(f"its manifest does not count: {error}")
-    except CkptStoreError as error:
-        notes.append(f"its manifest cannot be read: {error}")
-    else:
-        findings.extend(seen.findings)
-        if seen.note:
-            notes.append(seen.note)
-        elif not backend.is_folder and not findings:
-            return Status.COMMITTED
-    return worst([Status.COMPLETE, *(finding.status for finding in findings)])
-
-
-def as_recorded(files: Sequence[FileInfo], manifest: Manifest) -> list[FileInfo]:
-    """`files` of an object store with the times and inodes that the manifest records: a store keeps none of the writer's."""
-    known = {entry.path: entry for entry in manifest.files}
-    return [
-        file._replace(mtime_ns=entry.mtime_ns, inode=entry.inode) if (entry := known.get(file.name)) else file for file in files
-    ]
-
-
-def judged(backend: Backend, part: Part, manifest: Manifest | None) -> Part:
-    """`part` of an object store by its manifest, which the listing has not read; any other as it is."""
-    if backend.is_folder or manifest is None:
-        return part
-    files = as_recorded(part.files, manifest)
-    seen = manifest.inspect(files)
-    new = [finding for finding in seen.findings if finding not in part.findings]
-    status = worst([Status.COMPLETE if seen.void else Status.COMMITTED, *(f.status for f in (*part.findings, *new))])
-    notes = (*part.notes, seen.note) if seen.note and seen.note not in part.notes else part.notes
-    return dataclasses.replace(part, files=tuple(files), findings=(*part.findings, *new), status=status, notes=notes)
-
-
-def read_manifest(backend: Backend, folder: str) -> Manifest:
-    """The manifest in `folder`. NotFoundError without one, ManifestError for one that cannot be trusted."""
-    key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
-    return manifests.parse(backend.get(key, length_bytes=manifests.MAX_BYTES + 1))
-
-
-def folder_of(backend: Backend, part: Part) -> str:
-    """The part's folder relative to `backend`."""
-    return "" if part.path == backend.location else part.path.removeprefix(f"{backend.location}/")
-
-
-def reader(backend: Backend, part: Part) -> ReadAt:
-    """Reads the part's files by their names."""
-    folder = folder_of(backend, part)
-
-    def read_at(name: str, offset: int, length: int) -> bytes:
-        return backend.get(f"{folder}/{name}" if folder else name, offset_bytes=offset, length_bytes=length)
-
-    return read_at
-
-
 def backend_for(backend: Backend, checkpoint: Checkpoint) -> Backend:
     """The backend that `checkpoint`'s parts lie under: `backend`, the store of an adopted one, or a folder of its own."""
     path = checkpoint.parts[0].path
     if checkpoint.store:
         return open_backend(checkpoint.store)
     return backend if path.startswith(f"{backend.location}/") else LocalBackend(path)
-
-
-def find_manifest(backend: Backend, folder: str) -> Manifest | None:
-    """The manifest in `folder`, None when there is none, or it cannot be read or trusted: `list` says which."""
-    try:
-        return read_manifest(backend, folder)
-    except CkptStoreError:
-        return None
 
 
 def _parts(backend: Backend, run: layout.RunTree, folders: dict[str, str]) -> Iterable[Part]:
@@ -341,13 +215,13 @@ def _compare_siblings(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
             result.append(checkpoint)
             continue
         parts = [
-            _worsen(part, "tokenizer files missing: other steps have them, and they are written last")
+            worsen(part, "tokenizer files missing: other steps have them, and they are written last")
             if part.name in late
             else part
             for part in checkpoint.parts
         ]
         if missing:
-            parts[0] = _worsen(parts[0], f"its part {', '.join(sorted(missing))} is missing at this step")
+            parts[0] = worsen(parts[0], f"its part {', '.join(sorted(missing))} is missing at this step")
         result.append(dataclasses.replace(checkpoint, parts=tuple(parts)))
     return result
 
@@ -356,15 +230,10 @@ def _tokenized(checkpoint: Checkpoint) -> list[str]:
     return [part.name for part in checkpoint.parts if "tokenizer" in part.holds]
 
 
-def _worsen(part: Part, problem: str) -> Part:
-    finding = Finding("", problem, Status.PARTIAL)
-    return dataclasses.replace(part, findings=(*part.findings, finding), status=worst([part.status, Status.PARTIAL]))
-
-
 def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Checkpoint | None:
     """The recover slot, with the step that it can be shown to hold; None when no part of it has a file."""
     parts = [
-        _with_dcp_holdings(backend, part)
+        with_dcp_holdings(backend, part)
         for part in _parts(backend, run, run.slots)
         if part.files or (part.findings and part.format != "empty")
     ]
@@ -394,29 +263,10 @@ def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Ch
     elif backend.is_folder and max(part.mtime_ns for part in parts) > info.mtime_ns + CLOCK_SKEW_NS:
         step, epoch, epoch_step = -1, -1, -1
         notes.append(f"its files are newer than recover_info (step {info.step}): a save was cut short, its step is unknown")
-        parts = [_worsen(part, "newer than recover_info: the save was cut short") for part in parts]
+        parts = [worsen(part, "newer than recover_info: the save was cut short") for part in parts]
     else:
         step, epoch, epoch_step = info.step, info.epoch, info.epoch_step
     return Checkpoint(step, epoch, epoch_step, "slot", tuple(parts), tuple(notes))
-
-
-def _with_dcp_holdings(backend: Backend, part: Part) -> Part:
-    """What a DCP part holds stands in its `.metadata`; a shard newer than it shows a save cut short."""
-    metadata = next((file for file in part.files if file.name == ".metadata"), None)
-    if part.format != "dcp" or metadata is None or not metadata.size_bytes:
-        return part
-    newer = [f for f in part.files if f.name.endswith(".distcp") and f.mtime_ns > metadata.mtime_ns + CLOCK_SKEW_NS]
-    if newer and backend.is_folder:
-        part = _worsen(part, f"{newer[0].name} is newer than .metadata: an overwrite was cut short")
-    try:
-        holds = dcp.load_metadata(reader(backend, part), metadata).holds
-    except FormatError as error:
-        finding = error.finding(metadata.name)
-    except CkptStoreError as error:
-        finding = Finding(metadata.name, f"cannot be read: {error}", Status.PARTIAL)
-    else:
-        return dataclasses.replace(part, holds=holds)
-    return dataclasses.replace(part, findings=(*part.findings, finding), status=worst([part.status, finding.status]))
 
 
 def _newest(run: layout.RunTree) -> tuple[str, int]:

@@ -14,8 +14,9 @@ from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import NotFoundError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import mirror_of, read_manifest, read_part, scan
+from ckptstore.listing import mirror_of, scan
 from ckptstore.model import Checkpoint, FileInfo, Status
+from ckptstore.parts import read_manifest, read_part
 from ckptstore.push import Sent, push
 from ckptstore.verify import Notify
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ckptstore import commit, probe, running
+from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
@@ -23,9 +24,10 @@ from ckptstore.frameworks.areal.launch import Installation
 from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.frameworks.areal.resume_state import data_parallel_world
 from ckptstore.frameworks.areal.target import InfoPlan, Transfer, plan_info, transfer
-from ckptstore.listing import RESUMABLE, Listing, backend_for, find_manifest, read_part, scan
+from ckptstore.listing import RESUMABLE, Listing, backend_for, scan
 from ckptstore.manifest import check_name
 from ckptstore.model import Checkpoint, Level, Part, Status
+from ckptstore.parts import find_manifest, read_part
 from ckptstore.verify import verify
 
 ANY = Selection()
@@ -106,7 +108,7 @@ def plan(
     slots = slots_for(listing, point.checkpoint, options)
     first = next(iter(slots.values()))
     side = side_folders.side_folder(listing.run.path, first if options.recover_dir else _main_slot(listing))
-    if not ignore_pending and (journal := commit.pending(side)):
+    if not ignore_pending and (journal := journals.pending(side)):
         raise BusyError(
             f"an interrupted {journal.action} of step {journal.step} is pending in {side}",
             hint="Any ckptstore command run by a user who may write there finishes it.",

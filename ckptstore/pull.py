@@ -22,10 +22,10 @@ from ckptstore.errors import (
     from_os_error,
 )
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import find_manifest, folder_of, judged, read_manifest, read_part
 from ckptstore.lock import RunLock
 from ckptstore.manifest import Manifest, check_name, check_names
 from ckptstore.model import Checkpoint, Part, Status
+from ckptstore.parts import find_manifest, folder_of, judged, read_manifest, read_part
 from ckptstore.receiving import fill
 from ckptstore.verify import Notify
 

@@ -41,11 +41,11 @@ from ckptstore.errors import (
     StorageError,
     UsageError,
 )
-from ckptstore.fetching import mismatch
+from ckptstore.formats.streaming import mismatch
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import folder_of, read_manifest, read_part
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME, Checkpoint, Part
+from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
 from ckptstore.verify import Notify
 

@@ -13,9 +13,9 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, from_os_error
 from ckptstore.fetching import Wanted, fetch
-from ckptstore.listing import folder_of
 from ckptstore.manifest import Manifest
 from ckptstore.model import Part
+from ckptstore.parts import folder_of
 from ckptstore.verify import check_part_structure
 
 if TYPE_CHECKING:

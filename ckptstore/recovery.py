@@ -34,9 +34,11 @@ from ckptstore.errors import (
     from_os_error,
 )
 from ckptstore.frameworks.areal import layout, resume_state
-from ckptstore.listing import Listing, backend_for, find_manifest, folder_of, read_part, reader, scan
+from ckptstore.journal import Journal
+from ckptstore.listing import Listing, backend_for, scan
 from ckptstore.lock import RunLock
 from ckptstore.model import Checkpoint, FileInfo, Status
+from ckptstore.parts import find_manifest, folder_of, read_part, reader
 from ckptstore.plan import ANY, CAREFUL, Options, Plan, plan, stage_key, trial_folder
 from ckptstore.staging import BLOCKING, place_trial, stage_info, stage_part, write_info
 from ckptstore.verify import Notify
@@ -183,7 +185,7 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
     if infos is not None:
         info = os.path.join(current.listing.run.path, layout.RECOVER_INFO)
         moves = commit.guarded(current.side, moves, aside, info=info, blocking=infos[0], staged_info=infos[1])
-    commit.publish(current.side, commit.Journal("setup", checkpoint.step, medium.method, moves, created_at=commit.now()))
+    commit.publish(current.side, Journal("setup", checkpoint.step, medium.method, moves, created_at=commit.now()))
     _discard_redundant(backend, current, keep=aside)
     kept = os.path.join(current.side, aside)
     return outcome(kept if os.path.isdir(kept) else "")
@@ -290,7 +292,7 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
                 blocking=blocking,
                 staged_info=staged_info,
             )
-        commit.publish(side, commit.Journal("undo", step, medium.method, moves, created_at=commit.now()))
+        commit.publish(side, Journal("undo", step, medium.method, moves, created_at=commit.now()))
         return step, os.path.join(side, aside)
 
 

@@ -20,8 +20,9 @@ from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, RefusedError, UsageError, from_os_error
 from ckptstore.frameworks.steps import folder_name
-from ckptstore.listing import Listing, find_manifest, folder_of, scan
+from ckptstore.listing import Listing, scan
 from ckptstore.model import Checkpoint, Level, Status
+from ckptstore.parts import find_manifest, folder_of
 
 
 @dataclass(frozen=True, slots=True)

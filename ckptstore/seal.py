@@ -8,9 +8,9 @@ import ckptstore
 from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, IntegrityError, SourceChangedError
-from ckptstore.listing import find_manifest, folder_of
 from ckptstore.manifest import FileEntry, Manifest, check_names
 from ckptstore.model import Checkpoint, Part, Status
+from ckptstore.parts import find_manifest, folder_of
 from ckptstore.side import write_manifest
 from ckptstore.verify import check_part_structure
 

@@ -15,15 +15,16 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptstore import native
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, UsageError, from_os_error
 from ckptstore.frameworks.areal.layout import SIDE
-from ckptstore.manifest import Manifest, check_name
+from ckptstore.manifest import FileEntry, Manifest, check_name
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
+from ckptstore.native import Digest
 
 STAGE_INFO = "stage.json"
 JOURNAL = "journal.json"
@@ -187,6 +188,23 @@ def rename_in(staged: str, target: str) -> None:
 def remove_tree(path: str) -> None:
     """Remove a folder of ours and all below it, if it is there; what cannot be removed stays, and harms nobody."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def settle(folder: str, digests: Mapping[str, Digest], *, model: os.stat_result, file_mode: int) -> tuple[FileEntry, ...]:
+    """Give what was written into `folder` the owner of `model`, and modes; sync its folders; the files' manifest entries.
+
+    OSError as it comes.
+    """
+    entries = []
+    for name, digest in sorted(digests.items()):
+        path = os.path.join(folder, name)
+        like(path, model, mode=file_mode)
+        info = os.stat(path, follow_symlinks=False)
+        entries.append(FileEntry(name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
+    for inside, _, _ in os.walk(folder, topdown=False):
+        like(inside, model)
+        sync_folder(inside)
+    return tuple(entries)
 
 
 def write_manifest(folder: str, manifest: Manifest, *, model: os.stat_result) -> None:

@@ -14,9 +14,10 @@ from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError, NotCommitted, SourceChangedError, StorageError, from_os_error
 from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
-from ckptstore.listing import backend_for, find_manifest, folder_of, judged, read_part
+from ckptstore.listing import backend_for
 from ckptstore.manifest import FileEntry, Manifest, check_names
 from ckptstore.model import MANIFEST_NAME, Finding, Part, Status
+from ckptstore.parts import find_manifest, folder_of, judged, read_part
 from ckptstore.plan import Options, Plan, world_size
 from ckptstore.receiving import fill
 from ckptstore.verify import Notify
@@ -243,16 +244,8 @@ def _describe(plan: Plan, part: Part, target: str, digests: Mapping[str, native.
     model = os.stat(slot if os.path.isdir(slot) else side_folders.existing(os.path.dirname(slot)))
     old_file = _any_file(slot)
     file_mode = (os.stat(old_file).st_mode if old_file else model.st_mode) & 0o666
-    entries = []
     try:
-        for name, digest in sorted(digests.items()):
-            path = os.path.join(target, name)
-            side_folders.like(path, model, mode=file_mode)
-            info = os.stat(path, follow_symlinks=False)
-            entries.append(FileEntry(name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
-        for folder, _, _ in os.walk(target, topdown=False):
-            side_folders.like(folder, model)
-            side_folders.sync_folder(folder)
+        entries = side_folders.settle(target, digests, model=model, file_mode=file_mode)
         first = os.stat(os.path.join(target, entries[0].path))
     except OSError as error:
         raise from_os_error(error, doing="preparing", path=error.filename or target) from error
@@ -264,7 +257,7 @@ def _describe(plan: Plan, part: Part, target: str, digests: Mapping[str, native.
         epoch_step=checkpoint.epoch_step,
         part=part.name,
         origin="setup" if plan.transfers[part.name].how == "copy" else "convert",
-        files=tuple(entries),
+        files=entries,
         chunk_bytes=chunk_bytes,
         source=os.path.relpath(part.path, run) if part.path.startswith(f"{run}/") else part.path,
         tool=f"ckptstore {ckptstore.__version__}",

@@ -41,7 +41,7 @@ from ckptstore.errors import (
 from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE, files_of
 from ckptstore.lock import RunLock
-from ckptstore.manifest import FileEntry, Manifest, check_names
+from ckptstore.manifest import Manifest, check_names
 from ckptstore.model import MANIFEST_NAME
 
 OWNER = "owner"
@@ -262,17 +262,9 @@ def _describe(
 ) -> Manifest:
     """Give the files the store's mode and owner, and write the manifest that makes them a checkpoint."""
     check_names(digests)
-    entries = []
     try:
         model = os.stat(draft.root)
-        for name, digest in sorted(digests.items()):
-            path = os.path.join(draft.path, name)
-            side_folders.like(path, model, mode=model.st_mode & 0o666)
-            info = os.stat(path, follow_symlinks=False)
-            entries.append(FileEntry(name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
-        for folder, _, _ in os.walk(draft.path, topdown=False):
-            side_folders.like(folder, model)
-            side_folders.sync_folder(folder)
+        entries = side_folders.settle(draft.path, digests, model=model, file_mode=model.st_mode & 0o666)
     except FileNotFoundError as error:
         raise NotFoundError(f"{error.filename} was written, and is gone", hint="Is somebody cleaning up there?") from error
     except OSError as error:
@@ -284,7 +276,7 @@ def _describe(
         epoch_step=-1,
         part=PART,
         origin="save",
-        files=tuple(entries),
+        files=entries,
         chunk_bytes=chunk_bytes,
         source=source,
         tool=f"ckptstore {ckptstore.__version__}",

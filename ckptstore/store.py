@@ -21,9 +21,10 @@ from ckptstore.errors import (
     UsageError,
     from_os_error,
 )
-from ckptstore.listing import Listing, find_manifest, folder_of, scan
+from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level
+from ckptstore.parts import find_manifest, folder_of
 from ckptstore.plan import Options
 from ckptstore.recovery import Outcome
 from ckptstore.retention import Decision, Keep

@@ -15,7 +15,7 @@ from ckptstore.halt import Trip, both
 from ckptstore.ledger import Ledger
 from ckptstore.listing import scan
 from ckptstore.model import Checkpoint
-from ckptstore.rules import Watch
+from ckptstore.streak import Watch
 
 log = logging.getLogger(__name__)
 

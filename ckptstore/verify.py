@@ -27,9 +27,10 @@ from ckptstore.errors import (
 from ckptstore.fetching import Wanted, fetch
 from ckptstore.formats import check_structure
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import backend_for, find_manifest, folder_of, judged, read_manifest, reader
+from ckptstore.listing import backend_for
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
+from ckptstore.parts import find_manifest, folder_of, judged, read_manifest, reader
 
 UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
 

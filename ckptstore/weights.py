@@ -21,8 +21,9 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.health import Health
-from ckptstore.listing import Listing, backend_for, reader
+from ckptstore.listing import Listing, backend_for
 from ckptstore.model import Checkpoint
+from ckptstore.parts import reader
 
 NORM_FACTOR = 2.0  #: a jump; RL steps move a tensor's norm by some percent even over an epoch
 MIN_COUNT = 1024  #: numbers; the norm of fewer may jump honestly

@@ -19,14 +19,14 @@ ROOT = Path(ckptstore.__file__).parent
 #: new subject) lies above them all: it may import what it likes, and nothing here may import it.
 LAYERS = (
     ("errors", "model"),
-    ("manifest", "native", "config", "rules", "ranks", "parallel"),
+    ("manifest", "native", "config", "rules", "streak", "ranks", "parallel"),
     ("backends.base", "backends.local", "backends.object", "backends.fsspec", "backends", "formats", "formats.*"),
     ("fetching",),
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
-    ("side", "lock", "probe"),
+    ("side", "lock", "probe", "journal"),
     ("places",),
     ("damage", "ledger", "halt", "pins", "inplace"),
-    ("listing", "health", "importing"),
+    ("parts", "listing", "health", "importing"),
     ("verify", "seal", "commit", "running"),
     ("choose",),
     ("plan",),

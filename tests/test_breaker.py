@@ -40,11 +40,11 @@ from ckptstore.rules import (
     Sign,
     Spike,
     Unchanged,
-    Watch,
     Zero,
     match,
     parse,
 )
+from ckptstore.streak import Watch
 from tests import trees
 
 NAN, INF = math.nan, math.inf

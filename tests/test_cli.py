@@ -17,6 +17,7 @@ from ckptstore import cli as cli_module
 from ckptstore import commit, probe
 from ckptstore.cli import render
 from ckptstore.frameworks.areal import launch
+from ckptstore.journal import Journal
 from ckptstore.lock import RunLock
 from ckptstore.manifest import parse
 from ckptstore.model import MANIFEST_NAME, Status
@@ -564,7 +565,7 @@ def interrupted(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     class Killed(BaseException):
         pass
 
-    def die(side: str, journal: commit.Journal) -> None:
+    def die(side: str, journal: Journal) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:

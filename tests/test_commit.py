@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import commit, inplace, native, recovery
+from ckptstore import commit, inplace, journal, native, recovery
 from ckptstore import side as side_folders
 from ckptstore.backends import LocalBackend
 from ckptstore.choose import Selection
-from ckptstore.commit import Journal, Move, identity
+from ckptstore.commit import identity
 from ckptstore.errors import (
     BusyError,
     CkptStoreError,
@@ -28,6 +28,7 @@ from ckptstore.errors import (
     NotFoundError,
     RefusedError,
 )
+from ckptstore.journal import Journal, Move
 from ckptstore.plan import Options
 from tests import trees
 from tests.crashing import Crash, Operations, Tree, content, refuse_exchange, without_manifest
@@ -546,7 +547,7 @@ def test_a_journal_that_cannot_be_trusted_moves_nothing(room, change):
     (scene.side / "journal.json").write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
     before = content(room)
     with pytest.raises(ManifestError, match=r"not a journal of ours"):
-        commit.pending(str(scene.side))
+        journal.pending(str(scene.side))
     assert "cannot be finished" in commit.roll_forward(str(scene.side))
     with pytest.raises(ManifestError):
         scene.setup()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ckptstore import commit, doctor, halt, probe
+from ckptstore import doctor, halt, probe
+from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.checks import Diagnosis, Severity
 from ckptstore.cli import cli
@@ -209,7 +210,7 @@ def test_an_interrupted_setup(trial: Path) -> None:
         "version": 1,
     }
     Path(side, "journal.json").write_text(json.dumps(journal))
-    assert commit.pending(side) is not None
+    assert journals.pending(side) is not None
     found = worst_of(look(trial), "pending")
     assert found.severity is Severity.BAD
     assert Path(side, "journal.json").exists(), "looked at, not finished"

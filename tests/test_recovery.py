@@ -29,8 +29,9 @@ from ckptstore.errors import (
     StorageError,
     UsageError,
 )
-from ckptstore.listing import read_manifest, scan
+from ckptstore.listing import scan
 from ckptstore.model import MANIFEST_NAME, Level, Status
+from ckptstore.parts import read_manifest
 from ckptstore.plan import Options, plan
 from ckptstore.seal import seal
 from ckptstore.verify import verify

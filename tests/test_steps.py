@@ -28,10 +28,10 @@ from ckptstore.errors import (
     RefusedError,
     UsageError,
 )
-from ckptstore.listing import find_manifest
 from ckptstore.lock import RunLock
 from ckptstore.manifest import Manifest
 from ckptstore.model import Status
+from ckptstore.parts import find_manifest
 from tests import commands, trees
 from tests.crashing import Crash, Operations, Tree, content, without_manifest
 

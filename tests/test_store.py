@@ -22,8 +22,8 @@ from ckptstore.errors import (
     NothingToResumeError,
     UsageError,
 )
-from ckptstore.listing import read_manifest
 from ckptstore.model import MANIFEST_NAME, Status
+from ckptstore.parts import read_manifest
 from ckptstore.plan import Options
 from ckptstore.push import push
 from tests import trees

@@ -6,7 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from ckptstore import commit, halt, running
+from ckptstore import halt, running
+from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.checks import Diagnosis, Patient, bad, gigabytes, ok, warn
@@ -35,7 +36,7 @@ def pending(patient: Patient) -> Iterator[Diagnosis]:
     if holder is not None:
         yield warn("pending", f"another ckptstore is at work on this run: {holder}", "Wait for it.")
         return
-    journal = commit.pending(patient.side)
+    journal = journals.pending(patient.side)
     if journal is None:
         yield ok("pending", "no interrupted setup")
         return

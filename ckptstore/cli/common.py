@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ckptstore import commit, native, steps
+from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend, is_url, normal_url, open_backend
 from ckptstore.choose import STATE_WORTH_STEPS, Selection
@@ -261,7 +262,7 @@ def open_run(
     slot = f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}"
     side = side_folders.side_folder(located.run.path, slot)
     if read_only:
-        journal = commit.pending(side)
+        journal = journals.pending(side)
         if journal is not None and busy(side) is None:
             raise BusyError(
                 f"a {journal.action} of step {journal.step} was interrupted while it replaced the slot",

@@ -23,10 +23,11 @@ from ckptstore.cli.render import (
     steps,
 )
 from ckptstore.errors import NotFoundError, UsageError
-from ckptstore.listing import find_manifest, folder_of, judged, scan
+from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint
+from ckptstore.parts import find_manifest, folder_of, judged
 
 
 @click.command("show", cls=Verb, short_help="Everything known about one checkpoint.")

@@ -12,10 +12,10 @@ from ckptstore import native, steps
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.formats import FormatError, safetensors
 from ckptstore.frameworks.steps import STATE_NAME, folder_name
-from ckptstore.listing import read_manifest, reader
 from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Part
+from ckptstore.parts import read_manifest, reader
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import memory

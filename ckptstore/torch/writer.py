@@ -28,7 +28,7 @@ from ckptstore.errors import CkptStoreError, UsageError, from_os_error
 from ckptstore.formats import dcp, torchzip
 from ckptstore.manifest import Manifest
 from ckptstore.store import CheckpointStore
-from ckptstore.torch.memory import bytes_of
+from ckptstore.torch.memory import bytes_of, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _archive(kind: WriteItemType, value: Any) -> _Archive:
     if kind == WriteItemType.BYTE_IO:
         data = value.getbuffer()
         return _Archive((data,), len(data), value)
-    tensor = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    tensor = plain(value)
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in torchzip.ITEM_BYTES:  # float8, uint8 and the like: small, or rare; by way of memory
         stream = io.BytesIO()

@@ -1,0 +1,164 @@
+"""One part of a checkpoint: its status from its files' names, its manifest and its format, and how its files are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from ckptstore import manifest as manifests
+from ckptstore.backends.base import Backend
+from ckptstore.errors import CkptStoreError, ManifestError
+from ckptstore.formats import FormatError, dcp
+from ckptstore.frameworks.areal import layout
+from ckptstore.manifest import Manifest
+from ckptstore.model import MANIFEST_NAME, FileInfo, Finding, Part, ReadAt, Status, worst
+from ckptstore.native import Folder
+
+#: Clocks of several nodes write into one run: files this close count as one save.
+CLOCK_SKEW_NS = 5_000_000_000
+
+
+class ReadSigns(Protocol):
+    """What a framework reads out of a part's files; `sealed`: there is a manifest of ours among them."""
+
+    def __call__(self, files: Sequence[FileInfo], *, sealed: bool) -> layout.Signs:
+        """The signs."""
+
+
+def _areal_signs(files: Sequence[FileInfo], *, sealed: bool) -> layout.Signs:
+    return layout.read_signs(files)
+
+
+def read_part(
+    backend: Backend, name: str, folder: str, folders: dict[str, Folder], *, read_signs: ReadSigns = _areal_signs
+) -> Part:
+    """Judge one part at level quick. `folders` is Backend.tree(), `folder` a key of it."""
+    files, findings = layout.files_of(folders, folder)
+    ours = next((file for file in files if file.name == MANIFEST_NAME), None)
+    if ours is not None:
+        files.remove(ours)
+    unread = not files and ours is None and any(not finding.path for finding in findings)
+    # What an unreadable folder holds is unknown: it is not "empty".
+    signs = layout.Signs("unknown", (), ()) if unread else read_signs(files, sealed=ours is not None)
+    findings.extend(signs.findings)
+    notes: list[str] = []
+    status = worst([Status.COMPLETE, *(finding.status for finding in findings)])
+    if ours is not None:
+        # A store's times are those of arrival: what came before its manifest is what the manifest was written for. Reading
+        # ten thousand of them is left to those who look at one (`verify`, `show`, `pull`).
+        vouched = not backend.is_folder and not findings and all(file.mtime_ns <= ours.mtime_ns for file in files)
+        if vouched:
+            status = Status.COMMITTED
+        else:
+            status = _judge_manifest(backend, folder, folders[folder].content, files, findings, notes)
+    return Part(
+        name=name,
+        path=f"{backend.location}/{folder}" if folder else backend.location,
+        files=tuple(files),
+        format=signs.format,
+        holds=signs.holds,
+        status=status,
+        findings=tuple(findings),
+        notes=tuple(notes),
+        mtime_ns=max((file.mtime_ns for file in files), default=0),
+    )
+
+
+def _judge_manifest(
+    backend: Backend, folder: str, data: bytes | None, files: list[FileInfo], findings: list[Finding], notes: list[str]
+) -> Status:
+    """The status of a part that has a manifest (`data`, if it came with the listing); adds to `findings` and `notes`."""
+    try:
+        if data is None:
+            key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
+            data = backend.get(key, length_bytes=manifests.MAX_BYTES + 1)
+        if not findings and manifests.vouches_for(data, files):
+            return Status.COMMITTED
+        manifest = manifests.parse(data)
+        seen = manifest.inspect(files if backend.is_folder else as_recorded(files, manifest))
+    except ManifestError as error:
+        notes.append(f"its manifest does not count: {error}")
+    except CkptStoreError as error:
+        notes.append(f"its manifest cannot be read: {error}")
+    else:
+        findings.extend(seen.findings)
+        if seen.note:
+            notes.append(seen.note)
+        elif not backend.is_folder and not findings:
+            return Status.COMMITTED
+    return worst([Status.COMPLETE, *(finding.status for finding in findings)])
+
+
+def as_recorded(files: Sequence[FileInfo], manifest: Manifest) -> list[FileInfo]:
+    """`files` of an object store with the times and inodes that the manifest records: a store keeps none of the writer's."""
+    known = {entry.path: entry for entry in manifest.files}
+    return [
+        file._replace(mtime_ns=entry.mtime_ns, inode=entry.inode) if (entry := known.get(file.name)) else file for file in files
+    ]
+
+
+def judged(backend: Backend, part: Part, manifest: Manifest | None) -> Part:
+    """`part` of an object store by its manifest, which the listing has not read; any other as it is."""
+    if backend.is_folder or manifest is None:
+        return part
+    files = as_recorded(part.files, manifest)
+    seen = manifest.inspect(files)
+    new = [finding for finding in seen.findings if finding not in part.findings]
+    status = worst([Status.COMPLETE if seen.void else Status.COMMITTED, *(f.status for f in (*part.findings, *new))])
+    notes = (*part.notes, seen.note) if seen.note and seen.note not in part.notes else part.notes
+    return dataclasses.replace(part, files=tuple(files), findings=(*part.findings, *new), status=status, notes=notes)
+
+
+def read_manifest(backend: Backend, folder: str) -> Manifest:
+    """The manifest in `folder`. NotFoundError without one, ManifestError for one that cannot be trusted."""
+    key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
+    return manifests.parse(backend.get(key, length_bytes=manifests.MAX_BYTES + 1))
+
+
+def folder_of(backend: Backend, part: Part) -> str:
+    """The part's folder relative to `backend`."""
+    return "" if part.path == backend.location else part.path.removeprefix(f"{backend.location}/")
+
+
+def reader(backend: Backend, part: Part) -> ReadAt:
+    """Reads the part's files by their names."""
+    folder = folder_of(backend, part)
+
+    def read_at(name: str, offset: int, length: int) -> bytes:
+        return backend.get(f"{folder}/{name}" if folder else name, offset_bytes=offset, length_bytes=length)
+
+    return read_at
+
+
+def find_manifest(backend: Backend, folder: str) -> Manifest | None:
+    """The manifest in `folder`, None when there is none, or it cannot be read or trusted: `list` says which."""
+    try:
+        return read_manifest(backend, folder)
+    except CkptStoreError:
+        return None
+
+
+def worsen(part: Part, problem: str) -> Part:
+    """The part with one finding more, PARTIAL at best."""
+    finding = Finding("", problem, Status.PARTIAL)
+    return dataclasses.replace(part, findings=(*part.findings, finding), status=worst([part.status, Status.PARTIAL]))
+
+
+def with_dcp_holdings(backend: Backend, part: Part) -> Part:
+    """What a DCP part holds stands in its `.metadata`; a shard newer than it shows a save cut short."""
+    metadata = next((file for file in part.files if file.name == ".metadata"), None)
+    if part.format != "dcp" or metadata is None or not metadata.size_bytes:
+        return part
+    newer = [f for f in part.files if f.name.endswith(".distcp") and f.mtime_ns > metadata.mtime_ns + CLOCK_SKEW_NS]
+    if newer and backend.is_folder:
+        part = worsen(part, f"{newer[0].name} is newer than .metadata: an overwrite was cut short")
+    try:
+        holds = dcp.load_metadata(reader(backend, part), metadata).holds
+    except FormatError as error:
+        finding = error.finding(metadata.name)
+    except CkptStoreError as error:
+        finding = Finding(metadata.name, f"cannot be read: {error}", Status.PARTIAL)
+    else:
+        return dataclasses.replace(part, holds=holds)
+    return dataclasses.replace(part, findings=(*part.findings, finding), status=worst([part.status, finding.status]))
