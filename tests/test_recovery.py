@@ -33,6 +33,7 @@ from ckptstore.listing import scan
 from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.parts import read_manifest
 from ckptstore.plan import Options, plan
+from ckptstore.running import signs_of_life
 from ckptstore.seal import seal
 from ckptstore.verify import verify
 from tests import trees
@@ -368,6 +369,22 @@ def test_a_process_that_names_the_run(run, words, running):
     finally:
         process.communicate("")
     setup(run)
+
+
+def test_a_trainer_whose_interpreter_lies_in_a_folder_of_our_name(run, tmp_path):
+    """A checkout of ours, say: its path is no sign that the process is ours; the console script's name is one."""
+    place = tmp_path / "ckptstore"
+    (place / "bin").mkdir(parents=True)
+    (place / "python").symlink_to(sys.executable)
+    for script, seen in (("train.py", True), ("ckptstore", False)):
+        (place / "bin" / script).write_text("import sys; print('up', flush=True); sys.stdin.read()")
+        words = [place / "python", place / "bin" / script, f"--path={run}"]
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout.readline() == "up\n"
+            assert any(f"process {process.pid} names" in sign for sign in signs_of_life(scan(LocalBackend(run)))) is seen
+        finally:
+            process.communicate("")
 
 
 # --- what goes wrong with the source ------------------------------------------------------------------------------
