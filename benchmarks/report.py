@@ -44,6 +44,8 @@ def tables_of(figures: dict) -> dict[str, list[Row]]:
         info = benchmark["extra_info"]
         if "contender" in info:
             runs[info["group"], info["contender"]].append(info)
+        if "up" in info:  # the way there, measured before the way back
+            runs["to a bucket", info["contender"]].append(info | info["up"])
     tables = defaultdict(list)
     for (group, name), infos in runs.items():
         counted = [info for info in infos if info["turn"] != 0] or infos

@@ -281,6 +281,19 @@ def self_check() -> None:
             raise RuntimeError(f"the CRC-64/NVME implementation {name} is wrong on this processor")
 
 
+def write_range(folder: Path, name: str, data: Buffer, offset_bytes: int) -> None:
+    """Write `data` into the file `name` below a folder, which must be there, at an offset; not durable before fsync_path.
+
+    Past the page cache where that goes: memory that a fresh machine has yet to hand out costs more than the disk. Several
+    threads may write ranges of one file.
+    """
+    encoded, *_ = _plain(FileSpec(name, 0), CHUNK_BYTES)
+    try:
+        _native.write_range(os.fsencode(folder), encoded, data, offset_bytes)
+    except _native.NativeError as error:
+        raise _error_of(*error.args) from None
+
+
 def rename_exchange(a: Path, b: Path) -> None:
     """Swap two names atomically. Plain OSError: EINVAL or ENOSYS where the file system cannot."""
     _rename(a, b, _RENAME_EXCHANGE)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ckptstore import native
 from ckptstore import side as side_folders
@@ -17,9 +18,6 @@ from ckptstore.manifest import Manifest
 from ckptstore.model import Part
 from ckptstore.parts import folder_of
 from ckptstore.verify import check_part_structure
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 
 class Filled(NamedTuple):
@@ -75,25 +73,15 @@ def fill(
         min(chunk_bytes, file.size_bytes - number * chunk_bytes) for file in part.files for number in have.get(file.name, {})
     )
 
-    def write(name: str, offset: int, data: Buffer) -> None:
-        path = os.path.join(target, name)
-        try:
-            # Opened for each range: a thread that outlives Ctrl-C must never write into another file's descriptor.
-            descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                view = memoryview(data)
-                while view.nbytes:
-                    count = os.pwrite(descriptor, view, offset)
-                    view, offset = view[count:], offset + count
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise from_os_error(error, doing="writing", path=path) from error
-
     digests = {
         name: digest
         for name, digest in fetch(
-            source, wanted, chunk_bytes=chunk_bytes, sink=write, stop_at_error=True, progress=progress
+            source,
+            wanted,
+            chunk_bytes=chunk_bytes,
+            sink=functools.partial(native.write_range, target),
+            stop_at_error=True,
+            progress=progress,
         ).items()
         if isinstance(digest, native.Digest)
     }

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "error.h"
+#include "pool.h"
 
 namespace ckptstore {
 namespace {
@@ -212,6 +213,42 @@ void Destination::let_go() noexcept { drop_cache(buffered_.get(), 0, 0); }
 void Destination::close() {
   direct_.close(shown());
   buffered_.close(shown());
+}
+
+// --- A range that arrives
+// ------------------------------------------------------------------------------------------
+
+void write_range(const std::string& folder, const std::string& name, const void* data,
+                 std::size_t bytes, std::uint64_t offset) {
+  constexpr std::size_t kBlockBytes = 8 << 20;
+  constexpr std::size_t kWorthPassingTheCache = 1 << 20;
+  const Root root(folder);
+  const std::string shown = root.shown(name);
+  // Opened for each range: who is late after a cancel never has another file's descriptor.
+  UniqueFd plain = open_beneath(root.fd.get(), name, O_WRONLY | O_NONBLOCK, 0, shown);
+  const struct stat status = status_of(plain.get(), shown);
+  if (!S_ISREG(status.st_mode)) throw Refused(shown, "is not a regular file");
+  const auto* from = static_cast<const std::byte*>(data);
+  std::size_t done = 0;
+  // The end of a file that fills no page goes through the cache: padding would change the size.
+  const std::size_t whole = bytes / kAlignmentBytes * kAlignmentBytes;
+  if (bytes >= kWorthPassingTheCache && offset % kAlignmentBytes == 0) {
+    UniqueFd direct = reopen_direct(root, name, O_WRONLY, status);
+    if (direct) {
+      const AlignedBlock block(std::min(whole, kBlockBytes));
+      for (bool refused = false, all = true; all && done < whole;) {
+        const std::size_t now = std::min(block.size(), whole - done);
+        std::memcpy(block.data(), from + done, now);
+        const std::size_t put =
+            write_direct(direct.get(), block.data(), now, offset + done, refused, shown);
+        done += put;
+        all = put == now;  // what it does not take, the cache does
+      }
+      direct.close(shown);
+    }
+  }
+  write_at(plain.get(), from + done, bytes - done, offset + done, shown);
+  plain.close(shown);
 }
 
 }  // namespace ckptstore

@@ -138,4 +138,10 @@ class Destination {
   std::atomic<bool> direct_works_{false};
 };
 
+/// Writes `bytes` at `offset` into the regular file `name` below `folder`, which must be there;
+/// past the page cache as far as that goes. Not durable before a sync. Several may write to one
+/// file.
+void write_range(const std::string& folder, const std::string& name, const void* data,
+                 std::size_t bytes, std::uint64_t offset);
+
 }  // namespace ckptstore

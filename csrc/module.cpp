@@ -240,6 +240,13 @@ std::uint64_t crc64_binding(const py::object& data, std::uint64_t value, const s
   return function(value, view.data(), view.size());
 }
 
+void write_range_binding(const std::string& folder, const std::string& name, const py::object& data,
+                         std::uint64_t offset) {
+  const BufferView view(data);
+  const py::gil_scoped_release released;
+  write_range(folder, name, view.data(), view.size(), offset);
+}
+
 }  // namespace
 }  // namespace ckptstore
 
@@ -272,6 +279,8 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("rename_with", rename_with, py::arg("a"), py::arg("b"), py::arg("flags"),
              py::call_guard<py::gil_scoped_release>());
+  module.def("write_range", write_range_binding, py::arg("folder"), py::arg("name"),
+             py::arg("data"), py::arg("offset"));
   module.def("sync_path", sync_path, py::arg("path"), py::call_guard<py::gil_scoped_release>());
   module.def("supports_direct", supports_direct, py::arg("folder"),
              py::call_guard<py::gil_scoped_release>());

@@ -1,0 +1,127 @@
+"""Ranges that arrive in any order, from several threads, written into one file: native.write_range."""
+
+import errno
+import json
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ckptstore import native
+from ckptstore.errors import AccessError, NotFoundError, RefusedError, StorageError, UsageError
+
+from .conftest import mounted, random_bytes, run_python
+from .test_faults import COMMON
+
+MIB = 1 << 20
+PAGE = 4096
+
+
+@pytest.fixture(params=["here", "tmpfs", "xfs"])
+def folder(request, tmp_path):
+    if request.param == "here":
+        yield tmp_path
+    else:
+        with mounted(request.param, tmp_path / "mount", size_mib=320 if request.param == "xfs" else 64) as at:
+            yield at
+
+
+@pytest.mark.parametrize("tail", [0, 1, PAGE - 1, PAGE, 777_777])
+def test_ranges_in_any_order(folder, tail):
+    data = random_bytes(20 * MIB + tail, seed=tail)
+    (folder / "file").write_bytes(b"")
+    os.truncate(folder / "file", len(data))
+    step = 3 * MIB
+    starts = list(range(0, len(data), step))
+    random.Random(tail).shuffle(starts)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda at: native.write_range(folder, "file", data[at : at + step], at), starts))
+    assert (folder / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize("offset", [0, 1, 512, PAGE, PAGE + 1])
+@pytest.mark.parametrize("size", [0, 1, PAGE, MIB - 1, MIB, 9 * MIB + 5])
+def test_what_lies_around_a_range_stays(tmp_path, offset, size):
+    before = random_bytes(12 * MIB, seed=1)
+    new = random_bytes(size, seed=2)
+    (tmp_path / "file").write_bytes(before)
+    native.write_range(tmp_path, "file", new, offset)
+    assert (tmp_path / "file").read_bytes() == before[:offset] + new + before[offset + size :]
+
+
+def test_past_the_page_cache(tmp_path):
+    if not native.supports_direct(tmp_path):
+        pytest.skip("no O_DIRECT here")
+    waits = 0
+    for turn in range(4):  # the kernel may take a direct write through the cache now and then
+        (tmp_path / f"{turn}").write_bytes(b"")
+        os.truncate(tmp_path / f"{turn}", 4 * MIB)
+        native.write_range(tmp_path, f"{turn}", random_bytes(4 * MIB), 0)
+        with (tmp_path / f"{turn}").open("rb", buffering=0) as file:
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], MIB, os.RWF_NOWAIT)
+            except BlockingIOError:
+                waits += 1
+    assert waits > 0
+
+
+def test_what_is_no_file_there(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "outside").write_bytes(b"untouched")
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    data = random_bytes(2 * MIB)
+    with pytest.raises(NotFoundError):
+        native.write_range(tmp_path, "missing", data, 0)
+    with pytest.raises((StorageError, AccessError)):
+        native.write_range(tmp_path, "folder", data, 0)
+    with pytest.raises((RefusedError, StorageError)):
+        native.write_range(tmp_path, "pipe", data, 0)
+    with pytest.raises(RefusedError):
+        native.write_range(tmp_path, "link", data, 0)
+    with pytest.raises(UsageError):
+        native.write_range(tmp_path, "../outside", data, 0)
+    assert (tmp_path / "outside").read_bytes() == b"untouched"
+
+
+SWEEP = (
+    COMMON
+    + """
+import json
+data = random_bytes((9 << 20) + 1234, seed=5)
+outcomes = {}
+for action in sys.argv[3].split():
+    outcomes[action] = []
+    for nth in range(1, 50):
+        fresh()
+        (destination / "file").write_bytes(bytes(len(data)))
+        before = state()
+        arm("pwrite64", nth, action)
+        try:
+            native.write_range(destination, "file", data, 0)
+            outcome = "ok"
+        except errors.CkptStoreError as error:
+            outcome = type(error).__name__
+        hit = library.fault_hits() > 0
+        disarm()
+        assert state() == before, (action, nth)
+        if not hit:
+            break
+        assert outcome != "ok" or (destination / "file").read_bytes() == data, (action, nth)
+        outcomes[action].append(outcome)
+print(json.dumps(outcomes))
+"""
+)
+
+
+def test_every_write_fails_in_turn(faults, tmp_path):
+    actions = [errno.EIO, errno.ENOSPC, errno.EINVAL, errno.EINTR, "short"]
+    done = run_python(SWEEP, faults, tmp_path, " ".join(map(str, actions)), preload=faults)
+    assert done.returncode == 0, done.stdout + done.stderr
+    got = json.loads(done.stdout)
+    assert len(got["5"]) >= 3  # two blocks and the tail
+    assert set(got["5"]) == {"StorageError"}
+    assert set(got["28"]) == {"NoSpaceError"}
+    assert set(got["4"]) == set(got["short"]) == {"ok"}
+    assert got["22"][:2] == ["ok", "ok"]  # refused: the cache takes it
