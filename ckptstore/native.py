@@ -281,7 +281,7 @@ def self_check() -> None:
             raise RuntimeError(f"the CRC-64/NVME implementation {name} is wrong on this processor")
 
 
-def write_range(folder: Path, name: str, data: Buffer, offset_bytes: int) -> None:
+def write_range(folder: Path, name: str, offset_bytes: int, data: Buffer) -> None:
     """Write `data` into the file `name` below a folder, which must be there, at an offset; not durable before fsync_path.
 
     Past the page cache where that goes: memory that a fresh machine has yet to hand out costs more than the disk. Several

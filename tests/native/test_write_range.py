@@ -36,7 +36,7 @@ def test_ranges_in_any_order(folder, tail):
     starts = list(range(0, len(data), step))
     random.Random(tail).shuffle(starts)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda at: native.write_range(folder, "file", data[at : at + step], at), starts))
+        list(pool.map(lambda at: native.write_range(folder, "file", at, data[at : at + step]), starts))
     assert (folder / "file").read_bytes() == data
 
 
@@ -46,7 +46,7 @@ def test_what_lies_around_a_range_stays(tmp_path, offset, size):
     before = random_bytes(12 * MIB, seed=1)
     new = random_bytes(size, seed=2)
     (tmp_path / "file").write_bytes(before)
-    native.write_range(tmp_path, "file", new, offset)
+    native.write_range(tmp_path, "file", offset, new)
     assert (tmp_path / "file").read_bytes() == before[:offset] + new + before[offset + size :]
 
 
@@ -57,7 +57,7 @@ def test_past_the_page_cache(tmp_path):
     for turn in range(4):  # the kernel may take a direct write through the cache now and then
         (tmp_path / f"{turn}").write_bytes(b"")
         os.truncate(tmp_path / f"{turn}", 4 * MIB)
-        native.write_range(tmp_path, f"{turn}", random_bytes(4 * MIB), 0)
+        native.write_range(tmp_path, f"{turn}", 0, random_bytes(4 * MIB))
         with (tmp_path / f"{turn}").open("rb", buffering=0) as file:
             try:
                 os.preadv(file.fileno(), [bytearray(1)], MIB, os.RWF_NOWAIT)
@@ -73,15 +73,15 @@ def test_what_is_no_file_there(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "outside")
     data = random_bytes(2 * MIB)
     with pytest.raises(NotFoundError):
-        native.write_range(tmp_path, "missing", data, 0)
+        native.write_range(tmp_path, "missing", 0, data)
     with pytest.raises((StorageError, AccessError)):
-        native.write_range(tmp_path, "folder", data, 0)
+        native.write_range(tmp_path, "folder", 0, data)
     with pytest.raises((RefusedError, StorageError)):
-        native.write_range(tmp_path, "pipe", data, 0)
+        native.write_range(tmp_path, "pipe", 0, data)
     with pytest.raises(RefusedError):
-        native.write_range(tmp_path, "link", data, 0)
+        native.write_range(tmp_path, "link", 0, data)
     with pytest.raises(UsageError):
-        native.write_range(tmp_path, "../outside", data, 0)
+        native.write_range(tmp_path, "../outside", 0, data)
     assert (tmp_path / "outside").read_bytes() == b"untouched"
 
 
@@ -99,7 +99,7 @@ for action in sys.argv[3].split():
         before = state()
         arm("pwrite64", nth, action)
         try:
-            native.write_range(destination, "file", data, 0)
+            native.write_range(destination, "file", 0, data)
             outcome = "ok"
         except errors.CkptStoreError as error:
             outcome = type(error).__name__
