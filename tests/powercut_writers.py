@@ -289,6 +289,17 @@ class DcpSave(States):
         return found
 
 
+class DcpSaveOfTwo(DcpSave):
+    """As two ranks would: two files."""
+
+    name = "`dcp.save` of two shards"
+
+    def save(self, tensors: dict[str, Any], path: Path) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path, thread_count=2), no_dist=True)
+
+
 class OurSave(States):
     """`ckptstore.torch.save`; what it left is read by safetensors."""
 
@@ -341,6 +352,7 @@ OURS: dict[str, Callable[[Path], Writer]] = {
 OTHERS: dict[str, Callable[[Path], Writer]] = {
     "dcp.save": DcpSave,
     "dcp.save-over": lambda room: DcpSave(room, over=True),
+    "dcp.save-two-over": lambda room: DcpSaveOfTwo(room, over=True),
     "torch.save": TorchSave,
     "torch.save-over": lambda room: TorchSave(room, over=True),
     "save_file": SaveFile,
@@ -380,7 +392,7 @@ COLUMNS = (
     "while it saves: visible but wrong",
     "while it saves: the old one lost",
     "after it returned: visible but wrong",
-    "after it returned: not there",
+    "after it returned: the new one not there",
     "of the wrong ones, loaded without an error",
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
