@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from ckptstore.background import wait_all
 from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.store import CheckpointStore
-from ckptstore.torch.background import save_async, wait_all
+from ckptstore.torch.background import save_async
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
