@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Literal
 
 from ckptstore.errors import BusyError, UsageError
@@ -136,10 +136,11 @@ def submit(
 
 
 def wait_all(timeout_s: float | None = None) -> None:
-    """Wait for all saves in flight; a failure that nobody was told of is raised. TimeoutError."""
-    for line in list(_lines.values()):
-        if line.last is not None:
-            line.last.settle(timeout_s)
+    """Wait for all saves in flight, of all stores; then a failure that nobody was told of is raised. TimeoutError."""
+    handles = [line.last for line in list(_lines.values()) if line.last is not None]
+    wait([handle._future for handle in handles if handle._future is not None], timeout_s)
+    for handle in handles:
+        handle.settle(0)
 
 
 def _run(job: Callable[[], Manifest], step: int) -> Manifest:

@@ -158,6 +158,28 @@ def test_a_failure_is_logged_and_raised_at_the_next_call(
     assert numbers(store) == [4]
 
 
+def test_all_are_waited_for_though_one_fails(
+    store: CheckpointStore, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = CheckpointStore(tmp_path / "slow")
+    real, failed = native.copy_files, threading.Event()
+
+    def copy_files(source: str, destination: str, *args: Any, **kwargs: Any) -> Any:
+        if destination.startswith(store.folder):
+            failed.set()
+            raise OSError(28, "No space left on device")
+        assert failed.wait(10)
+        threading.Event().wait(0.3)
+        return real(source, destination, *args, **kwargs)
+
+    monkeypatch.setattr(native, "copy_files", copy_files)
+    store.save_async(1, source)
+    slow = other.save_async(1, source)
+    with pytest.raises(OSError, match="No space left"):
+        wait_all(30)
+    assert slow.committed
+
+
 def test_what_cannot_be_saved_is_said_at_once(store: CheckpointStore, source: Path, tmp_path: Path) -> None:
     with pytest.raises(CkptStoreError):
         store.save_async(1, tmp_path / "nowhere")

@@ -218,6 +218,50 @@ def test_killed_while_it_writes(store: CheckpointStore, name: str) -> None:
     assert steps.leftovers(store.folder) == []
 
 
+FORKS = """
+import os, sys, threading, time, torch, torch.distributed.checkpoint as dcp
+from torch.utils.data import DataLoader
+import ckptstore.torch as ckpt
+from ckptstore import CheckpointStore, native
+store = CheckpointStore(sys.argv[1])
+real, writing = native.write_files, threading.Event()
+def slow(*args, **kwargs):
+    writing.set()
+    time.sleep(0.3)
+    return real(*args, **kwargs)
+native.write_files = slow
+data = DataLoader(list(range(64)), batch_size=8, num_workers=2, persistent_workers=True)
+for step in range(3):
+    ckpt.save_async(store, step, {"w": torch.full((1000,), float(step))})
+    assert sum(int(batch.sum()) for batch in data) == 2016      # at the first: forks while the save is in flight
+del data
+ckpt.wait_all(30)
+writing.clear()
+saving = threading.Thread(
+    target=lambda: dcp.save({"w": torch.ones(1000)}, storage_writer=ckpt.StoreWriter(store, 9), no_dist=True)
+)
+saving.start()
+writing.wait()
+if os.fork() == 0:
+    sys.exit(0)     # an orderly end: it runs the finalizers that it was forked with
+os.wait()
+saving.join()
+"""
+
+
+def test_data_loaders_and_other_children(store: CheckpointStore) -> None:
+    """Workers that live through several saves, and a child that ends while its parent writes: no save is harmed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, store.folder], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [one.step for one in store.list()] == [0, 1, 2, 9]
+    assert all(store.verify(step).ok for step in (0, 1, 2, 9))
+    for step in range(3):
+        assert same(ckpt.load(store, step), {"w": torch.full((1000,), float(step))})
+
+
 def test_errors_are_ours(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises((CkptStoreError, OSError)):
