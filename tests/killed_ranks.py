@@ -222,7 +222,7 @@ def main(location: str, world: int, times: int, seed: int) -> None:
     store = CheckpointStore(location)
     chance = random.Random(seed)
     kills: collections.Counter[str] = collections.Counter()
-    longest = {"killed": 0.0, "stopped": 0.0}
+    longest: dict[str, float] = {}
     saves = published = 0
     first = 1000
     dcp.save(state_of(first), storage_writer=StoreWriter(store, step_of(first)), no_dist=True)
@@ -231,8 +231,8 @@ def main(location: str, world: int, times: int, seed: int) -> None:
         stop = number % 10 == 9
         seen = trial(store, world, first, chance, stop=stop, use_async=number % 3 == 2)
         kills[seen["phase"]] += 1
-        how = "stopped" if stop else "killed"
-        longest[how] = max(longest[how], seen["seconds"])
+        how = "before they met" if seen["phase"] == "starting" else "stopped" if stop else "killed"
+        longest[how] = max(longest.get(how, 0.0), round(seen["seconds"], 1))
         saves += seen["returned"]
         published += seen["newer"]
         store.prune(Keep(last=3))
