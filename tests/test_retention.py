@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptstore import CheckpointStore, retention, steps
@@ -159,6 +159,7 @@ keeps = st.builds(Keep, st.integers(1, 5), st.integers(0, 7), every_hours=st.int
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a machine may be busy
 @given(candidates, keeps, st.sets(st.integers(0, 40)))
 def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int]) -> None:
     decisions = decide(some, keep, pinned=pinned)
