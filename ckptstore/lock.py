@@ -96,6 +96,8 @@ class RunLock:
         # Emptied, not deleted: a waiter that has it open would lock a file that nobody else sees.
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)
+        with contextlib.suppress(OSError):  # closing alone frees nothing that a child, forked meanwhile, still has open
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
 
     def update(self, doing: str, done_bytes: int = 0, total_bytes: int = 0) -> None:

@@ -8,40 +8,73 @@ not of a time when training had gone bad (health). Where no step is good, nothin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import Any, Literal
 
 from ckptstore import pins, places, steps, verify
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
+from ckptstore.config import RunConfig
 from ckptstore.errors import CkptStoreError, RefusedError, UsageError, from_os_error
 from ckptstore.frameworks.steps import folder_name
 from ckptstore.listing import Listing, scan
+from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.parts import find_manifest, folder_of
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What to keep: the `last` N, every step that is a multiple of `every`, the `best` K by a recorded metric; any of them."""
+    """What to keep: the `last` N, every step that is a multiple of `every`, the `best` K by a recorded metric, one in
+    `every_hours`; any of them.
+
+    Of the time: the oldest, and from each that is kept for it the first that was saved at least `every_hours` later.
+    """
 
     last: int = 0
     every: int = 0
     best: int = 0
     metric: str = ""  #: as given to `save(metrics=…)`
     mode: Literal["max", "min"] = "max"  #: whether more of the metric is better, or less
+    every_hours: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.last, self.every, self.best) < 0 or not (self.last or self.every or self.best):
-            raise UsageError("say what to keep: the last N, every N steps, or the best K by a metric")
+        for name in ("last", "every", "best"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise UsageError(f"{name} is {value!r:.40}, and must be a whole number, 0 or more")
+        hours = self.every_hours
+        if not isinstance(hours, (int, float)) or isinstance(hours, bool) or not 0 <= hours < math.inf:
+            raise UsageError(f"every_hours is {hours!r:.40}, and must be a number, 0 or more")
+        if not (self.last or self.every or self.best or self.every_hours):
+            raise UsageError("say what to keep: the last N, every N steps, every T hours, or the best K by a metric")
         if bool(self.best) != bool(self.metric):
             raise UsageError("the best K are the best by a metric: give both")
         if self.mode not in ("max", "min"):
             raise UsageError(f"mode is max or min, not {self.mode!r:.20}")
+
+    @classmethod
+    def from_config(cls, config: RunConfig, block: str = "retention") -> Keep | None:
+        """What a block of the trainer's YAML says, by the names above; None without one. UsageError for what it cannot mean."""
+        found = config.get(block)
+        if found is None:
+            return None
+        if not isinstance(found, Mapping):
+            raise UsageError(f"{block}: is a {type(found).__name__}, not a mapping")
+        known = {item.name for item in fields(cls)}
+        if strange := [key for key in found if key not in known]:
+            raise UsageError(f"{block}: there is no {strange[0]!r:.40}", hint=f"There are: {', '.join(sorted(known))}.")
+        given: dict[str, Any] = {key: config.get(f"{block}.{key}") for key in found}
+        try:
+            return cls(**{key: value for key, value in given.items() if value is not None})
+        except UsageError as error:
+            raise UsageError(f"{block}: {error.message}", hint=error.hint) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +86,7 @@ class Candidate:
     metrics: Mapping[str, float] = field(default_factory=dict)
     healthy: bool = True
     size_bytes: int = 0
+    saved_at_s: float = 0.0  #: Unix seconds, by its manifest; 0: not known
 
     @property
     def good(self) -> bool:
@@ -79,6 +113,7 @@ def decide(candidates: Iterable[Candidate], keep: Keep, *, pinned: Collection[in
     sign = 1 if keep.mode == "max" else -1
     ranked.sort(key=lambda one: (sign * one.metrics[keep.metric], one.step), reverse=True)
     best = {one.step: place for place, one in enumerate(ranked[: keep.best], 1)}
+    timed = _one_in(keep.every_hours * 3600, good) if keep.every_hours else set()
     decisions = []
     for one in ordered:
         reasons = []
@@ -94,11 +129,24 @@ def decide(candidates: Iterable[Candidate], keep: Keep, *, pinned: Collection[in
             reasons.append(f"of the last {keep.last}")
         if keep.every and one.good and one.step % keep.every == 0:
             reasons.append(f"a multiple of {keep.every}")
+        if one.step in timed:
+            reasons.append(f"one in {keep.every_hours:g} h")
         if one.step in best:
             reasons.append(f"number {best[one.step]} by {keep.metric} ({one.metrics[keep.metric]:g})")
         why = "; ".join(reasons) or ("no rule keeps it" if one.healthy else "training had gone bad; no rule counts it")
         decisions.append(Decision(one, bool(reasons), why))
     return decisions
+
+
+def _one_in(span_s: float, good: Iterable[Candidate]) -> set[int]:
+    """The oldest, and from each that stays the first that is `span_s` younger. What is dropped has no say in what stays."""
+    chosen = set()
+    due_s = -math.inf
+    for one in sorted(good, key=lambda one: (one.saved_at_s, one.step)):
+        if one.saved_at_s > 0 and one.saved_at_s >= due_s:
+            chosen.add(one.step)
+            due_s = one.saved_at_s + span_s
+    return chosen
 
 
 def plan(backend: Backend, keep: Keep) -> list[Decision]:
@@ -121,10 +169,7 @@ def plan(backend: Backend, keep: Keep) -> list[Decision]:
         report = verify.verify(backend, listing.at_step(newest)[-1], Level.STRUCTURE)
         if not report.ok:
             candidates = [
-                Candidate(one.step, report.checkpoint.status, one.metrics, one.healthy, one.size_bytes)
-                if one.step == newest
-                else one
-                for one in candidates
+                dataclasses.replace(one, status=report.checkpoint.status) if one.step == newest else one for one in candidates
             ]
 
 
@@ -167,8 +212,27 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
     for checkpoint in listing.checkpoints:
         manifest = find_manifest(backend, folder_of(backend, checkpoint.parts[0]))
         metrics = manifest.metrics if manifest is not None else {}
-        found.append(Candidate(checkpoint.step, checkpoint.status, metrics, checkpoint.step in healthy, checkpoint.size_bytes))
+        found.append(
+            Candidate(
+                checkpoint.step,
+                checkpoint.status,
+                metrics,
+                checkpoint.step in healthy,
+                checkpoint.size_bytes,
+                _saved_at_s(manifest),
+            )
+        )
     return found
+
+
+def _saved_at_s(manifest: Manifest | None) -> float:
+    """When the save was committed; 0 where the manifest does not say so in the way that ours do."""
+    if manifest is None:
+        return 0.0
+    try:
+        return datetime.strptime(manifest.created_at, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _healthy(listing: Listing) -> set[int]:

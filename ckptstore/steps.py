@@ -59,6 +59,7 @@ class Draft:
     step: int
     home: str  #: the draft's own folder in the side folder
     descriptor: int = field(repr=False)  #: of the owner file: locked while this process lives
+    process: int = field(default_factory=os.getpid, repr=False)
 
     @property
     def path(self) -> str:
@@ -142,8 +143,11 @@ def commit(
 
 
 def abandon(draft: Draft) -> None:
-    """Remove what is left of a draft. After a commit that is the step which was replaced, if any."""
-    if draft.descriptor < 0:
+    """Remove what is left of a draft. After a commit that is the step which was replaced, if any.
+
+    In a child that was forked meanwhile it does nothing: the draft is its parent's, and so is the save.
+    """
+    if draft.descriptor < 0 or draft.process != os.getpid():
         return
     with contextlib.suppress(CkptStoreError):  # what stays is swept by a later save
         side_folders.discard(os.path.dirname(draft.home), os.path.basename(draft.home))
@@ -151,11 +155,8 @@ def abandon(draft: Draft) -> None:
     draft.descriptor = -1
 
 
-def copy_in(draft: Draft, directory: str, *, progress: native.Progress | None = None) -> dict[str, native.Digest]:
-    """Copy a folder's files into a draft: digested in the one read, durable, times kept. Their digests.
-
-    RefusedError for links and devices in it; SourceChangedError where it is written meanwhile.
-    """
+def files_in(directory: str) -> list[native.FileSpec]:
+    """The files of a folder as they are now. RefusedError for links and devices in it, UsageError where there are none."""
     files, findings = files_of(LocalBackend(directory).tree(max_depth=4), "")
     files = [file for file in files if file.name != MANIFEST_NAME]
     odd = [f"{file.name} is a {file.kind}" for file in files if file.kind != "file"]
@@ -164,8 +165,7 @@ def copy_in(draft: Draft, directory: str, *, progress: native.Progress | None = 
     if not files:
         raise UsageError(f"{directory} holds no files: there is nothing to save")
     check_names(file.name for file in files)
-    specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in files]
-    return native.copy_files(directory, draft.path, specs, progress=progress).digests
+    return [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in files]
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckptstore import native, recovery, retention, steps
+from ckptstore import background, native, recovery, retention, steps
 from ckptstore import side as side_folders
 from ckptstore.backends import LocalBackend, open_backend
+from ckptstore.background import OnBusy, SaveHandle
 from ckptstore.choose import ResumePoint, Selection, resume_point
 from ckptstore.errors import (
     AlreadyExistsError,
@@ -73,10 +74,55 @@ class CheckpointStore:
         CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
         SourceChangedError.
         """
+        source = os.path.abspath(directory)
+        return self._save(step, source, steps.files_in(source), metrics=metrics, keep=keep, progress=progress)
+
+    def save_async(
+        self,
+        step: int,
+        directory: str | Path,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        keep: Keep | None = None,
+        on_busy: OnBusy = "wait",
+        nice: int = 10,
+    ) -> SaveHandle:
+        """Save a folder's files in the background: returns at once. Otherwise as `save`.
+
+        What is saved is the folder as it is at the call; a file that is changed or removed before it is copied fails the save
+        (SourceChangedError, NotFoundError). `handle.staged` says that all is copied: from then on the folder may change or
+        go. That is shortly before `handle.committed`, so that `handle.wait()` serves for both. One save a store is in flight,
+        those of ckptstore.torch.save_async counted: meanwhile the next call waits (`on_busy` "wait"), saves nothing and says
+        so ("skip"), or raises BusyError ("raise"). A failure that nobody has waited for is raised here, and nothing is saved
+        then. `nice` is the priority of the writing threads.
+        """
+        source = os.path.abspath(directory)
+        files = steps.files_in(source)
+
+        def stage(handle: SaveHandle) -> Callable[[], Manifest]:
+            options = native.CopyOptions(nice=nice)
+            copied = handle.mark_staged
+            return lambda: self._save(step, source, files, metrics=metrics, keep=keep, options=options, copied=copied)
+
+        return background.submit(self.folder, step, stage, on_busy=on_busy)
+
+    def _save(
+        self,
+        step: int,
+        source: str,
+        files: Sequence[native.FileSpec],
+        *,
+        metrics: Mapping[str, float] | None,
+        keep: Keep | None,
+        options: native.CopyOptions | None = None,
+        progress: native.Progress | None = None,
+        copied: Callable[[], None] = lambda: None,
+    ) -> Manifest:
         draft = steps.begin(self.folder, step)
         try:
-            digests = steps.copy_in(draft, os.path.abspath(directory), progress=progress)
-            manifest = steps.commit(draft, digests, metrics=metrics, source=os.path.basename(os.path.abspath(directory)))
+            digests = native.copy_files(source, draft.path, files, options=options, progress=progress).digests
+            copied()
+            manifest = steps.commit(draft, digests, metrics=metrics, source=os.path.basename(source))
         finally:
             steps.abandon(draft)
         if keep is not None:

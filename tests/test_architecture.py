@@ -23,7 +23,7 @@ LAYERS = (
     ("backends.base", "backends.local", "backends.object", "backends.fsspec", "backends", "formats", "formats.*"),
     ("fetching",),
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
-    ("side", "lock", "probe", "journal"),
+    ("side", "lock", "probe", "journal", "background"),
     ("places",),
     ("damage", "ledger", "halt", "pins", "inplace"),
     ("parts", "listing", "health", "importing"),
@@ -170,7 +170,7 @@ PUBLIC = {
     "Part", "Finding", "Status", "Level", "Listing", "Report", "Manifest", "CkptStoreError", "UsageError", "NotFoundError",
     "AlreadyExistsError", "AccessError", "StorageError", "NoSpaceError", "BusyError", "RefusedError", "NothingToResumeError",
     "IntegrityError", "ManifestError", "DigestMismatchError", "SourceChangedError", "CommitError", "NotCommitted",
-    "CommitUncertain",
+    "CommitUncertain", "Keep", "SaveHandle", "wait_all",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptstore import CheckpointStore, retention, steps
@@ -49,6 +50,71 @@ def test_each_rule() -> None:
     assert kept(scored, Keep(best=2, metric="other")) == [5]
 
 
+def at_hours(*hours: float) -> list[Candidate]:
+    """Steps 1, 2, … saved at these times."""
+    return [Candidate(step, GOOD, saved_at_s=1e9 + 3600 * hour) for step, hour in enumerate(hours, 1)]
+
+
+def test_one_in_so_many_hours() -> None:
+    assert kept(at_hours(0, 1, 2, 3, 4, 5, 6, 7), Keep(every_hours=3)) == [1, 4, 7, 8], "and the newest"
+    assert kept(at_hours(0, 2.9, 3.1, 6.0, 6.1, 7), Keep(every_hours=3)) == [1, 3, 5, 6], "from what is kept, not by the clock"
+    assert kept(at_hours(0, 50, 51, 100), Keep(every_hours=3)) == [1, 2, 4], "after a pause"
+    assert kept(at_hours(0, 0.5, 1), Keep(every_hours=0.5)) == [1, 2, 3]
+    assert kept(at_hours(0, 1, 2), Keep(every_hours=100, last=2)) == [1, 2, 3]
+    bad = [Candidate(0, TORN, saved_at_s=1e9 - 9e4), Candidate(9, GOOD, healthy=False, saved_at_s=1e9 - 8e4)]
+    assert kept([*bad, *at_hours(0, 1, 5)], Keep(every_hours=3)) == [0, 1, 3], "only good ones count"
+    unknown = [Candidate(4, GOOD), *at_hours(0, 1)]
+    assert kept(unknown, Keep(every_hours=3)) == [1, 4], "a time that is not known says nothing"
+    again = [
+        Candidate(1, GOOD, saved_at_s=1e9 + 9000),
+        Candidate(2, GOOD, saved_at_s=1e9),
+        Candidate(3, GOOD, saved_at_s=1e9 + 1),
+    ]
+    assert kept(again, Keep(every_hours=1)) == [1, 2, 3], "by time: step 1 was saved again"
+
+
+def test_the_time_of_a_save(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it was committed, by its manifest, whatever the age of the files in it."""
+    import datetime as times
+
+    from ckptstore import manifest
+
+    class Clock(times.datetime):
+        hour = 0
+
+        @classmethod
+        def now(cls, tz: Any = None) -> Clock:
+            return cls(2026, 1, 2, Clock.hour, 30, tzinfo=tz)
+
+    monkeypatch.setattr(manifest, "datetime", Clock)
+    store = CheckpointStore(room / "store")
+    source = write(room / "source", "x", 50)
+    for Clock.hour in (1, 2, 3, 4, 5, 6):
+        store.save(Clock.hour, source)
+    found = store.prune(Keep(every_hours=2), dry_run=True)
+    assert [one.candidate.saved_at_s for one in found] == [1767315600 + 1800 + 3600 * hour for hour in range(6)]
+    assert {one.candidate.step: one.why for one in found if one.keep} == {
+        1: "one in 2 h",
+        3: "one in 2 h",
+        5: "one in 2 h",
+        6: "the newest good one",
+    }
+    store.save(7, source, keep=Keep(every_hours=2))
+    assert there(store) == [1, 3, 5, 7]
+
+
+def test_planted_a_chain_from_what_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that counts from the step before, kept or not, keeps nothing of a run that saves often."""
+
+    def wrong(span_s: float, good: Any) -> set[int]:
+        ordered = sorted(good, key=lambda one: one.saved_at_s)
+        return {b.step for a, b in itertools.pairwise(ordered) if b.saved_at_s - a.saved_at_s >= span_s}
+
+    monkeypatch.setattr(retention, "_one_in", wrong)
+    with pytest.raises(AssertionError):
+        test_one_in_so_many_hours()
+
+
 def test_only_good_ones_count() -> None:
     some = [*made(1, 2, 3), Candidate(4, TORN), Candidate(5, Status.CORRUPT), Candidate(6, Status.COMPLETE)]
     assert kept(some, Keep(last=2)) == [2, 3, 4, 5, 6], "what is not committed is not counted, and not deleted"
@@ -65,7 +131,12 @@ def test_reasons() -> None:
     assert why == {1: "no rule keeps it", 2: "a multiple of 2", 3: "the newest good one; of the last 1; number 1 by r (1)"}
 
 
-@pytest.mark.parametrize("wrong", [{}, {"last": -1}, {"best": 1}, {"metric": "x", "last": 1}, {"last": 1, "mode": "best"}])
+@pytest.mark.parametrize(
+    "wrong", [
+        {}, {"last": -1}, {"best": 1}, {"metric": "x", "last": 1}, {"last": 1, "mode": "best"}, {"every_hours": -1},
+        {"every_hours": float("nan")}, {"every_hours": float("inf")}, {"every_hours": "3"}, {"last": 1.5}, {"last": True},
+    ],
+)  # fmt: skip
 def test_usage(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Keep(**wrong)
@@ -78,13 +149,17 @@ candidates = st.lists(
         st.sampled_from(Status),
         st.dictionaries(st.just("r"), st.floats(), max_size=1),
         st.booleans(),
+        saved_at_s=st.integers(0, 40).map(lambda hours: hours * 3600.0),
     ),
     unique_by=lambda one: one.step,
     max_size=12,
 )
-keeps = st.builds(Keep, st.integers(1, 5), st.integers(0, 7)) | st.builds(lambda k: Keep(best=k, metric="r"), st.integers(1, 4))
+keeps = st.builds(Keep, st.integers(1, 5), st.integers(0, 7), every_hours=st.integers(0, 9)) | st.builds(
+    lambda k: Keep(best=k, metric="r"), st.integers(1, 4)
+)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a machine may be busy
 @given(candidates, keeps, st.sets(st.integers(0, 40)))
 def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int]) -> None:
     decisions = decide(some, keep, pinned=pinned)
@@ -98,6 +173,10 @@ def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int]) 
     else:
         assert not doomed
     left = [one.candidate for one in decisions if one.keep]
+    if keep.every_hours:
+        times = sorted(one.saved_at_s for one in left if one.good and one.saved_at_s)
+        for one in good:
+            assert not one.saved_at_s or any(0 <= one.saved_at_s - at < keep.every_hours * 3600 for at in times)
     assert [one.keep for one in decide(left, keep, pinned=pinned)] == [True] * len(left), "a second prune finds nothing"
 
 
@@ -240,3 +319,30 @@ def test_prune_on_the_command_line(room: Path, cli: Callable[..., commands.Resul
     refused = cli("prune", "--run", run, "--keep-last", "1")
     assert refused.code == 1
     assert "nothing was saved there by ckptstore" in refused.err
+
+
+def test_prune_by_hours_and_by_the_configuration(room: Path, cli: Callable[..., commands.Result]) -> None:
+    store = fill(room, 1, 2, 3)
+    words = ("prune", "--run", store.folder, "--dry-run", "--json")
+    assert [one["keep"] for one in cli(*words, "--keep-every-hours", "0.5").json["steps"]] == [True, False, True]
+    config = room / "run.yaml"
+    config.write_text("n: 2\nretention: {last: '${n}', every_hours: 12, best: null}\n")
+    # An interpolated number comes as text: said, not guessed.
+    refused = cli(*words, "--config", config)
+    assert (refused.code, "last is '2', and must be a whole number" in refused.err + refused.out) == (2, True)
+    config.write_text("retention: {last: 2}\n")
+    assert [one["keep"] for one in cli(*words, "--config", config).json["steps"]] == [False, True, True]
+    assert [one["keep"] for one in cli(*words, "--config", config, "retention.last=1").json["steps"]] == [False, False, True]
+    assert [one["keep"] for one in cli(*words, "--config", config, "--keep-every", "2").json["steps"]] == [False, True, True]
+    for text, problem in (
+        ("other: 1", "no retention: block"),
+        ("retention: [1]", "is a list, not a mapping"),
+        ("retention: {latest: 2}", "there is no 'latest'"),
+        ("retention: {}", "say what to keep"),
+    ):
+        config.write_text(text + "\n")
+        refused = cli(*words, "--config", config)
+        assert refused.code == 2
+        assert problem in refused.err + refused.out
+    assert there(store) == [1, 2, 3]
+    assert cli("prune", "--run", store.folder, "--keep-every-hours", "0").code == 2

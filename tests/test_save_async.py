@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ckptstore import CheckpointStore, native, steps
+from ckptstore import background as core
 from ckptstore.errors import BusyError, CkptStoreError, UsageError
 from ckptstore.retention import Keep
 from tests.test_torch_state import same
@@ -54,7 +55,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(monkeypatch)
     yield gate
     gate.open.set()
-    for line in background._lines.values():
+    for line in core._lines.values():
         if line.last is not None and line.last._future is not None:
             line.last._future.exception(30)
 
@@ -90,14 +91,14 @@ def test_planted_a_save_without_a_copy(store: CheckpointStore, gate: Gate, monke
 
 def test_buffers_are_used_again(store: CheckpointStore) -> None:
     ckpt.save_async(store, 1, make(1)).wait()
-    line = background._line_of(store)
-    before = [tensor.data_ptr() for tensor in line.buffers.tensors]
+    buffers = background._buffers[os.path.realpath(store.folder)]
+    before = [tensor.data_ptr() for tensor in buffers.tensors]
     ckpt.save_async(store, 2, make(2)).wait()
-    assert [tensor.data_ptr() for tensor in line.buffers.tensors] == before
+    assert [tensor.data_ptr() for tensor in buffers.tensors] == before
     other = {"model": {"a": torch.ones(5)}, "more": [torch.ones(2)] * 2, "x": torch.zeros(3, dtype=torch.int64)}
     ckpt.save_async(store, 3, other).wait()
     ckpt.save_async(store, 4, {"x": torch.zeros(3)}).wait()
-    assert len(line.buffers.tensors) == 1
+    assert len(buffers.tensors) == 1
     for step, state in ((1, make(1)), (2, make(2)), (3, other), (4, {"x": torch.zeros(3)})):
         assert same(ckpt.load(store, step), state)
     loaded = ckpt.load(store, 3)["more"]
@@ -184,8 +185,9 @@ if sys.argv[2] == "raise":
 if sys.argv[2] == "fork":
     child = os.fork()
     if child == 0:
+        from ckptstore import background as core
         from ckptstore.torch import background
-        os._exit(5 if background._lines else 0)
+        os._exit(5 if core._lines or background._buffers else 0)
     assert os.waitpid(child, 0)[1] == 0
 if sys.argv[2] == "sleep":
     time.sleep(60)
@@ -214,6 +216,50 @@ def test_killed_while_it_writes(store: CheckpointStore, name: str) -> None:
     assert len(steps.leftovers(store.folder)) == 1
     ckpt.save(store, 2, {"a": torch.ones(1)})
     assert steps.leftovers(store.folder) == []
+
+
+FORKS = """
+import os, sys, threading, time, torch, torch.distributed.checkpoint as dcp
+from torch.utils.data import DataLoader
+import ckptstore.torch as ckpt
+from ckptstore import CheckpointStore, native
+store = CheckpointStore(sys.argv[1])
+real, writing = native.write_files, threading.Event()
+def slow(*args, **kwargs):
+    writing.set()
+    time.sleep(0.3)
+    return real(*args, **kwargs)
+native.write_files = slow
+data = DataLoader(list(range(64)), batch_size=8, num_workers=2, persistent_workers=True)
+for step in range(3):
+    ckpt.save_async(store, step, {"w": torch.full((1000,), float(step))})
+    assert sum(int(batch.sum()) for batch in data) == 2016      # at the first: forks while the save is in flight
+del data
+ckpt.wait_all(30)
+writing.clear()
+saving = threading.Thread(
+    target=lambda: dcp.save({"w": torch.ones(1000)}, storage_writer=ckpt.StoreWriter(store, 9), no_dist=True)
+)
+saving.start()
+writing.wait()
+if os.fork() == 0:
+    sys.exit(0)     # an orderly end: it runs the finalizers that it was forked with
+os.wait()
+saving.join()
+"""
+
+
+def test_data_loaders_and_other_children(store: CheckpointStore) -> None:
+    """Workers that live through several saves, and a child that ends while its parent writes: no save is harmed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, store.folder], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [one.step for one in store.list()] == [0, 1, 2, 9]
+    assert all(store.verify(step).ok for step in (0, 1, 2, 9))
+    for step in range(3):
+        assert same(ckpt.load(store, step), {"w": torch.full((1000,), float(step))})
 
 
 def test_errors_are_ours(tmp_path: Path) -> None:

@@ -83,6 +83,25 @@ def test_a_failure_is_an_outcome(store: CheckpointStore, emergency: Any, monkeyp
     assert "No space left" in outcome.problem
 
 
+def test_another_saves_failure_is_no_reason(
+    store: CheckpointStore, emergency: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last save before the signal failed in the background, and nobody was told yet."""
+    with monkeypatch.context() as patch:
+
+        def full(*args: Any, **kwargs: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(native, "write_files", full)
+        failed = ckpt.save_async(store, 1, {"a": torch.ones(3)})
+        assert failed._future.exception(30) is not None
+    os.kill(os.getpid(), signal.SIGTERM)
+    outcome = emergency.save(store, 2, {"a": torch.ones(3)})
+    assert (outcome.committed, outcome.problem) == (True, "")
+    assert [one.step for one in store.list()] == [2]
+    assert "step 1 failed" in caplog.text
+
+
 def test_a_handler_before_is_called_too() -> None:
     called = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: called.append(number))

@@ -7,12 +7,16 @@ import click
 from ckptstore import retention
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
 from ckptstore.cli.render import columns, done, echo, print_json, size
+from ckptstore.errors import UsageError
 from ckptstore.locate import Where
 
 
 @click.command("prune", cls=Verb, short_help="Delete the steps of a store that no rule keeps.")
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="Keep the newest N good ones.")
 @click.option("--keep-every", type=click.IntRange(1), metavar="N", help="Keep steps that are multiples of N.")
+@click.option(
+    "--keep-every-hours", type=click.FloatRange(0, min_open=True), metavar="T", help="Keep one saved in every T hours."
+)
 @click.option("--keep-best", type=click.IntRange(1), metavar="K", help="Keep the K best by --metric.")
 @click.option("--metric", default="", metavar="NAME", help="The metric, as it was given to save.")
 @click.option("--mode", type=click.Choice(["max", "min"]), default="max", show_default=True, help="Which end of it is good.")
@@ -24,6 +28,7 @@ def command(
     where: Where,
     keep_last: int | None,
     keep_every: int | None,
+    keep_every_hours: float | None,
     keep_best: int | None,
     metric: str,
     mode: str,
@@ -32,10 +37,27 @@ def command(
 ) -> None:
     """Delete steps of a store (what `CheckpointStore.save` made). What any rule keeps, stays.
 
-    The newest good step is always kept, and pinned ones (`status --pin`), and whatever is not a whole checkpoint.
+    The newest good step is always kept, and pinned ones (`status --pin`), and whatever is not a whole checkpoint. Without a
+    --keep option, what the retention: block of --config says.
     """
-    keep = retention.Keep(keep_last or 0, keep_every or 0, keep_best or 0, metric, "max" if mode == "max" else "min")
-    _, backend = open_run(where, as_json=as_json, read_only=dry_run, steps_too=True)
+    keep = None
+    if not where.config or any((keep_last, keep_every, keep_every_hours, keep_best, metric)):
+        keep = retention.Keep(
+            keep_last or 0,
+            keep_every or 0,
+            keep_best or 0,
+            metric,
+            "max" if mode == "max" else "min",
+            every_hours=keep_every_hours or 0.0,
+        )
+    located, backend = open_run(where, as_json=as_json, read_only=dry_run, steps_too=True)
+    if keep is None and located.config is not None:
+        keep = retention.Keep.from_config(located.config)
+    if keep is None:
+        raise UsageError(
+            f"--config {where.config} has no retention: block, and no --keep option is given",
+            hint="Say what to keep: --keep-last, --keep-every, --keep-every-hours, --keep-best.",
+        )
     decisions = retention.plan(backend, keep) if dry_run else retention.prune(backend, keep)
     doomed = [one for one in decisions if not one.keep]
     if as_json:

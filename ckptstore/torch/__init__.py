@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from ckptstore.torch.background import SaveHandle, save_async, wait_all
+from ckptstore.background import SaveHandle, wait_all
+from ckptstore.torch.background import save_async
 from ckptstore.torch.reader import StoreReader
 from ckptstore.torch.signals import Emergency, install_signal_handlers
 from ckptstore.torch.simple import load, save

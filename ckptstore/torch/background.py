@@ -1,78 +1,24 @@
-"""Saves in the background: the state is copied to host memory while the caller waits, and written while it trains.
+"""States saved in the background: copied to host memory while the caller waits, and written while it trains.
 
-One save a store is in flight. The host buffers are kept and used again by the next save of the same shapes: memory is one
-more state. A save that fails is logged at once, and raised by `wait` or else by the next call. At the interpreter's exit a
-save in flight is finished; SIGTERM's default ends the process with the store as it was (signals.py does better). A forked
-child has no saves.
+The host buffers are kept and used again by the next save of the same shapes: memory is one more state.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 import os
-import threading
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ckptstore import native
-from ckptstore.errors import BusyError, UsageError
+from ckptstore import background, native
+from ckptstore.background import OnBusy, SaveHandle
 from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import simple
-
-_log = logging.getLogger("ckptstore")
-
-
-class SaveHandle:
-    """A save in the background. Thread-safe."""
-
-    def __init__(self, step: int, future: Future[Manifest] | None) -> None:
-        self.step = step
-        self._future = future
-        self._told = False
-
-    def __repr__(self) -> str:
-        state = "skipped" if self.skipped else "committed" if self.committed else "failed" if self.failed else "in flight"
-        return f"SaveHandle(step={self.step}, {state})"
-
-    @property
-    def skipped(self) -> bool:
-        """Whether nothing is saved, since another save was in flight (`on_busy="skip"`)."""
-        return self._future is None
-
-    @property
-    def staged(self) -> bool:
-        """Whether the state may change: its copy is made. So it is from the return of save_async on."""
-        return not self.skipped
-
-    @property
-    def committed(self) -> bool:
-        """Whether the step is in the store, durable."""
-        return self._future is not None and self._future.done() and self._future.exception() is None
-
-    @property
-    def failed(self) -> bool:
-        """Whether it was not saved, or not surely: `wait` raises why."""
-        return self._future is not None and self._future.done() and self._future.exception() is not None
-
-    def wait(self, timeout_s: float | None = None) -> Manifest | None:
-        """Wait until it is committed; its manifest, None for a skipped one. What went wrong is raised; TimeoutError."""
-        if self._future is None:
-            return None
-        try:
-            return self._future.result(timeout_s)
-        finally:
-            self._told = self._future.done()
-
-    def _settle(self, timeout_s: float | None = None) -> None:
-        """Wait for the end, and raise a failure that nobody was told of."""
-        if not self._told:
-            self.wait(timeout_s)
 
 
 @dataclass(slots=True)
@@ -107,32 +53,18 @@ class _Buffers:
         self.devices.clear()
 
 
-class _Line:
-    """The saves of one store: one after the other."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()  # held while a save is staged
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="ckptstore-save")
-        self.buffers = _Buffers()
-        self.last: SaveHandle | None = None
-
-
-_lines: dict[str, _Line] = {}
-_lock = threading.Lock()
+_buffers: dict[str, _Buffers] = {}  # by the store's folder
+_inherited: list[dict[str, _Buffers]] = []
 
 
 def _forget() -> None:
-    global _lock
-    _lines.clear()
-    _lock = threading.Lock()
+    """In a forked child: its parent may write from them. They are not freed there: CUDA must not be called in a child."""
+    global _buffers
+    _inherited.append(_buffers)
+    _buffers = {}
 
 
 os.register_at_fork(after_in_child=_forget)
-
-
-def _line_of(store: CheckpointStore) -> _Line:
-    with _lock:
-        return _lines.setdefault(os.path.realpath(store.folder), _Line())
 
 
 def save_async(
@@ -143,7 +75,7 @@ def save_async(
     metrics: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
     keep: Keep | None = None,
-    on_busy: Literal["wait", "skip", "raise"] = "wait",
+    on_busy: OnBusy = "wait",
     nice: int = 10,
 ) -> SaveHandle:
     """Save in the background: returns when the state is copied to host memory, and may change. Otherwise as `save`.
@@ -152,35 +84,14 @@ def save_async(
     BusyError. A failure of an earlier one that nobody has waited for is raised here, and nothing is saved then. `nice` is the
     priority of the writing threads.
     """
-    if on_busy not in ("wait", "skip", "raise"):
-        raise UsageError(f"on_busy is wait, skip or raise, not {on_busy!r:.20}")
-    line = _line_of(store)
-    with line.lock:
-        if line.last is not None and line.last._future is not None and not line.last._future.done():
-            if on_busy == "skip":
-                return SaveHandle(step, None)
-            if on_busy == "raise":
-                raise BusyError(f"the save of step {line.last.step} is still in flight", hint="Save less often, or wait.")
-        if line.last is not None:
-            line.last._settle()
-            line.last = None
-        line.buffers.begin()
-        files = simple.files_of(state_dict, config, take=line.buffers.take)
-        line.buffers.finish()
+
+    def stage(handle: SaveHandle) -> Callable[[], Manifest]:
+        buffers = _buffers.setdefault(os.path.realpath(store.folder), _Buffers())
+        buffers.begin()
+        files = simple.files_of(state_dict, config, take=buffers.take)
+        buffers.finish()
+        handle.mark_staged()
         options = native.CopyOptions(nice=nice)
-        future = line.pool.submit(simple.write, store, step, files, metrics=metrics, keep=keep, options=options)
-        future.add_done_callback(lambda done: _report(step, done))
-        line.last = SaveHandle(step, future)
-        return line.last
+        return functools.partial(simple.write, store, step, files, metrics=metrics, keep=keep, options=options)
 
-
-def wait_all(timeout_s: float | None = None) -> None:
-    """Wait for all saves in flight; a failure that nobody was told of is raised. TimeoutError."""
-    for line in list(_lines.values()):
-        if line.last is not None:
-            line.last._settle(timeout_s)
-
-
-def _report(step: int, done: Future[Manifest]) -> None:
-    if (error := done.exception()) is not None:
-        _log.error("the background save of step %d failed: %s", step, error)
+    return background.submit(store.folder, step, stage, on_busy=on_busy)

@@ -7,7 +7,6 @@ what was there is. A second SIGTERM ends the process at once.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 import time
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from ckptstore.background import wait_all
 from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.store import CheckpointStore
-from ckptstore.torch.background import save_async, wait_all
+from ckptstore.torch.background import save_async
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -66,8 +66,7 @@ class Emergency:
         started = time.monotonic()
         problem = ""
         try:
-            with contextlib.suppress(CkptStoreError):  # another step's failure is no reason not to save this one
-                wait_all(max(0.0, self.remaining_s))
+            _end_others(max(0.0, self.remaining_s))
             save_async(store, step, state_dict, **{"nice": 0, **options}).wait(max(0.0, self.remaining_s))
         except TimeoutError:
             problem = f"not committed within {self.deadline_s:g} s"
@@ -94,6 +93,16 @@ class Emergency:
     def __iter__(self) -> Iterator[str]:
         """The names of the signals that are noted."""
         return iter([signal.Signals(number).name for number in self._noted])
+
+
+def _end_others(timeout_s: float) -> None:
+    """Wait for saves in flight. One that fails was logged, and is no reason not to save this one. TimeoutError."""
+    try:
+        wait_all(timeout_s)
+    except TimeoutError:  # an OSError too
+        raise
+    except (CkptStoreError, OSError, MemoryError):
+        return
 
 
 def install_signal_handlers(deadline_s: float = 30.0, *, signals: Sequence[int] = SIGNALS) -> Emergency:
