@@ -41,7 +41,7 @@ from ckptstore.errors import (
 from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE, files_of
 from ckptstore.lock import RunLock
-from ckptstore.manifest import Manifest, check_names
+from ckptstore.manifest import FileEntry, Manifest, check_names
 from ckptstore.model import MANIFEST_NAME
 
 OWNER = "owner"
@@ -151,11 +151,8 @@ def abandon(draft: Draft) -> None:
     draft.descriptor = -1
 
 
-def copy_in(draft: Draft, directory: str, *, progress: native.Progress | None = None) -> dict[str, native.Digest]:
-    """Copy a folder's files into a draft: digested in the one read, durable, times kept. Their digests.
-
-    RefusedError for links and devices in it; SourceChangedError where it is written meanwhile.
-    """
+def files_to_copy(directory: str) -> list[native.FileSpec]:
+    """The files of a folder that is to be saved. RefusedError for links and devices in it; UsageError where there are none."""
     files, findings = files_of(LocalBackend(directory).tree(max_depth=4), "")
     files = [file for file in files if file.name != MANIFEST_NAME]
     odd = [f"{file.name} is a {file.kind}" for file in files if file.kind != "file"]
@@ -164,8 +161,7 @@ def copy_in(draft: Draft, directory: str, *, progress: native.Progress | None = 
     if not files:
         raise UsageError(f"{directory} holds no files: there is nothing to save")
     check_names(file.name for file in files)
-    specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in files]
-    return native.copy_files(directory, draft.path, specs, progress=progress).digests
+    return [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in files]
 
 
 @contextlib.contextmanager
@@ -269,21 +265,33 @@ def _describe(
         raise NotFoundError(f"{error.filename} was written, and is gone", hint="Is somebody cleaning up there?") from error
     except OSError as error:
         raise from_os_error(error, doing="preparing", path=error.filename or draft.path) from error
+    manifest = manifest_of(draft.step, entries, metrics=metrics, source=source, chunk_bytes=chunk_bytes)
+    side_folders.write_manifest(draft.path, manifest, model=model)
+    return manifest
+
+
+def manifest_of(
+    step: int,
+    files: tuple[FileEntry, ...],
+    *,
+    metrics: Mapping[str, float],
+    source: str,
+    chunk_bytes: int = native.CHUNK_BYTES,
+) -> Manifest:
+    """The manifest of a step that was saved. Metrics that are not finite are left out."""
     numbers = {name: float(value) for name, value in metrics.items()}
-    manifest = Manifest(
-        step=draft.step,
+    return Manifest(
+        step=step,
         epoch=-1,
         epoch_step=-1,
         part=PART,
         origin="save",
-        files=entries,
+        files=files,
         chunk_bytes=chunk_bytes,
         source=source,
         tool=f"ckptstore {ckptstore.__version__}",
         metrics={name: value for name, value in numbers.items() if math.isfinite(value)},
     )
-    side_folders.write_manifest(draft.path, manifest, model=model)
-    return manifest
 
 
 def _publish(draft: Draft, manifest: Manifest) -> None:

@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckptstore import native, recovery, retention, steps
+from ckptstore import native, recovery, retention, saving, steps
 from ckptstore import side as side_folders
-from ckptstore.backends import LocalBackend, open_backend
+from ckptstore.backends import open_backend
 from ckptstore.choose import ResumePoint, Selection, resume_point
 from ckptstore.errors import (
     AlreadyExistsError,
@@ -35,7 +35,7 @@ from ckptstore.verify import Notify, Report, verify_all
 class CheckpointStore:
     """The checkpoints of one run, given by its folder (AReaL: `{fileroot}/checkpoints/{user}/{experiment}/{trial}`) or URL.
 
-    Any other folder, empty or not there yet, becomes a store of steps with the first `save`: one folder `step-N` each.
+    Any other folder or URL, empty or not there yet, becomes a store of steps with the first `save`: one folder `step-N` each.
 
     Every call looks at the disk anew; nothing is cached. Thread-safe. All errors are subclasses of CkptStoreError.
 
@@ -71,14 +71,14 @@ class CheckpointStore:
         A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
         retention (best K); those that are not finite are left out. `keep` prunes afterwards. Errors: NotCommitted and
         CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
-        SourceChangedError.
+        SourceChangedError. At a URL it is sent there, as docs/object-stores.md says; `keep` is for folders (UsageError).
         """
-        draft = steps.begin(self.folder, step)
+        draft = saving.begin(self.backend, step, keep=keep)
         try:
-            digests = steps.copy_in(draft, os.path.abspath(directory), progress=progress)
-            manifest = steps.commit(draft, digests, metrics=metrics, source=os.path.basename(os.path.abspath(directory)))
+            written = saving.write_folder(draft, os.path.abspath(directory), progress=progress)
+            manifest = saving.commit(draft, written, metrics=metrics, source=os.path.basename(os.path.abspath(directory)))
         finally:
-            steps.abandon(draft)
+            saving.abandon(draft)
         if keep is not None:
             self.prune(keep)
         return manifest
@@ -89,9 +89,8 @@ class CheckpointStore:
 
     @property
     def folder(self) -> str:
-        """The local folder that is saved into. UsageError where the store is somewhere else."""
-        if not isinstance(self.backend, LocalBackend):
-            raise UsageError(f"saving into {self.backend.location} is not supported yet", hint="Name a local folder.")
+        """The folder of a store on this machine. UsageError where it is at a URL."""
+        self._need_folder()
         return self.backend.location
 
     def list(self) -> Sequence[Checkpoint]:

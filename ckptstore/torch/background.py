@@ -24,6 +24,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import simple
+from ckptstore.torch.waves import Waves
 
 _log = logging.getLogger("ckptstore")
 
@@ -31,9 +32,10 @@ _log = logging.getLogger("ckptstore")
 class SaveHandle:
     """A save in the background. Thread-safe."""
 
-    def __init__(self, step: int, future: Future[Manifest] | None) -> None:
+    def __init__(self, step: int, future: Future[Manifest] | None, waves: Waves | None = None) -> None:
         self.step = step
         self._future = future
+        self._waves = waves
         self._told = False
 
     def __repr__(self) -> str:
@@ -47,8 +49,15 @@ class SaveHandle:
 
     @property
     def staged(self) -> bool:
-        """Whether the state may change: its copy is made. So it is from the return of save_async on."""
-        return not self.skipped
+        """Whether the state may change: its copy is made. With `max_host_bytes` that may come after save_async's return."""
+        return not self.skipped and (self._waves is None or self._waves.staged)
+
+    def wait_staged(self, timeout_s: float | None = None) -> None:
+        """Wait until the state may change. A save that failed before that raises why. TimeoutError."""
+        if self._waves is not None:
+            self._waves.wait(timeout_s)
+            if not self._waves.staged:
+                self.wait()
 
     @property
     def committed(self) -> bool:
@@ -114,7 +123,15 @@ class _Line:
         self.lock = threading.Lock()  # held while a save is staged
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="ckptstore-save")
         self.buffers = _Buffers()
+        self.pieces: list[torch.Tensor] = []  # buffers of waves.py
         self.last: SaveHandle | None = None
+
+    def follow(self, handle: SaveHandle) -> SaveHandle:
+        """From here on it is the save in flight."""
+        assert handle._future is not None
+        handle._future.add_done_callback(lambda done: _report(handle.step, done))
+        self.last = handle
+        return handle
 
 
 _lines: dict[str, _Line] = {}
@@ -132,7 +149,8 @@ os.register_at_fork(after_in_child=_forget)
 
 def _line_of(store: CheckpointStore) -> _Line:
     with _lock:
-        return _lines.setdefault(os.path.realpath(store.folder), _Line())
+        where = store.backend.location
+        return _lines.setdefault(os.path.realpath(where) if store.backend.is_folder else where, _Line())
 
 
 def save_async(
@@ -145,12 +163,17 @@ def save_async(
     keep: Keep | None = None,
     on_busy: Literal["wait", "skip", "raise"] = "wait",
     nice: int = 10,
+    max_host_bytes: int | None = None,
 ) -> SaveHandle:
     """Save in the background: returns when the state is copied to host memory, and may change. Otherwise as `save`.
 
     While an earlier save of the store is in flight: `wait` for it, `skip` this one (the handle says so), or `raise`
     BusyError. A failure of an earlier one that nobody has waited for is raised here, and nothing is saved then. `nice` is the
     priority of the writing threads.
+
+    `max_host_bytes` bounds the host memory for the copy. A state that is larger is copied in waves while it is written: then
+    this returns at once, and the state must not change before `handle.wait_staged()` returns. A change before that makes
+    the save fail (SourceChangedError). Only for a store on a disk.
     """
     if on_busy not in ("wait", "skip", "raise"):
         raise UsageError(f"on_busy is wait, skip or raise, not {on_busy!r:.20}")
@@ -164,14 +187,18 @@ def save_async(
         if line.last is not None:
             line.last._settle()
             line.last = None
+        if max_host_bytes is not None and not (waves := Waves(state_dict, config, max_host_bytes=max_host_bytes)).fits:
+            _ = store.folder  # UsageError at a URL
+            line.buffers.tensors.clear()
+            future = line.pool.submit(waves.write, store, step, line.pieces, metrics=metrics, keep=keep, nice=nice)
+            return line.follow(SaveHandle(step, future, waves))
+        line.pieces.clear()
         line.buffers.begin()
         files = simple.files_of(state_dict, config, take=line.buffers.take)
         line.buffers.finish()
         options = native.CopyOptions(nice=nice)
         future = line.pool.submit(simple.write, store, step, files, metrics=metrics, keep=keep, options=options)
-        future.add_done_callback(lambda done: _report(step, done))
-        line.last = SaveHandle(step, future)
-        return line.last
+        return line.follow(SaveHandle(step, future))
 
 
 def wait_all(timeout_s: float | None = None) -> None:
