@@ -432,7 +432,7 @@ def test_an_interrupted_push_goes_on(url, run, monkeypatch):
 
     with monkeypatch.context() as planted:
         planted.setattr(pushing._Push, "_read", stop_at_the_large_one)
-        planted.setattr(pushing.parallel, "each", each_in_turn)
+        planted.setattr(sending.parallel, "each", each_in_turn)
         with pytest.raises(KeyboardInterrupt):
             send(run, url)
     assert not any(key.endswith((MANIFEST_NAME, path.name)) for key in keys(url))

@@ -353,7 +353,7 @@ def test_two_ranks(s3: str, tmp_path: Path) -> None:
     (code, out) = finish([children[0]])[0]
     assert (code, "FAILED" in out) == (7, True), out
     children[1].kill()
-    children[1].wait()
+    finish([children[1]])
     assert store.verify(5).ok
     assert same(torch.load(tmp_path / "loaded.pt"), torch.load(tmp_path / "saved.pt"))
 
