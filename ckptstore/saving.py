@@ -45,7 +45,7 @@ def write_buffers(
 
 def write_folder(draft: Draft, directory: str, *, progress: native.Progress | None = None) -> dict[str, Written]:
     """Copy a folder's files: digested in the one read, durable. RefusedError for links and devices; SourceChangedError."""
-    specs = steps.files_to_copy(directory)
+    specs = steps.files_in(directory)
     if isinstance(draft, Upload):
         files = {spec.name: uploading.File(directory, spec) for spec in specs}
         return uploading.write(draft.target, draft.prefix, files, progress=progress)

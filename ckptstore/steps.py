@@ -151,8 +151,8 @@ def abandon(draft: Draft) -> None:
     draft.descriptor = -1
 
 
-def files_to_copy(directory: str) -> list[native.FileSpec]:
-    """The files of a folder that is to be saved. RefusedError for links and devices in it; UsageError where there are none."""
+def files_in(directory: str) -> list[native.FileSpec]:
+    """The files of a folder as they are now. RefusedError for links and devices in it, UsageError where there are none."""
     files, findings = files_of(LocalBackend(directory).tree(max_depth=4), "")
     files = [file for file in files if file.name != MANIFEST_NAME]
     odd = [f"{file.name} is a {file.kind}" for file in files if file.kind != "file"]

@@ -32,10 +32,11 @@ _log = logging.getLogger("ckptstore")
 class SaveHandle:
     """A save in the background. Thread-safe."""
 
-    def __init__(self, step: int, future: Future[Manifest] | None, waves: Waves | None = None) -> None:
+    def __init__(self, step: int) -> None:
         self.step = step
-        self._future = future
-        self._waves = waves
+        self._future: Future[Manifest] | None = None
+        self._staged = False
+        self._woken = threading.Event()  # staged, or at its end
         self._told = False
 
     def __repr__(self) -> str:
@@ -50,14 +51,21 @@ class SaveHandle:
     @property
     def staged(self) -> bool:
         """Whether the state may change: its copy is made. With `max_host_bytes` that may come after save_async's return."""
-        return not self.skipped and (self._waves is None or self._waves.staged)
+        return self._staged
 
     def wait_staged(self, timeout_s: float | None = None) -> None:
         """Wait until the state may change. A save that failed before that raises why. TimeoutError."""
-        if self._waves is not None:
-            self._waves.wait(timeout_s)
-            if not self._waves.staged:
-                self.wait()
+        if self._future is None:
+            return
+        if not self._woken.wait(timeout_s):
+            raise TimeoutError(f"step {self.step} was not staged within {timeout_s:g} s")
+        if not self._staged:
+            self.wait()
+
+    def mark_staged(self) -> None:
+        """For who saves: all is copied."""
+        self._staged = True
+        self._woken.set()
 
     @property
     def committed(self) -> bool:
@@ -126,10 +134,10 @@ class _Line:
         self.pieces: list[torch.Tensor] = []  # buffers of waves.py
         self.last: SaveHandle | None = None
 
-    def follow(self, handle: SaveHandle) -> SaveHandle:
+    def follow(self, handle: SaveHandle, future: Future[Manifest]) -> SaveHandle:
         """From here on it is the save in flight."""
-        assert handle._future is not None
-        handle._future.add_done_callback(lambda done: _report(handle.step, done))
+        handle._future = future
+        future.add_done_callback(lambda done: _report(handle, done))
         self.last = handle
         return handle
 
@@ -181,7 +189,7 @@ def save_async(
     with line.lock:
         if line.last is not None and line.last._future is not None and not line.last._future.done():
             if on_busy == "skip":
-                return SaveHandle(step, None)
+                return SaveHandle(step)
             if on_busy == "raise":
                 raise BusyError(f"the save of step {line.last.step} is still in flight", hint="Save less often, or wait.")
         if line.last is not None:
@@ -190,15 +198,19 @@ def save_async(
         if max_host_bytes is not None and not (waves := Waves(state_dict, config, max_host_bytes=max_host_bytes)).fits:
             _ = store.folder  # UsageError at a URL
             line.buffers.tensors.clear()
-            future = line.pool.submit(waves.write, store, step, line.pieces, metrics=metrics, keep=keep, nice=nice)
-            return line.follow(SaveHandle(step, future, waves))
+            handle = SaveHandle(step)
+            staged = handle.mark_staged
+            more: dict[str, Any] = {"metrics": metrics, "keep": keep, "nice": nice}
+            return line.follow(handle, line.pool.submit(waves.write, store, step, line.pieces, staged=staged, **more))
         line.pieces.clear()
         line.buffers.begin()
         files = simple.files_of(state_dict, config, take=line.buffers.take)
         line.buffers.finish()
         options = native.CopyOptions(nice=nice)
         future = line.pool.submit(simple.write, store, step, files, metrics=metrics, keep=keep, options=options)
-        return line.follow(SaveHandle(step, future))
+        handle = SaveHandle(step)
+        handle.mark_staged()
+        return line.follow(handle, future)
 
 
 def wait_all(timeout_s: float | None = None) -> None:
@@ -208,6 +220,7 @@ def wait_all(timeout_s: float | None = None) -> None:
             line.last._settle(timeout_s)
 
 
-def _report(step: int, done: Future[Manifest]) -> None:
+def _report(handle: SaveHandle, done: Future[Manifest]) -> None:
     if (error := done.exception()) is not None:
-        _log.error("the background save of step %d failed: %s", step, error)
+        _log.error("the background save of step %d failed: %s", handle.step, error)
+    handle._woken.set()

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class _File(NamedTuple):
 
 
 class Waves:
-    """One save of a state in waves. `write` once, on any thread; `staged` and `wait` on any."""
+    """One save of a state in waves: made by the thread that trains, then `write`, once, on any."""
 
     def __init__(self, state_dict: Mapping[str, Any], config: Mapping[str, Any] | None, *, max_host_bytes: int) -> None:
         if max_host_bytes < 2 * PIECE_BYTES:
@@ -64,14 +64,7 @@ class Waves:
         devices = {tensor.device for _, tensor, _ in self._versions if tensor.is_cuda}
         self._ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
         self._count = max_host_bytes // PIECE_BYTES
-        self._ended = threading.Event()
         self.fits = sum(file.size_bytes for file in self._files.values()) <= max_host_bytes
-        self.staged = False  #: whether all of the state has been copied
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until it is staged, or has failed. TimeoutError."""
-        if not self._ended.wait(timeout_s):
-            raise TimeoutError(f"not staged within {timeout_s:g} s")
 
     def write(
         self,
@@ -79,26 +72,27 @@ class Waves:
         step: int,
         buffers: list[torch.Tensor],
         *,
+        staged: Callable[[], None],
         metrics: Mapping[str, float] | None = None,
         keep: Keep | None = None,
         nice: int = 0,
     ) -> Manifest:
-        """Stage, write and commit. `buffers` are used, and kept for the next save. Errors as `save`; SourceChangedError."""
+        """Stage, write and commit. `buffers` are used, and kept for the next save. Errors as `save`; SourceChangedError.
+
+        `staged` is called when all of the state has been copied.
+        """
+        draft = saving.begin(store.backend, step, keep=keep)
         try:
-            draft = saving.begin(store.backend, step, keep=keep)
-            try:
-                written = self._write(saving.place(draft), buffers, nice)
-                written |= saving.write_buffers(store.backend, saving.place(draft), self._rest)
-                manifest = saving.commit(draft, written, metrics=metrics)
-            finally:
-                saving.abandon(draft)
+            written = self._write(saving.place(draft), buffers, staged, nice)
+            written |= saving.write_buffers(store.backend, saving.place(draft), self._rest)
+            manifest = saving.commit(draft, written, metrics=metrics)
         finally:
-            self._ended.set()
+            saving.abandon(draft)
         if keep is not None:
             store.prune(keep)
         return manifest
 
-    def _write(self, folder: str, buffers: list[torch.Tensor], nice: int) -> dict[str, Written]:
+    def _write(self, folder: str, buffers: list[torch.Tensor], staged: Callable[[], None], nice: int) -> dict[str, Written]:
         pinned = bool(self._ready)
         if not buffers or buffers[0].is_pinned() != pinned:
             buffers.clear()
@@ -140,6 +134,7 @@ class Waves:
                 jobs.append((name, pool.submit(put, fds[name], offset, buffer, piece.numel(), copied)))
             else:
                 self._end_staging()
+                staged()
             for name, job in jobs:
                 segments[name] += job.result()
         now = time.time_ns()
@@ -174,8 +169,6 @@ class Waves:
                     path=name,
                     hint="Call handle.wait_staged() before the optimizer's step.",
                 )
-        self.staged = True
-        self._ended.set()
 
 
 def _copy(piece: torch.Tensor, buffer: torch.Tensor, stream: Any) -> Any:
