@@ -43,14 +43,20 @@ def write_buffers(
     return {name: Written(digests[name], content.size_bytes, content.mtime_ns) for name, content in contents.items()}
 
 
-def write_folder(draft: Draft, directory: str, *, progress: native.Progress | None = None) -> dict[str, Written]:
-    """Copy a folder's files: digested in the one read, durable. RefusedError for links and devices; SourceChangedError."""
-    specs = steps.files_in(directory)
+def write_folder(
+    draft: Draft,
+    directory: str,
+    files: Sequence[native.FileSpec],
+    *,
+    options: native.CopyOptions | None = None,
+    progress: native.Progress | None = None,
+) -> dict[str, Written]:
+    """Copy files of a folder: digested in the one read, durable. SourceChangedError. `options` are for disks."""
     if isinstance(draft, Upload):
-        files = {spec.name: uploading.File(directory, spec) for spec in specs}
-        return uploading.write(draft.target, draft.prefix, files, progress=progress)
-    digests = native.copy_files(directory, draft.path, specs, progress=progress).digests
-    return {spec.name: Written(digests[spec.name], spec.size_bytes, spec.mtime_ns) for spec in specs}
+        contents = {file.name: uploading.File(directory, file) for file in files}
+        return uploading.write(draft.target, draft.prefix, contents, progress=progress)
+    digests = native.copy_files(directory, draft.path, files, options=options, progress=progress).digests
+    return {file.name: Written(digests[file.name], file.size_bytes, file.mtime_ns) for file in files}
 
 
 def commit(

@@ -73,10 +73,12 @@ class CheckpointStore:
         CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
         SourceChangedError. At a URL it is sent there, as docs/object-stores.md says; `keep` is for folders (UsageError).
         """
+        source = os.path.abspath(directory)
+        files = steps.files_in(source)
         draft = saving.begin(self.backend, step, keep=keep)
         try:
-            written = saving.write_folder(draft, os.path.abspath(directory), progress=progress)
-            manifest = saving.commit(draft, written, metrics=metrics, source=os.path.basename(os.path.abspath(directory)))
+            written = saving.write_folder(draft, source, files, progress=progress)
+            manifest = saving.commit(draft, written, metrics=metrics, source=os.path.basename(source))
         finally:
             saving.abandon(draft)
         if keep is not None:

@@ -14,9 +14,10 @@ A crash leaves a prefix without a manifest: the next save of that step removes i
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -54,6 +55,7 @@ class Upload:
     prefix: str
     before: Sequence[str] = ()  #: prefixes of the step that it replaces
     ended: bool = False
+    process: int = field(default_factory=os.getpid)
 
 
 class Written(NamedTuple):
@@ -224,8 +226,11 @@ def _is_in(upload: Upload, manifest: Manifest, error: CkptStoreError) -> bool:
 
 
 def discard(upload: Upload) -> None:
-    """Remove what an upload that was not published has brought. What cannot be removed is left for a later save."""
-    if not upload.ended:
+    """Remove what an upload that was not published has brought. What cannot be removed is left for a later save.
+
+    In a child that was forked meanwhile it does nothing: the upload is its parent's.
+    """
+    if not upload.ended and upload.process == os.getpid():
         upload.ended = True
         with contextlib.suppress(CkptStoreError):
             remove(upload.target, upload.prefix)

@@ -123,6 +123,11 @@ def test_the_old_one_is_untouched_until_the_new_one_is_there(url: str, source: P
     assert store.verify(5).ok
     assert set(before) < set(keys(url))
     assert fetch(url, 5, tmp_path / "there") == content(source)
+    with_draft = keys(url)
+    upload.process += 1  # as seen by a child that was forked meanwhile
+    uploading.discard(upload)
+    assert keys(url) == with_draft
+    upload.process -= 1
     uploading.discard(upload)
     assert keys(url) == before
 
