@@ -414,7 +414,7 @@ def test_wrong_chunks_in_a_stage_are_fetched_again(url, run, tmp_path, monkeypat
 def each_in_turn(jobs, work, *, threads, tick):
     """The smallest first, on this thread."""
     for job in sorted(jobs, key=lambda file: file.size_bytes):
-        work(job, pushing.parallel.Stop())
+        work(job, sending.parallel.Stop())
 
 
 def test_an_interrupted_push_goes_on(url, run, monkeypatch):
