@@ -29,6 +29,7 @@ class SaveHandle:
         self.step = step
         self._future: Future[Manifest] | None = None
         self._staged = threading.Event()
+        self._woken = threading.Event()  # staged, or at its end
         self._told = False
         self._process = os.getpid()
 
@@ -73,6 +74,16 @@ class SaveHandle:
     def mark_staged(self) -> None:
         """For who saves: all is copied."""
         self._staged.set()
+        self._woken.set()
+
+    def wait_staged(self, timeout_s: float | None = None) -> None:
+        """Wait until what is saved may change. A save that failed before that raises why. TimeoutError."""
+        if self._future is None:
+            return
+        if not self._woken.wait(timeout_s):
+            raise TimeoutError(f"step {self.step} was not staged within {timeout_s:g} s")
+        if not self.staged:
+            self.wait()
 
     @property
     def in_flight(self) -> bool:
@@ -131,6 +142,7 @@ def submit(
             line.last = None
         handle = SaveHandle(step)
         handle._future = line.pool.submit(_run, stage(handle), step)
+        handle._future.add_done_callback(lambda _: handle._woken.set())
         line.last = handle
         return handle
 

@@ -1,19 +1,25 @@
 """Reads ranges of a checkpoint's files straight into memory, in parallel, every byte checked against the manifest: one read.
 
-A chunk that is wanted in part is read whole, since its digest covers all of it; what nobody wants goes to a scratch buffer.
+A chunk that is wanted in part is read whole, since its digest covers all of it. On a disk what nobody wants goes to a scratch
+buffer; at a URL the chunks come by fetching.py, and what is wanted is copied out of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptstore import native
+from ckptstore.backends.base import Backend
 from ckptstore.errors import IntegrityError, from_os_error
+from ckptstore.fetching import Wanted, fetch
 from ckptstore.formats import streaming
 from ckptstore.manifest import FileEntry
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _MOST_VIEWS = 1000  # a preadv takes IOV_MAX (1024)
 _MOST_THREADS = 16
@@ -33,12 +39,41 @@ class _Chunk(NamedTuple):
     wants: list[Want]  #: within the chunk, by offset
 
 
-def read_into(root: str, files: Iterable[tuple[FileEntry, Sequence[Want]]], *, chunk_bytes: int, threads: int = 0) -> None:
-    """Fill all wanted memory from files below `root`; wants of one file must not overlap.
+def read_into(
+    backend: Backend, folder: str, files: Sequence[tuple[FileEntry, Sequence[Want]]], *, chunk_bytes: int, threads: int = 0
+) -> None:
+    """Fill all wanted memory from files in a folder of `backend`; wants of one file must not overlap.
 
     DigestMismatchError where a chunk is not what the manifest records, IntegrityError for a file of another size; the
     memory then holds anything. NotFoundError, AccessError, StorageError. Blocks; releases the GIL while it reads.
     """
+    if backend.is_folder:
+        _from_disk(os.path.join(backend.location, folder), files, chunk_bytes, threads)
+    else:
+        _from_url(backend, folder, files, chunk_bytes)
+
+
+def _from_url(backend: Backend, folder: str, files: Sequence[tuple[FileEntry, Sequence[Want]]], chunk_bytes: int) -> None:
+    chunks: dict[str, Mapping[int, list[Want]]] = {}
+    wanted = []
+    for entry, wants in files:
+        chunks[entry.path] = inside = _by_chunk(wants, chunk_bytes)
+        unread = {number: crc for number, crc in enumerate(entry.chunks) if number not in inside}
+        wanted.append(Wanted(entry.path, f"{folder}/{entry.path}", entry.size_bytes, entry.chunks, unread))
+
+    def fill(name: str, offset: int, data: Buffer) -> None:
+        view = memoryview(data)
+        for number in range(offset // chunk_bytes, -(-(offset + view.nbytes) // chunk_bytes)):
+            for want in chunks[name][number]:
+                # A chunk larger than a request comes in pieces.
+                begin, end = max(want.offset, offset), min(want.offset + want.memory.nbytes, offset + view.nbytes)
+                if begin < end:
+                    want.memory[begin - want.offset : end - want.offset] = view[begin - offset : end - offset]
+
+    fetch(backend, wanted, chunk_bytes=chunk_bytes, sink=fill, stop_at_error=True)
+
+
+def _from_disk(root: str, files: Sequence[tuple[FileEntry, Sequence[Want]]], chunk_bytes: int, threads: int) -> None:
     fds: list[int] = []
     try:
         chunks = []
@@ -56,10 +91,10 @@ def read_into(root: str, files: Iterable[tuple[FileEntry, Sequence[Want]]], *, c
             os.close(fd)
 
 
-def read_whole(root: str, entry: FileEntry, *, chunk_bytes: int) -> bytes:
+def read_whole(backend: Backend, folder: str, entry: FileEntry, *, chunk_bytes: int) -> bytes:
     """A small file, checked. Errors as read_into's."""
     data = bytearray(entry.size_bytes)
-    read_into(root, [(entry, [Want(0, memoryview(data))] if data else [])], chunk_bytes=chunk_bytes)
+    read_into(backend, folder, [(entry, [Want(0, memoryview(data))] if data else [])], chunk_bytes=chunk_bytes)
     return bytes(data)
 
 

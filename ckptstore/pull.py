@@ -22,6 +22,7 @@ from ckptstore.errors import (
     from_os_error,
 )
 from ckptstore.frameworks.areal import layout
+from ckptstore.frameworks.steps import plain_name
 from ckptstore.lock import RunLock
 from ckptstore.manifest import Manifest, check_name, check_names
 from ckptstore.model import Checkpoint, Part, Status
@@ -72,7 +73,7 @@ def pull(
         check_name(folder_of(source, part))
         check_names(file.name for file in part.files)
     run = os.path.abspath(run)
-    here = {part.name: _here(run, folder_of(source, part), part, manifest) for part, manifest in parts}
+    here = {part.name: _here(run, _home(source, part), part, manifest) for part, manifest in parts}
     ordered = sorted(parts, key=lambda pair: pair[0].name == layout.MAIN_PART)
     if dry_run or all(here.values()):
         return [
@@ -104,9 +105,14 @@ def pull(
             results.append(_result(source, run, checkpoint, part, manifest=manifest, kept=kept, here=here[part.name]))
         for part, _ in ordered:
             if not here[part.name]:
-                _publish(stage.part(part.name), os.path.join(run, folder_of(source, part)), model=os.stat(run))
+                _publish(stage.part(part.name), os.path.join(run, _home(source, part)), model=os.stat(run))
         side_folders.discard(side, os.path.basename(stage.path))
     return results
+
+
+def _home(source: Backend, part: Part) -> str:
+    """The part's folder in the local run: a disk needs no generations."""
+    return plain_name(folder_of(source, part))
 
 
 def _described(source: Backend, checkpoint: Checkpoint) -> list[tuple[Part, Manifest | None]]:
@@ -132,7 +138,7 @@ def _result(
     return Fetched(
         step=checkpoint.step,
         part=part.name,
-        path=os.path.join(run, folder_of(source, part)),
+        path=os.path.join(run, _home(source, part)),
         fetched_bytes=0 if here else part.size_bytes - kept,
         kept_bytes=part.size_bytes if here else kept,
         there_before=here,

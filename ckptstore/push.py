@@ -22,20 +22,18 @@ import json
 import os
 import secrets
 import socket
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
-from ckptstore import native, parallel
+from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import (
     AlreadyExistsError,
     BusyError,
     IntegrityError,
     ManifestError,
-    NoSpaceError,
     NotFoundError,
     SourceChangedError,
     StorageError,
@@ -47,15 +45,10 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
+from ckptstore.sending import Outgoing, send
 from ckptstore.verify import Notify
 
 CLAIM = f"{DRAFT_PREFIX}claim"
-PART_BYTES = 16 << 20
-MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
-FILES_AT_ONCE = 4
-FILE_TRIES = 4
-SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
-BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +144,8 @@ class _Push:
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
         if not dry_run:
-            self._send(missing, there, progress)
+            files = [Outgoing(self._key(file.path), file.size_bytes, partial(self._read, file)) for file in missing]
+            send(self.target, files, there=there, progress=progress)
             self._look_again()
             if not committed:
                 self._refuse_changed()
@@ -237,50 +231,6 @@ class _Push:
         if found is not None and found.get("content") == self.manifest.content:
             self.target.delete(self._key(CLAIM))
 
-    def _send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress) -> None:
-        """Step 3, the largest files first."""
-        lock = threading.Lock()
-        done = there
-        total = self.manifest.size_bytes
-        threads = min(FILES_AT_ONCE, max(len(missing), 1))
-
-        def send(file: FileEntry, stop: parallel.Stop) -> None:
-            nonlocal done
-            part_bytes = part_size(file.size_bytes)
-
-            def parts() -> Iterator[bytes]:
-                nonlocal done
-                for data in self._read(file, part_bytes):
-                    stop.check()
-                    yield data
-                    with lock:
-                        done += len(data)
-
-            if file.size_bytes <= part_bytes:
-                self.target.put(self._key(file.path), b"".join(parts()))
-            else:
-                at_once = max(BUDGET_BYTES // threads // part_bytes, 1)
-                self.target.put_parts(self._key(file.path), parts(), part_bytes=part_bytes, parallel=at_once)
-
-        def send_again(file: FileEntry, stop: parallel.Stop) -> None:
-            """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""
-            nonlocal done
-            deadline = time.monotonic() + SEND_AGAIN_S
-            for left in reversed(range(FILE_TRIES)):
-                before = done
-                try:
-                    send(file, stop)
-                except StorageError as error:
-                    if not left or time.monotonic() > deadline or isinstance(error, NoSpaceError):
-                        raise
-                    with lock:
-                        done = min(before, done)
-                else:
-                    return
-
-        ordered = sorted(missing, key=lambda file: -file.size_bytes)
-        parallel.each(ordered, send_again, threads=threads, tick=lambda: progress(done, total))
-
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""
         name = f"{self.folder}/{file.path}"
@@ -343,9 +293,3 @@ class _Push:
                 return False
             raise
         return True
-
-
-def part_size(size_bytes: int) -> int:
-    """Bytes of a part: the same for a whole object (R2 demands it), in whole MiB, so that no object needs too many."""
-    needed = -(-size_bytes // MAX_PARTS)
-    return max(PART_BYTES, -(-needed // (8 << 20)) * (8 << 20))

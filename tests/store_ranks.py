@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from ckptstore import CheckpointStore, native
+from ckptstore import CheckpointStore, saving
 from ckptstore.torch import StoreReader, StoreWriter
 from tests import areal_model
 from tests.areal_ranks import full, sharded
@@ -60,9 +60,9 @@ def main(doing: str, folder: str, step: int, rank: int, world: int, port: str, w
 
 def die_at(place: str) -> None:
     """SIGKILL before the data is written, or after it, before the others are told; or the write fails; or it hangs."""
-    real = native.write_files
+    real = saving.write_buffers
 
-    def write_files(*args: object, **kwargs: object) -> object:
+    def write_buffers(*args: object, **kwargs: object) -> object:
         if place == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         if place == "error":
@@ -73,7 +73,7 @@ def die_at(place: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    native.write_files = write_files  # type: ignore[assignment]
+    saving.write_buffers = write_buffers  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import fetching, listing
+from ckptstore import fetching, listing, sending
 from ckptstore import push as pushing
 from ckptstore.backends import open_backend
 from ckptstore.errors import (
@@ -297,13 +297,13 @@ def test_files_of_others_are_not_touched(url, run):
 
 
 def test_strangers_during_a_push_stop_it(url, run, monkeypatch):
-    real = pushing._Push._send
+    real = pushing.send
 
-    def with_stranger(self, *arguments):
-        real(self, *arguments)
-        self.target.put(f"{self.folder}/stranger", b"x")
+    def with_stranger(target, files, **options):
+        real(target, files, **options)
+        target.put(f"{files[0].key.rpartition('/')[0]}/stranger", b"x")
 
-    monkeypatch.setattr(pushing._Push, "_send", with_stranger)
+    monkeypatch.setattr(pushing, "send", with_stranger)
     with pytest.raises(StorageError, match="stranger"):
         send(run, url)
     assert not any(key.endswith(MANIFEST_NAME) for key in keys(url))
@@ -414,7 +414,7 @@ def test_wrong_chunks_in_a_stage_are_fetched_again(url, run, tmp_path, monkeypat
 def each_in_turn(jobs, work, *, threads, tick):
     """The smallest first, on this thread."""
     for job in sorted(jobs, key=lambda file: file.size_bytes):
-        work(job, pushing.parallel.Stop())
+        work(job, sending.parallel.Stop())
 
 
 def test_an_interrupted_push_goes_on(url, run, monkeypatch):
@@ -432,7 +432,7 @@ def test_an_interrupted_push_goes_on(url, run, monkeypatch):
 
     with monkeypatch.context() as planted:
         planted.setattr(pushing._Push, "_read", stop_at_the_large_one)
-        planted.setattr(pushing.parallel, "each", each_in_turn)
+        planted.setattr(sending.parallel, "each", each_in_turn)
         with pytest.raises(KeyboardInterrupt):
             send(run, url)
     assert not any(key.endswith((MANIFEST_NAME, path.name)) for key in keys(url))
@@ -444,10 +444,10 @@ def test_an_interrupted_push_goes_on(url, run, monkeypatch):
 def test_part_sizes():
     """Never more parts than a store takes, and one size for an object."""
     for size in (1, 16 << 20, 144 << 30, (144 << 30) + (1 << 20), 5 << 40):
-        part = pushing.part_size(size)
-        assert -(-size // part) <= pushing.MAX_PARTS
+        part = sending.part_size(size)
+        assert -(-size // part) <= sending.MAX_PARTS
         assert part % (8 << 20) == 0
-    assert pushing.part_size(10 << 30) == pushing.PART_BYTES
+    assert sending.part_size(10 << 30) == sending.PART_BYTES
 
 
 # --- as people use it ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -169,18 +168,3 @@ def test_a_second_term_ends_it(store: CheckpointStore) -> None:
     child.send_signal(signal.SIGTERM)
     assert child.wait(10) in (-signal.SIGTERM, 0)
     child.stdout.close()
-
-
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")),
-    reason="no transformers, or no accelerate",
-)
-def test_the_trainer_example(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, str(ROOT / "examples/hf_trainer.py"), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "from None to 10; kept [5, 10]" in done.stdout
-    assert "from checkpoint-10 to 20; kept [10, 15, 20]" in done.stdout
-    store = CheckpointStore(tmp_path / "store")
-    assert all(store.verify(step).ok for step in (10, 15, 20))

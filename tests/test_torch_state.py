@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from ckptstore import CheckpointStore, loading, native
+from ckptstore.backends import LocalBackend
 from ckptstore.errors import (
     CkptStoreError,
     DigestMismatchError,
@@ -274,15 +275,15 @@ def test_wants_anywhere_in_a_file(tmp_path: Path) -> None:
     for places in ([(0, 1)], [(4095, 2)], [(5, 9000), (9005, 1), (20000, 579)], [(0, len(data))], [(len(data) - 1, 1)], []):
         buffers = [bytearray(length) for _, length in places]
         wants = [loading.Want(at, memoryview(buffer)) for (at, _), buffer in zip(places, buffers, strict=True)]
-        loading.read_into(str(tmp_path), [(entry, wants)], chunk_bytes=4096)
+        loading.read_into(LocalBackend(tmp_path), "", [(entry, wants)], chunk_bytes=4096)
         assert [bytes(buffer) for buffer in buffers] == [data[at : at + length] for at, length in places]
     bad = entry._replace(chunks=(*digest.chunks[:3], 1, *digest.chunks[4:]))
     out = bytearray(10)
-    loading.read_into(str(tmp_path), [(bad, [loading.Want(4096 * 3 - 10, memoryview(out))])], chunk_bytes=4096)
+    loading.read_into(LocalBackend(tmp_path), "", [(bad, [loading.Want(4096 * 3 - 10, memoryview(out))])], chunk_bytes=4096)
     with pytest.raises(DigestMismatchError, match="from 12288"):
-        loading.read_into(str(tmp_path), [(bad, [loading.Want(4096 * 3 - 9, memoryview(out))])], chunk_bytes=4096)
+        loading.read_into(LocalBackend(tmp_path), "", [(bad, [loading.Want(4096 * 3 - 9, memoryview(out))])], chunk_bytes=4096)
     with pytest.raises(IntegrityError, match="bytes, and the manifest says"):
-        loading.read_into(str(tmp_path), [(entry._replace(size_bytes=5), [])], chunk_bytes=4096)
+        loading.read_into(LocalBackend(tmp_path), "", [(entry._replace(size_bytes=5), [])], chunk_bytes=4096)
 
 
 def test_the_core_never_imports_torch(store: CheckpointStore) -> None:

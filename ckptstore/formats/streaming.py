@@ -148,7 +148,7 @@ class _Run:
         part = self.job.ranges[piece.range]
         source = self.job.sources[part.source]
         data = buffer[: piece.length]
-        _read(source, part.offset + piece.begin, data)
+        read_at(source.fd, part.offset + piece.begin, data, name=source.info.name)
         piece = piece._replace(crc32=zlib.crc32(data), crc64=native.crc64(data))
         self.job.pieces[number] = piece
         if source.expected is not None:
@@ -244,7 +244,9 @@ def digest(segments: Iterable[tuple[int, int, int]], chunk_bytes: int = native.C
     return native.Digest(whole, tuple(chunks))
 
 
-def write_at(fd: int, offset: int, data: bytes, chunk_bytes: int = native.CHUNK_BYTES) -> list[tuple[int, int, int]]:
+def write_at(
+    fd: int, offset: int, data: bytes | memoryview, chunk_bytes: int = native.CHUNK_BYTES
+) -> list[tuple[int, int, int]]:
     """Write `data`; what `digest` takes of it."""
     view = memoryview(data)
     _write(fd, offset, view)
@@ -268,15 +270,16 @@ def _compare(info: FileInfo, fd: int) -> None:
         )
 
 
-def _read(source: Source, offset: int, data: memoryview) -> None:
+def read_at(fd: int, offset: int, data: memoryview, *, name: str) -> None:
+    """Fill `data` from a file at `offset`; `name` is for errors. SourceChangedError where the file ends before."""
     try:
         while data:
-            count = os.preadv(source.fd, [data], offset)
+            count = os.preadv(fd, [data], offset)
             if count == 0:
-                raise SourceChangedError(f"{source.info.name} became shorter while it was read", path=source.info.name)
+                raise SourceChangedError(f"{name} became shorter while it was read", path=name)
             data, offset = data[count:], offset + count
     except OSError as error:
-        raise from_os_error(error, doing="reading", path=source.info.name) from error
+        raise from_os_error(error, doing="reading", path=name) from error
 
 
 def _write(fd: int, offset: int, data: memoryview) -> None:

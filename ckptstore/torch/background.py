@@ -19,6 +19,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import simple
+from ckptstore.torch.waves import Waves
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class _Buffers:
     tensors: list[torch.Tensor] = field(default_factory=list)
     next: int = 0
     devices: set[torch.device] = field(default_factory=set)
+    pieces: list[torch.Tensor] = field(default_factory=list)  #: of waves.py
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         source = tensor.detach().resolve_conj().resolve_neg()
@@ -77,16 +79,28 @@ def save_async(
     keep: Keep | None = None,
     on_busy: OnBusy = "wait",
     nice: int = 10,
+    max_host_bytes: int | None = None,
 ) -> SaveHandle:
     """Save in the background: returns when the state is copied to host memory, and may change. Otherwise as `save`.
 
     While an earlier save of the store is in flight: `wait` for it, `skip` this one (the handle says so), or `raise`
     BusyError. A failure of an earlier one that nobody has waited for is raised here, and nothing is saved then. `nice` is the
     priority of the writing threads.
+
+    `max_host_bytes` bounds the host memory for the copy. A state that is larger is copied in waves while it is written: then
+    this returns at once, and the state must not change before `handle.wait_staged()` returns. A change before that makes
+    the save fail (SourceChangedError). Only for a store on a disk.
     """
+    where = store.backend.location
 
     def stage(handle: SaveHandle) -> Callable[[], Manifest]:
-        buffers = _buffers.setdefault(os.path.realpath(store.folder), _Buffers())
+        buffers = _buffers.setdefault(os.path.realpath(where), _Buffers())
+        if max_host_bytes is not None and not (waves := Waves(state_dict, config, max_host_bytes=max_host_bytes)).fits:
+            _ = store.folder  # UsageError at a URL
+            buffers.tensors.clear()
+            more: dict[str, Any] = {"metrics": metrics, "keep": keep, "nice": nice}
+            return functools.partial(waves.write, store, step, buffers.pieces, staged=handle.mark_staged, **more)
+        buffers.pieces.clear()
         buffers.begin()
         files = simple.files_of(state_dict, config, take=buffers.take)
         buffers.finish()
@@ -94,4 +108,4 @@ def save_async(
         options = native.CopyOptions(nice=nice)
         return functools.partial(simple.write, store, step, files, metrics=metrics, keep=keep, options=options)
 
-    return background.submit(store.folder, step, stage, on_busy=on_busy)
+    return background.submit(where, step, stage, on_busy=on_busy)

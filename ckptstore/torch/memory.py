@@ -47,7 +47,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return memoryview(bytearray())
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr()))
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")  # ctypes' own format takes no slices
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,13 @@ def checked(tensor: torch.Tensor, where: str) -> None:
 
 
 def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
-    """The file of these plain tensors, as buffers in order: the header, then each tensor's own memory.
+    """The file of these plain tensors, as buffers in order: the header, then each tensor's own memory."""
+    head, ordered = safetensors_layout(tensors)
+    return [head, *map(bytes_of, ordered)]
+
+
+def safetensors_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[torch.Tensor]]:
+    """The file of these tensors: its header, and the tensors in the order in which their bytes follow.
 
     Format: https://huggingface.co/docs/safetensors (8 bytes of length, JSON, data; tensors aligned to their items).
     """
@@ -79,7 +85,7 @@ def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little") + text, *(bytes_of(tensor) for _, tensor in ordered)]
+    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]
 
 
 def empty(dtype: str, shape: Sequence[int]) -> torch.Tensor:

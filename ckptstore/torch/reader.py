@@ -32,6 +32,7 @@ from ckptstore.errors import IntegrityError, UsageError
 from ckptstore.formats import FormatError, dcp, torchzip
 from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.parts import folder_of
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.memory import bytes_of
 from ckptstore.torch.simple import find
@@ -59,7 +60,9 @@ class StoreReader(StorageReader):
     def __init__(self, store: CheckpointStore, step: int | None = None) -> None:
         super().__init__()
         part, manifest = find(store, step)
-        self._folder = part.path
+        self._backend = store.backend
+        self._folder = folder_of(store.backend, part)
+        self._path = part.path
         self._manifest: Manifest = manifest
         self._files: dict[str, FileEntry] = {entry.path: entry for entry in manifest.files}
         self._metadata: dcp.DcpMetadata | None = None
@@ -78,7 +81,7 @@ class StoreReader(StorageReader):
                 f"step {self.step} is no checkpoint of torch.distributed", hint="ckptstore.torch.load reads what save wrote."
             )
         try:
-            found = dcp.read_metadata(read_whole(self._folder, entry, chunk_bytes=self._manifest.chunk_bytes))
+            found = dcp.read_metadata(read_whole(self._backend, self._folder, entry, chunk_bytes=self._manifest.chunk_bytes))
         except FormatError as error:
             raise IntegrityError(f"step {self.step}: {error}", hint="Does a plain dcp.load read it?") from error
         self._metadata = found
@@ -130,19 +133,19 @@ class StoreReader(StorageReader):
             wants.setdefault(stored.item.file, []).extend(reading.wants())
             after.append(reading)
         files = [(self._files[name], parts) for name, parts in wants.items()]
-        read_into(self._folder, files, chunk_bytes=self._manifest.chunk_bytes)
+        read_into(self._backend, self._folder, files, chunk_bytes=self._manifest.chunk_bytes)
         for reading in after:
             if not reading.deliver():
                 data = bytearray(reading.stored.item.length)
                 want = Want(reading.stored.item.offset, memoryview(data))
                 entry = self._files[reading.stored.item.file]
-                read_into(self._folder, [(entry, [want])], chunk_bytes=self._manifest.chunk_bytes)
+                read_into(self._backend, self._folder, [(entry, [want])], chunk_bytes=self._manifest.chunk_bytes)
                 reading.deliver_archive(data)
 
     @property
     def checkpoint_id(self) -> str:
-        """The step's folder."""
-        return self._folder
+        """The step's folder, or its URL."""
+        return self._path
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ckptstore import native, steps
+from ckptstore import native, saving
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.formats import FormatError, safetensors
-from ckptstore.frameworks.steps import STATE_NAME, folder_name
+from ckptstore.frameworks.steps import STATE_NAME
 from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import Part
-from ckptstore.parts import read_manifest, reader
+from ckptstore.model import Checkpoint, Part
+from ckptstore.parts import folder_of, read_manifest, reader
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import memory
@@ -52,14 +52,20 @@ def files_of(
     files: dict[str, Any] = {
         f"{name}{SUFFIX}": memory.safetensors_file(tensors) for name, tensors in encoded.tensors.items() if tensors
     }
-    files[STATE_NAME] = json.dumps(encoded.document, separators=(",", ":"), allow_nan=False).encode()
+    files |= documents(encoded, config)
+    # What the buffers are the memory of must live as long as they do.
+    return {name: _Kept(buffers, encoded.tensors) for name, buffers in files.items()}
+
+
+def documents(encoded: states.Encoder, config: Mapping[str, Any] | None) -> dict[str, list[bytes]]:
+    """The files beside the tensors'."""
+    files = {STATE_NAME: [json.dumps(encoded.document, separators=(",", ":"), allow_nan=False).encode()]}
     if config is not None:
         try:
-            files[CONFIG_NAME] = json.dumps(dict(config), indent=2).encode()
+            files[CONFIG_NAME] = [json.dumps(dict(config), indent=2).encode()]
         except (TypeError, ValueError) as error:
             raise UsageError(f"config is not plain JSON: {error}") from error
-    # What the buffers are the memory of must live as long as they do.
-    return {name: _Kept(data if isinstance(data, list) else [data], encoded.tensors) for name, data in files.items()}
+    return files
 
 
 class _Kept(list[Any]):
@@ -80,12 +86,12 @@ def write(
     options: native.CopyOptions | None = None,
 ) -> Manifest:
     """Write files from memory as `step`, commit it, and prune."""
-    draft = steps.begin(store.folder, step)
+    draft = saving.begin(store.backend, step, keep=keep)
     try:
-        digests = native.write_files(draft.path, files, options=options).digests
-        manifest = steps.commit(draft, digests, metrics=metrics)
+        written = saving.write_buffers(store.backend, saving.place(draft), files, options=options)
+        manifest = saving.commit(draft, written, metrics=metrics)
     finally:
-        steps.abandon(draft)
+        saving.abandon(draft)
     if keep is not None:
         store.prune(keep)
     return manifest
@@ -104,7 +110,8 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
             f"step {manifest.step} was not saved by ckptstore.torch.save ({part.format})",
             hint="A DCP checkpoint is loaded by dcp.load with StoreReader; any by CheckpointStore.restore.",
         )
-    text = read_whole(part.path, files[STATE_NAME], chunk_bytes=manifest.chunk_bytes)
+    folder = folder_of(store.backend, part)
+    text = read_whole(store.backend, folder, files[STATE_NAME], chunk_bytes=manifest.chunk_bytes)
     document = json.loads(text)
     wanted = states.tensors_in(document)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -118,7 +125,7 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
         again = bytearray(len(header))
         headers.append((header, again, entry.path))
         reads.append((entry, [Want(0, memoryview(again)), *wants]))
-    read_into(part.path, reads, chunk_bytes=manifest.chunk_bytes)
+    read_into(store.backend, folder, reads, chunk_bytes=manifest.chunk_bytes)
     for first, again, name in headers:  # the header that was believed is the one whose digest was checked
         if first != again:
             raise IntegrityError(f"{part.path}/{name} changed while it was read", hint="Use another checkpoint.")
@@ -132,9 +139,11 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
 def find(store: CheckpointStore, step: int | None) -> tuple[Part, Manifest]:
     """A step's files and its manifest."""
     if step is None:
-        newest = store.latest()
+        newest = _newest(store)
         if newest is None:
-            raise NothingToResumeError(f"there is no whole step in {store.folder}", hint="Nothing has been saved there yet.")
+            raise NothingToResumeError(
+                f"there is no whole step in {store.backend.location}", hint="Nothing has been saved there yet."
+            )
         step = newest.step
     checkpoint = store.get(step)
     if not checkpoint.status.usable:
@@ -142,11 +151,18 @@ def find(store: CheckpointStore, step: int | None) -> tuple[Part, Manifest]:
             f"step {step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}", hint="Load another step."
         )
     try:
-        return checkpoint.parts[0], read_manifest(store.backend, folder_name(step))
+        return checkpoint.parts[0], read_manifest(store.backend, folder_of(store.backend, checkpoint.parts[0]))
     except NotFoundError as error:
         raise UsageError(
             f"step {step} has no manifest: it was not saved by ckptstore", hint="Load it with what has saved it."
         ) from error
+
+
+def _newest(store: CheckpointStore) -> Checkpoint | None:
+    try:
+        return store.latest()
+    except NotFoundError:  # no such folder, or nothing below the URL
+        return None
 
 
 def _plan(

@@ -2,7 +2,8 @@
 
 The files are torch's own: `__{rank}_0.distcp` with one torch.save archive an item, and `.metadata`. The coordinator begins
 the draft and tells all ranks where it is; each rank lays its archives out around its tensors' own memory and hands them to
-the engine, durable and digested; the coordinator commits once, when all have written. Nothing is visible before that.
+the engine (or sends them to the store's URL), durable and digested; the coordinator commits once, when all have written.
+Nothing is visible before that.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import tempfile
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,27 +26,28 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckptstore import native, steps
-from ckptstore.errors import CkptStoreError, UsageError, from_os_error
+from ckptstore import native, saving
+from ckptstore.errors import UsageError
 from ckptstore.formats import dcp, torchzip
 from ckptstore.manifest import Manifest
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.memory import bytes_of, plain
+from ckptstore.uploading import Written
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """What the coordinator tells a rank: the draft's folder, and the rank's own file in it."""
+    """What the coordinator tells a rank: where the draft is (saving.place), and the rank's own file in it."""
 
-    folder: str
+    draft: str
     file: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Written(WriteResult):
-    """A result that also carries the digests of the rank's file: on its first item only."""
+    """A result that also says what the rank's file is: on its first item only."""
 
-    digests: Mapping[str, native.Digest] | None = None
+    files: Mapping[str, Written] | None = None
 
 
 class _MetadataFile(FileSystemWriter):
@@ -57,10 +61,10 @@ class _MetadataFile(FileSystemWriter):
 class StoreWriter(StorageWriter):
     """A storage writer for `dcp.save` and `dcp.async_save`: saves `step` into the store, visible only when all ranks are done.
 
-    Construct it on every rank, with the same store and step; all ranks see the same folder. One save each. A rank that fails
-    or dies means an error on the others (at the latest after the process group's timeout) and no commit. `metrics` are
-    recorded by the coordinator. `nice` lowers the priority of the writing threads. After the save, `manifest` is the
-    coordinator's. Not thread-safe.
+    Construct it on every rank, with the same store and step; all ranks see the same folder, or URL. One save each. A rank
+    that fails or dies means an error on the others (at the latest after the process group's timeout) and no commit.
+    `metrics` are recorded by the coordinator. `nice` lowers the priority of the writing threads. After the save, `manifest`
+    is the coordinator's. Not thread-safe.
     """
 
     def __init__(self, store: CheckpointStore, step: int, *, metrics: Mapping[str, float] | None = None, nice: int = 0) -> None:
@@ -69,7 +73,7 @@ class StoreWriter(StorageWriter):
         self._step = step
         self._metrics = dict(metrics or {})
         self._options = native.CopyOptions(nice=nice)
-        self._draft: steps.Draft | None = None
+        self._draft: saving.Draft | None = None
         self.manifest: Manifest | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -83,12 +87,12 @@ class StoreWriter(StorageWriter):
         if kwargs.get("use_collectives", True) is False:
             raise UsageError("StoreWriter commits once for all ranks", hint="Leave use_collectives as it is.")
         if self._draft is not None:
-            steps.abandon(self._draft)
+            saving.abandon(self._draft)
             self._draft = None
         if is_coordinator:
-            self._draft = steps.begin(self._store.folder, self._step)
+            self._draft = saving.begin(self._store.backend, self._step)
             # A save that fails on another rank ends without a word to us: then the draft goes with the writer.
-            weakref.finalize(self, steps.abandon, self._draft)
+            weakref.finalize(self, saving.abandon, self._draft)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """As it is."""
@@ -97,8 +101,8 @@ class StoreWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tell each rank where to write."""
         assert self._draft is not None
-        folder = self._draft.path
-        return [dataclasses.replace(plan, storage_data=_Place(folder, f"__{rank}_0.distcp")) for rank, plan in enumerate(plans)]
+        where = saving.place(self._draft)
+        return [dataclasses.replace(plan, storage_data=_Place(where, f"__{rank}_0.distcp")) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's file, durable."""
@@ -116,12 +120,12 @@ class StoreWriter(StorageWriter):
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), thread_name_prefix="ckptstore-crc32") as pool:
             pieces = list(pool.map(_archive, (item.type for item in items), values))
         buffers = [buffer for piece in pieces for buffer in piece.buffers]
-        digests = native.write_files(place.folder, {place.file: buffers}, options=self._options).digests
+        written = saving.write_buffers(self._store.backend, place.draft, {place.file: buffers}, options=self._options)
         results: list[WriteResult] = []
         offset = 0
         for item, piece in zip(items, pieces, strict=True):
             info = _StorageInfo(place.file, offset, piece.length)
-            results.append(_Written(item.index, piece.length, info, None if results else digests))
+            results.append(_Written(item.index, piece.length, info, None if results else written))
             offset += piece.length
         return results
 
@@ -129,31 +133,27 @@ class StoreWriter(StorageWriter):
         """Write `.metadata` and commit, on the coordinator."""
         draft = self._draft
         assert draft is not None
-        digests: dict[str, native.Digest] = {}
+        written: dict[str, Written] = {}
         plain = []
         for ranks in results:
             for result in ranks:
-                if isinstance(result, _Written) and result.digests:
-                    digests.update(result.digests)
+                if isinstance(result, _Written) and result.files:
+                    written.update(result.files)
             plain.append([WriteResult(result.index, result.size_in_bytes, result.storage_data) for result in ranks])
-        _MetadataFile(draft.path, sync_files=False).finish(metadata, plain)
-        path = os.path.join(draft.path, dcp.METADATA_NAME)
-        try:
-            native.fsync_path(path)
-            spec = native.FileSpec(dcp.METADATA_NAME, os.stat(path).st_size)
-        except OSError as error:
-            raise from_os_error(error, doing="writing", path=path) from error
-        outcome = native.digest_files(draft.path, [spec])[dcp.METADATA_NAME]
-        if isinstance(outcome, CkptStoreError):
-            raise outcome
-        digests[dcp.METADATA_NAME] = outcome
+        with tempfile.TemporaryDirectory(prefix="ckptstore-") as scratch:  # torch writes it to a path, and nowhere else
+            _MetadataFile(scratch, sync_files=False).finish(metadata, plain)
+            content = Path(scratch, dcp.METADATA_NAME).read_bytes()
+        written |= saving.write_buffers(self._store.backend, saving.place(draft), {dcp.METADATA_NAME: [content]})
         self._draft = None
-        self.manifest = steps.commit(draft, digests, metrics=self._metrics)
+        try:
+            self.manifest = saving.commit(draft, written, metrics=self._metrics)
+        finally:
+            saving.abandon(draft)
 
     def close(self) -> None:
         """Remove what an unfinished save left. Happens by itself when the writer goes."""
         if self._draft is not None:
-            steps.abandon(self._draft)
+            saving.abandon(self._draft)
             self._draft = None
 
     def __getstate__(self) -> dict[str, object]:

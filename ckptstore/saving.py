@@ -1,0 +1,77 @@
+"""A save of a step, wherever the store is: on a disk (steps.py) or at a URL (uploading.py). Begin, write, commit or abandon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ckptstore import native, steps, uploading
+from ckptstore.backends.base import Backend
+from ckptstore.errors import UsageError
+from ckptstore.manifest import Manifest
+from ckptstore.retention import Keep
+from ckptstore.uploading import Upload, Written
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Draft = steps.Draft | Upload
+
+
+def begin(backend: Backend, step: int, *, keep: Keep | None = None) -> Draft:
+    """Begin a save. Errors as steps.begin and uploading.begin; UsageError for `keep` at a URL."""
+    if backend.is_folder:
+        return steps.begin(backend.location, step)
+    if keep is not None:
+        raise UsageError(f"keep= deletes folders, and {backend.location} is none", hint="Leave it out.")
+    return uploading.begin(backend, step)
+
+
+def place(draft: Draft) -> str:
+    """Where `write_buffers` puts files, for the other ranks: a path, or a prefix at the store's URL."""
+    return draft.prefix if isinstance(draft, Upload) else draft.path
+
+
+def write_buffers(
+    backend: Backend, place: str, files: Mapping[str, Sequence[Buffer]], *, options: native.CopyOptions | None = None
+) -> dict[str, Written]:
+    """Write files from memory, durable and digested; each is a sequence of buffers. `options` are for disks."""
+    contents = {name: uploading.Memory(buffers) for name, buffers in files.items()}
+    if not backend.is_folder:
+        return uploading.write(backend, place, contents)
+    digests = native.write_files(place, files, options=options).digests
+    return {name: Written(digests[name], content.size_bytes, content.mtime_ns) for name, content in contents.items()}
+
+
+def write_folder(
+    draft: Draft,
+    directory: str,
+    files: Sequence[native.FileSpec],
+    *,
+    options: native.CopyOptions | None = None,
+    progress: native.Progress | None = None,
+) -> dict[str, Written]:
+    """Copy files of a folder: digested in the one read, durable. SourceChangedError. `options` are for disks."""
+    if isinstance(draft, Upload):
+        contents = {file.name: uploading.File(directory, file) for file in files}
+        return uploading.write(draft.target, draft.prefix, contents, progress=progress)
+    digests = native.copy_files(directory, draft.path, files, options=options, progress=progress).digests
+    return {file.name: Written(digests[file.name], file.size_bytes, file.mtime_ns) for file in files}
+
+
+def commit(
+    draft: Draft, written: Mapping[str, Written], *, metrics: Mapping[str, float] | None = None, source: str = ""
+) -> Manifest:
+    """Make the draft its step: in one act, what was there before untouched until then. NotCommitted, CommitUncertain."""
+    if isinstance(draft, Upload):
+        return uploading.publish(draft, written, metrics=metrics, source=source)
+    digests = {name: file.digest for name, file in written.items()}
+    return steps.commit(draft, digests, metrics=metrics, source=source)
+
+
+def abandon(draft: Draft) -> None:
+    """Remove what is left of a draft; nothing where it was committed."""
+    if isinstance(draft, Upload):
+        uploading.discard(draft)
+    else:
+        steps.abandon(draft)

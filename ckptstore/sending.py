@@ -1,0 +1,84 @@
+"""Send files to a backend: part by part, the largest first, memory bounded, what fails as a whole sent anew for a while."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptstore import native, parallel
+from ckptstore.backends.base import Backend
+from ckptstore.errors import NoSpaceError, StorageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+PART_BYTES = 16 << 20
+MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
+FILES_AT_ONCE = 4
+FILE_TRIES = 4
+SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
+BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most
+
+
+class Outgoing(NamedTuple):
+    """A file to send. `parts(part_bytes)` yields its bytes, from the start, in parts of that size, the last one shorter."""
+
+    key: str
+    size_bytes: int
+    parts: Callable[[int], Iterator[Buffer]]
+
+
+def send(target: Backend, files: Iterable[Outgoing], *, there: int = 0, progress: native.Progress | None = None) -> None:
+    """Send files. What `parts` raises is raised, and that file is not there then; so are StorageError and AccessError.
+
+    `there`: bytes that count as done, for `progress`. Thread-safe; Ctrl-C ends it within moments.
+    """
+    ordered = sorted(files, key=lambda file: -file.size_bytes)
+    lock = threading.Lock()
+    done = there
+    total = there + sum(file.size_bytes for file in ordered)
+    threads = min(FILES_AT_ONCE, max(len(ordered), 1))
+
+    def send_one(file: Outgoing, stop: parallel.Stop) -> None:
+        part_bytes = part_size(file.size_bytes)
+
+        def parts() -> Iterator[Buffer]:
+            nonlocal done
+            for data in file.parts(part_bytes):
+                stop.check()
+                yield data
+                with lock:
+                    done += memoryview(data).nbytes
+
+        if file.size_bytes <= part_bytes:
+            target.put(file.key, b"".join(parts()))
+        else:
+            at_once = max(BUDGET_BYTES // threads // part_bytes, 1)
+            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=at_once)
+
+    def send_again(file: Outgoing, stop: parallel.Stop) -> None:
+        """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""
+        nonlocal done
+        deadline = time.monotonic() + SEND_AGAIN_S
+        for left in reversed(range(FILE_TRIES)):
+            before = done
+            try:
+                send_one(file, stop)
+            except StorageError as error:
+                if not left or time.monotonic() > deadline or isinstance(error, NoSpaceError):
+                    raise
+                with lock:
+                    done = min(before, done)
+            else:
+                return
+
+    tick = None if progress is None else lambda: progress(done, total)
+    parallel.each(ordered, send_again, threads=threads, tick=tick)
+
+
+def part_size(size_bytes: int) -> int:
+    """Bytes of a part: the same for a whole object (R2 demands it), in whole chunks, so that no object needs too many."""
+    needed = -(-size_bytes // MAX_PARTS)
+    return max(PART_BYTES, -(-needed // native.CHUNK_BYTES) * native.CHUNK_BYTES)
