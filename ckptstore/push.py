@@ -2,33 +2,33 @@
 
 Each part of a checkpoint, into `URL/{part}/{export}/`, the main model last:
 
-    1  claim      `.ckptstore.manifest.claim`, create-only: names the content (sizes and digests of all files) and the writer.
-                  A claim of the same content may be shared, since whoever holds it writes the same bytes: so an interrupted
-                  push goes on, and two that do the same harm nobody. One of another content ends the push here
-    2  look       a manifest of the same content: only what is missing is sent; of another one: the push ends, and so where
-                  keys lie below that no claim of ours brought
+    1  look       a manifest of the same content: only what is missing is sent. Of another one: the push ends, or with `replace`
+                  makes an attempt. Files that no push of ours brought, and no manifest: the push ends
+    2  claim      create-only, names the content. The first writer claims the folder itself; who finds it claimed for other
+                  bytes makes an attempt, a folder of its own (claims.py). A claim of the same content is shared, since whoever
+                  holds it writes the same bytes: so an interrupted push goes on, and two that do the same harm nobody
     3  data       every file under its final key, unless it is there already; each byte read once, checked against the
                   manifest on the way; a file that differs is never completed
-    4  look again all keys with the right sizes, and no others
-    5  manifest   create-only: from here on it is COMMITTED. Who loses this race has written the same content
+    4  look again all keys with the right sizes, and no others; the claim still ours
+    5  manifest   create-only, or for a replacement only over the one that was seen; its `base` names the attempt. From here on
+                  it is COMMITTED. Who loses this race is told, and has touched no key of the winner's
     6  claim away
 
-A crash leaves a claim and whole files, which no reader takes for a checkpoint; the same push goes on with them.
+A crash leaves a claim and whole files, which no reader takes for a checkpoint; the same push goes on with them, and
+`clean --run URL` removes what never will (leftovers.py).
 """
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
+import functools
 import secrets
-import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
-from ckptstore import native, parallel
+from ckptstore import claims, native, parallel
 from ckptstore.backends.base import Backend
 from ckptstore.errors import (
     AlreadyExistsError,
@@ -37,23 +37,24 @@ from ckptstore.errors import (
     ManifestError,
     NoSpaceError,
     NotFoundError,
+    RefusedError,
     SourceChangedError,
     StorageError,
     UsageError,
 )
 from ckptstore.formats.streaming import mismatch
 from ckptstore.frameworks.areal import layout
-from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME, Checkpoint, Part
+from ckptstore.manifest import FileEntry, Manifest, parse
+from ckptstore.model import ATTEMPT_PREFIX, DRAFT_PREFIX, MANIFEST_NAME, OURS, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
 from ckptstore.verify import Notify
 
-CLAIM = f"{DRAFT_PREFIX}claim"
 PART_BYTES = 16 << 20
 MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
 FILES_AT_ONCE = 4
 FILE_TRIES = 4
+LOOKS = 5  #: at a place where somebody commits while we look
 SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
 BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most
 
@@ -64,7 +65,7 @@ class Sent:
 
     step: int
     part: str
-    url: str  #: the prefix: everything below it is the checkpoint
+    url: str  #: the prefix: the files lie below it
     sent_bytes: int
     there_bytes: int  #: were there already
     committed_before: bool  #: its manifest was there already
@@ -77,14 +78,16 @@ def push(
     checkpoint: Checkpoint,
     target: Backend,
     *,
+    replace: bool = False,
     dry_run: bool = False,
     notify: Notify | None = None,
 ) -> list[Sent]:
     """Push one checkpoint of the local run `backend` to the run `target`. Thread-safe; several machines may push at once.
 
     IntegrityError for a checkpoint that is not whole, or whose bytes differ from its manifest; SourceChangedError when the
-    trainer writes it meanwhile; AlreadyExistsError where another content of this step lies there; BusyError where another push
-    has claimed it. After any error and any kill, no reader sees a part of it.
+    trainer writes it meanwhile; AlreadyExistsError where another content of this step lies there, or came first. With
+    `replace` the new one takes its place in one act, and the old files stay until they are cleaned; RefusedError where that
+    cannot be one act. After any error and any kill, readers see what they saw before.
     """
     if target.is_folder or not backend.is_folder:
         raise UsageError("a push goes from a folder to a URL", hint="Say --to s3://BUCKET/PREFIX.")
@@ -92,6 +95,11 @@ def push(
         raise IntegrityError(
             f"step {checkpoint.step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}",
             hint="Only whole checkpoints are pushed.",
+        )
+    if replace and len(checkpoint.parts) > 1:
+        raise RefusedError(
+            f"step {checkpoint.step} has {len(checkpoint.parts)} parts, which cannot be replaced in one act",
+            hint="Push to another URL.",
         )
     notes = () if dry_run else _conditions(target)
     ordered = sorted(checkpoint.parts, key=lambda part: part.name == layout.MAIN_PART)
@@ -110,13 +118,15 @@ def push(
 
         folder = folder_of(backend, part)
         manifest = describe(backend, checkpoint, part, digesting)
-        done.append(_Push(backend, folder, part, manifest, target).run(dry_run=dry_run, notes=notes, progress=progress))
+        way = _Push(backend, folder, part, manifest.at_home, target, replace)
+        done.append(way.run(dry_run=dry_run, notes=notes, progress=progress))
         before += part.size_bytes
     return done
 
 
+@functools.lru_cache(maxsize=16)
 def _conditions(target: Backend) -> tuple[str, ...]:
-    """What to know of a store on which create-only means nothing: found by trying."""
+    """What to know of a store on which create-only means nothing: found by trying, once for each."""
     key = f"{DRAFT_PREFIX}probe-{secrets.token_hex(8)}"
     atomic = target.creates_atomically
     if atomic:
@@ -128,6 +138,7 @@ def _conditions(target: Backend) -> tuple[str, ...]:
             pass
         finally:
             target.delete(key)
+    target.creates_atomically = atomic
     text = "this store does not keep two writers apart: push a step from one machine at a time"
     return () if atomic else (text,)
 
@@ -141,103 +152,122 @@ class _Push:
     part: Part
     manifest: Manifest
     target: Backend
+    replace: bool = False
+    base: str = ""  #: of our files, in `folder`: empty, or an attempt
+    replaced: Manifest | None = None
 
     def run(self, *, dry_run: bool, notes: tuple[str, ...], progress: native.Progress) -> Sent:
-        if not dry_run:
-            self._claim()
-        present = {blob.key.removeprefix(f"{self.folder}/"): blob.size_bytes for blob in self.target.list(self.folder)}
-        committed = self._committed(present)
+        committed = self._look(dry_run=dry_run)
+        present = self._present()
         missing = [file for file in self.manifest.files if present.get(file.path) != file.size_bytes]
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
         if not dry_run:
-            self._send(missing, there, progress)
+            self._send(missing, there, progress, renewing=not committed)
             self._look_again()
             if not committed:
                 self._refuse_changed()
                 committed = not self._publish()
-            self.target.delete(self._key(CLAIM))
+                claims.release(self.target, self._files_folder)
         sha256 = read_manifest(self.target, self.folder).sha256 if committed else self.manifest.sha256
-        url = f"{self.target.location}/{self.folder}"
+        url = f"{self.target.location}/{self._files_folder}"
         return Sent(self.manifest.step, self.part.name, url, sent, there, committed, sha256, notes)
 
+    @property
+    def _files_folder(self) -> str:
+        return f"{self.folder}/{self.base}" if self.base else self.folder
+
+    @property
+    def _where(self) -> str:
+        return f"{self.target.location}/{self.folder}"
+
     def _key(self, name: str) -> str:
-        return f"{self.folder}/{name}"
+        return f"{self._files_folder}/{name}"
 
-    def _claim(self) -> None:
-        """Step 1; what lies there without a claim or a manifest is somebody else's."""
-        found = self._read_claim()
-        if found is None and not self._has_manifest() and (strangers := [blob.key for blob in self.target.list(self.folder)]):
-            found = self._read_claim()  # another push may have begun between those two looks
-            if found is None and not self._has_manifest():
-                raise AlreadyExistsError(
-                    f"{self.target.location}/{self.folder} holds {len(strangers)} files that no push of ckptstore brought "
-                    f"({strangers[0].rpartition('/')[2]})",
-                    hint="Push to another URL, or move them away. `ckptstore verify --run URL` says whether they are whole.",
-                )
-        if found is None:
-            mine = {
-                "content": self.manifest.content,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-            }
-            try:
-                self.target.put(self._key(CLAIM), json.dumps(mine).encode(), if_absent=True)
-                return
-            except AlreadyExistsError:  # another one was faster, or our own first try came through after all
-                found = self._read_claim() or {}
-        if found.get("content") != self.manifest.content and not self._has_manifest():
-            since = " ".join(f"{name} {found[name]}" for name in ("host", "pid", "at") if name in found)
-            raise BusyError(
-                f"another push of step {self.manifest.step} has claimed {self.target.location}/{self.folder} for other bytes"
-                + (f" ({since})" if since else ""),
-                hint="When that push is dead for certain, remove everything below this prefix, then push again.",
-            )
+    def _present(self) -> dict[str, int]:
+        """Sizes of what lies where our files go, attempts of others left out."""
+        above = f"{self._files_folder}/"
+        found = {blob.key.removeprefix(above): blob.size_bytes for blob in self.target.list(self._files_folder)}
+        return {name: size for name, size in found.items() if not name.startswith(ATTEMPT_PREFIX)}
 
-    def _read_claim(self) -> dict[str, object] | None:
-        try:
-            data = self.target.get(self._key(CLAIM), length_bytes=65536)
-        except NotFoundError:
-            return None
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def _look(self, *, dry_run: bool) -> bool:
+        """Steps 1 and 2: find our place, and with it `base`; whether this content is committed there already."""
+        for _ in range(LOOKS):
+            # In this order: who takes its claim away has written its manifest before, and its files before that.
+            names = [blob.key.removeprefix(f"{self.folder}/") for blob in self.target.list(self.folder)]
+            claim = claims.read(self.target, self.folder)
+            theirs = self._committed()
+            if theirs is not None and theirs.content == self.manifest.content:
+                self.base = theirs.base
+                return True
+            self.replaced = theirs
+            if theirs is None and claim is None:
+                self._refuse_strangers(names)
+            if dry_run:
+                self.base = self._place(names, claim)
+                return False
+            if theirs is None and self._claim(claim):
+                self.base = ""
+            else:
+                self._claim_attempt(names)
+            if self._committed() == theirs:
+                return False
+            claims.release(self.target, self._files_folder)  # one that came meanwhile: its keys are not ours to write
+        raise BusyError(f"{self._where} changes faster than one can look at it", hint="Do several push this step at once?")
 
-    def _has_manifest(self) -> bool:
-        try:
-            self.target.get(self._key(MANIFEST_NAME), length_bytes=1)
-        except NotFoundError:
-            return False
-        return True
-
-    def _committed(self, present: dict[str, int]) -> bool:
-        """Step 2: whether this content is committed there."""
-        if MANIFEST_NAME not in present:
-            return False
+    def _committed(self) -> Manifest | None:
+        """The manifest that is there. AlreadyExistsError for one that is not ours to replace."""
         try:
             theirs = read_manifest(self.target, self.folder)
+        except NotFoundError:
+            return None
         except ManifestError as error:
-            self._unclaim()
-            where = f"{self.target.location}/{self.folder}"
-            raise AlreadyExistsError(f"{where} has a manifest that does not count: {error}") from None
-        if theirs.content == self.manifest.content:
-            return True
-        self._unclaim()
-        raise AlreadyExistsError(
-            f"{self.target.location}/{self.folder} holds step {theirs.step} with other bytes, committed {theirs.created_at}",
-            hint="Nothing is replaced there. Push to another URL.",
-        )
+            raise AlreadyExistsError(f"{self._where} has a manifest that does not count: {error}") from None
+        if theirs.content != self.manifest.content and not self.replace:
+            raise AlreadyExistsError(
+                f"{self._where} holds step {theirs.step} with other bytes, committed {theirs.created_at}",
+                hint="Nothing was replaced there. Push to another URL, or say --replace.",
+            )
+        return theirs
 
-    def _unclaim(self) -> None:
-        """Take our own claim away, where something of another content is committed."""
-        found = self._read_claim()
-        if found is not None and found.get("content") == self.manifest.content:
-            self.target.delete(self._key(CLAIM))
+    def _refuse_strangers(self, names: Sequence[str]) -> None:
+        """What lies there without a claim or a manifest is somebody else's."""
+        strangers = [name for name in names if not name.startswith(OURS)]
+        if strangers:
+            raise AlreadyExistsError(
+                f"{self._where} holds {len(strangers)} files that no push of ckptstore brought ({strangers[0]})",
+                hint="Push to another URL, or move them away. `ckptstore verify --run URL` says whether they are whole.",
+            )
 
-    def _send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress) -> None:
+    def _place(self, names: Sequence[str], claim: Mapping[str, object] | None) -> str:
+        """Where a push would go on, or begin."""
+        if self.replaced is None and (claim is None or claim.get("content") == self.manifest.content):
+            return ""
+        return self._own_attempt(names) or claims.new_attempt()
+
+    def _own_attempt(self, names: Sequence[str]) -> str:
+        """The attempt that an earlier push of the same content left; empty without one."""
+        for name in claims.attempts(names):
+            if claims.holds(self.target, f"{self.folder}/{name}", self.manifest.content):
+                return name
+        return ""
+
+    def _claim(self, claim: Mapping[str, object] | None) -> bool:
+        """Claim the folder itself; False where it is claimed for other bytes."""
+        make = claims.make if claim is None else claims.share
+        return make(self.target, self.folder, self.manifest.content)
+
+    def _claim_attempt(self, names: Sequence[str]) -> None:
+        if self.part.name == layout.RECOVER_INFO:  # read where AReaL reads it
+            raise BusyError(
+                f"another push has claimed {self._where} for other bytes",
+                hint="When that push is dead for certain: ckptstore clean --run URL --older-than 1d. Then push again.",
+            )
+        self.base = self._own_attempt(names) or claims.new_attempt()
+        if not claims.make(self.target, self._files_folder, self.manifest.content):
+            raise BusyError(f"{self.target.location}/{self._files_folder} is being removed", hint="Push again.")
+
+    def _send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress, *, renewing: bool) -> None:
         """Step 3, the largest files first."""
         lock = threading.Lock()
         done = there
@@ -278,8 +308,33 @@ class _Push:
                 else:
                     return
 
+        renewed = time.monotonic()
+
+        def tick() -> None:
+            nonlocal renewed
+            if renewing and time.monotonic() > renewed + claims.RENEW_S:
+                self._keep_claim()
+                claims.renew(self.target, self._files_folder, self.manifest.content)
+                renewed = time.monotonic()
+            progress(done, total)
+
         ordered = sorted(missing, key=lambda file: -file.size_bytes)
-        parallel.each(ordered, send_again, threads=threads, tick=lambda: progress(done, total))
+        parallel.each(ordered, send_again, threads=threads, tick=tick)
+        if renewing:
+            self._keep_claim()
+
+    def _keep_claim(self) -> None:
+        """StorageError when our claim was taken away, unless by one that has committed the same: what we sent goes."""
+        if not claims.holds(self.target, self._files_folder, self.manifest.content):
+            theirs = self._committed()
+            if theirs is not None and theirs.content == self.manifest.content:
+                return
+            raise StorageError(
+                f"{self.target.location}/{self._files_folder} was cleaned while it was pushed",
+                operation="looking again",
+                path=self._files_folder,
+                hint="Push again, and clean only what is older than any push takes.",
+            )
 
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""
@@ -316,14 +371,14 @@ class _Push:
 
     def _look_again(self) -> None:
         """Step 4."""
-        present = {blob.key.removeprefix(f"{self.folder}/"): blob.size_bytes for blob in self.target.list(self.folder)}
+        present = self._present()
         wrong = [file.path for file in self.manifest.files if present.get(file.path) != file.size_bytes]
         listed = {file.path for file in self.manifest.files} | {MANIFEST_NAME}
         extra = [name for name in present if name not in listed and not name.rpartition("/")[2].startswith(DRAFT_PREFIX)]
         if wrong or extra:
             name = (wrong or extra)[0]
             raise StorageError(
-                f"{self.target.location}/{self.folder}/{name} is not what was sent there: "
+                f"{self.target.location}/{self._key(name)} is not what was sent there: "
                 + ("another size, or missing" if wrong else "nothing of this name was"),
                 operation="looking again",
                 path=self._key(name),
@@ -332,16 +387,33 @@ class _Push:
 
     def _publish(self) -> bool:
         """Step 5; whether it was our manifest that came first."""
-        data = self.manifest.to_bytes()
+        mine = dataclasses.replace(self.manifest, base=self.base)
+        key = f"{self.folder}/{MANIFEST_NAME}"
         try:
-            self.target.put(self._key(MANIFEST_NAME), data, if_absent=True)
+            if self.replaced is None:
+                self.target.put(key, mine.to_bytes(), if_absent=True)
+            else:
+                if not self.replaced.base:  # says that the files beside the manifest are ours, and without use
+                    claims.renew(self.target, self.folder, self.replaced.content)
+                seen = self.target.get(key)
+                if parse(seen) != self.replaced:
+                    raise AlreadyExistsError(key)
+                self.target.replace(key, mine.to_bytes(), expected=seen)
         except AlreadyExistsError:
             theirs = read_manifest(self.target, self.folder)
-            if theirs == self.manifest:
+            if theirs == mine:
                 return True  # a first try came through after all
-            if theirs.content == self.manifest.content:
+            if theirs.content == mine.content:
                 return False
-            raise
+            raise AlreadyExistsError(
+                f"{self._where}: another push of step {self.manifest.step} came first, with other bytes, "
+                f"committed {theirs.created_at}",
+                hint="Ours is no checkpoint; `ckptstore clean --run URL` removes its files. Or push --replace.",
+            ) from None
+        if self.target.creates_atomically:
+            return True
+        if read_manifest(self.target, self.folder) != mine:  # the last one counts there
+            raise AlreadyExistsError(f"{self._where}: another push of step {self.manifest.step} came at the same moment")
         return True
 
 
