@@ -172,7 +172,7 @@ def test_recover_info_makes_no_attempt(url, run):
     way = pushing._Push(
         open_backend(run), layout.RECOVER_INFO, dataclasses.replace(part, name=layout.RECOVER_INFO), manifest, backend
     )
-    with pytest.raises(BusyError, match="clean"):
+    with pytest.raises(BusyError, match="another push"):
         way.run(dry_run=False, notes=(), progress=lambda *_: None)
 
 
