@@ -124,6 +124,14 @@ def push(
     return done
 
 
+def resend(
+    backend: Backend, part: Part, manifest: Manifest, target: Backend, *, entry: FileEntry, progress: native.Progress
+) -> None:
+    """Send one file of a part that is committed in `target` as `manifest` says. Errors as push's."""
+    way = _Push(backend, folder_of(backend, part), part, manifest, target, base=manifest.base)
+    way.send([entry], 0, progress)
+
+
 @functools.lru_cache(maxsize=16)
 def _conditions(target: Backend) -> tuple[str, ...]:
     """What to know of a store on which create-only means nothing: found by trying, once for each."""
@@ -163,7 +171,7 @@ class _Push:
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
         if not dry_run:
-            self._send(missing, there, progress, renewing=not committed)
+            self.send(missing, there, progress, renewing=not committed)
             self._look_again()
             if not committed:
                 self._refuse_changed()
@@ -267,7 +275,7 @@ class _Push:
         if not claims.make(self.target, self._files_folder, self.manifest.content):
             raise BusyError(f"{self.target.location}/{self._files_folder} is being removed", hint="Push again.")
 
-    def _send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress, *, renewing: bool) -> None:
+    def send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress, *, renewing: bool = False) -> None:
         """Step 3, the largest files first."""
         lock = threading.Lock()
         done = there

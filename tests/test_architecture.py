@@ -33,6 +33,7 @@ LAYERS = (
     ("receiving", "claims"),
     ("room", "staging", "steps", "loading"),
     ("recovery", "adopt", "push", "pull", "retention", "leftovers"),
+    ("repair",),
     ("mirror",),
     ("store",),
     ("torch.memory", "torch.state"),

@@ -394,14 +394,14 @@ def test_clean_keeps_out_of_the_way_of_the_living(url, run, tmp_path, monkeypatc
 
 
 def test_a_push_that_was_cleaned_away_is_told(url, run, monkeypatch):
-    real = pushing._Push._send
+    real = pushing._Push.send
 
     def cleaned(self, *arguments, **options):
         (found,) = leftovers.look(self.target, older_than_ns=time.time_ns() + HOUR_NS)
         assert leftovers.remove(self.target, found)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(pushing._Push, "_send", cleaned)
+    monkeypatch.setattr(pushing._Push, "send", cleaned)
     with pytest.raises(StorageError, match="cleaned"):
         send(run, url)
     assert not any(key.endswith(MANIFEST_NAME) for key in keys(url))

@@ -306,13 +306,13 @@ def test_files_of_others_are_not_touched(url, run):
 
 
 def test_strangers_during_a_push_stop_it(url, run, monkeypatch):
-    real = pushing._Push._send
+    real = pushing._Push.send
 
     def with_stranger(self, *arguments, **options):
         real(self, *arguments, **options)
         self.target.put(f"{self.folder}/stranger", b"x")
 
-    monkeypatch.setattr(pushing._Push, "_send", with_stranger)
+    monkeypatch.setattr(pushing._Push, "send", with_stranger)
     with pytest.raises(StorageError, match="stranger"):
         send(run, url)
     assert not any(key.endswith(MANIFEST_NAME) for key in keys(url))
