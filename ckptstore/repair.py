@@ -49,7 +49,7 @@ from ckptstore.verify import Notify, Report, verify_all
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong with one file, and how much of it must come from elsewhere."""
+    """What is wrong with one file, and how much of it must come from elsewhere (at most, where its length changed)."""
 
     part: str
     entry: FileEntry
@@ -115,8 +115,7 @@ def repair(
         with RunLock(side, f"repairing step {checkpoint.step}"):
             stage = side_folders.open_stage(side, f"repair {' '.join(pair.manifest.commit for pair in pairs)}")
             done, failed, moved = _each(found, lambda pair, damage: _renew(replica, pair, damage, stage, notify))
-            if not failed:
-                side_folders.discard(side, os.path.basename(stage.path))
+            side_folders.discard(side, os.path.basename(stage.path))
     else:
         done, failed, moved = _each(found, lambda pair, damage: _resend(replica, pair, damage, backend, notify))
     now = next(other for other in scan(backend).checkpoints if _same(other, checkpoint))
