@@ -20,21 +20,19 @@ A crash leaves a claim and whole files, which no reader takes for a checkpoint; 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptstore import claims, native, parallel
+from ckptstore import native, parallel
 from ckptstore.backends.base import Backend
+from ckptstore.claims import RENEW_S, Place
 from ckptstore.errors import (
     AlreadyExistsError,
-    BusyError,
     IntegrityError,
-    ManifestError,
     NoSpaceError,
     NotFoundError,
     RefusedError,
@@ -44,8 +42,9 @@ from ckptstore.errors import (
 )
 from ckptstore.formats.streaming import mismatch
 from ckptstore.frameworks.areal import layout
-from ckptstore.manifest import FileEntry, Manifest, parse
-from ckptstore.model import ATTEMPT_PREFIX, DRAFT_PREFIX, MANIFEST_NAME, OURS, Checkpoint, Part
+from ckptstore.listing import scan
+from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.model import ATTEMPT_PREFIX, DRAFT_PREFIX, MANIFEST_NAME, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
 from ckptstore.verify import Notify
@@ -54,7 +53,6 @@ PART_BYTES = 16 << 20
 MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
 FILES_AT_ONCE = 4
 FILE_TRIES = 4
-LOOKS = 5  #: at a place where somebody commits while we look
 SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
 BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most
 
@@ -96,11 +94,8 @@ def push(
             f"step {checkpoint.step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}",
             hint="Only whole checkpoints are pushed.",
         )
-    if replace and len(checkpoint.parts) > 1:
-        raise RefusedError(
-            f"step {checkpoint.step} has {len(checkpoint.parts)} parts, which cannot be replaced in one act",
-            hint="Push to another URL.",
-        )
+    if replace:
+        _refuse_several(checkpoint, target)
     notes = () if dry_run else _conditions(target)
     ordered = sorted(checkpoint.parts, key=lambda part: part.name == layout.MAIN_PART)
     done: list[Sent] = []
@@ -118,17 +113,33 @@ def push(
 
         folder = folder_of(backend, part)
         manifest = describe(backend, checkpoint, part, digesting)
-        way = _Push(backend, folder, part, manifest.at_home, target, replace)
+        fixed = part.name == layout.RECOVER_INFO  # read where AReaL reads it
+        place = Place(target, folder, manifest.at_home, replace=replace, fixed=fixed)
+        way = _Push(backend, folder, part, manifest.at_home, place)
         done.append(way.run(dry_run=dry_run, notes=notes, progress=progress))
         before += part.size_bytes
     return done
+
+
+def _refuse_several(checkpoint: Checkpoint, target: Backend) -> None:
+    """A checkpoint of several parts, here or there, has several manifests: readers would see some of each."""
+    try:
+        there = scan(target).at_step(checkpoint.step)
+    except NotFoundError:
+        there = []
+    names = {part.name for found in (checkpoint, *there) for part in found.parts}
+    if len(names) > 1:
+        raise RefusedError(
+            f"step {checkpoint.step} has {len(names)} parts, which cannot be replaced in one act", hint="Push to another URL."
+        )
 
 
 def resend(
     backend: Backend, part: Part, manifest: Manifest, target: Backend, *, entry: FileEntry, progress: native.Progress
 ) -> None:
     """Send one file of a part that is committed in `target` as `manifest` says. Errors as push's."""
-    way = _Push(backend, folder_of(backend, part), part, manifest, target, base=manifest.base)
+    folder = folder_of(backend, part)
+    way = _Push(backend, folder, part, manifest, Place(target, folder, manifest, base=manifest.base))
     way.send([entry], 0, progress)
 
 
@@ -159,13 +170,14 @@ class _Push:
     folder: str
     part: Part
     manifest: Manifest
-    target: Backend
-    replace: bool = False
-    base: str = ""  #: of our files, in `folder`: empty, or an attempt
-    replaced: Manifest | None = None
+    place: Place
+
+    @property
+    def target(self) -> Backend:
+        return self.place.target
 
     def run(self, *, dry_run: bool, notes: tuple[str, ...], progress: native.Progress) -> Sent:
-        committed = self._look(dry_run=dry_run)
+        committed = self.place.find(dry_run=dry_run)
         present = self._present()
         missing = [file for file in self.manifest.files if present.get(file.path) != file.size_bytes]
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
@@ -175,105 +187,22 @@ class _Push:
             self._look_again()
             if not committed:
                 self._refuse_changed()
-                committed = not self._publish()
-                claims.release(self.target, self._files_folder)
-        sha256 = read_manifest(self.target, self.folder).sha256 if committed else self.manifest.sha256
-        url = f"{self.target.location}/{self._files_folder}"
-        return Sent(self.manifest.step, self.part.name, url, sent, there, committed, sha256, notes)
+                committed = not self.place.publish()
+        sha256 = read_manifest(self.target, self.place.folder).sha256 if committed else self.manifest.sha256
+        return Sent(self.manifest.step, self.part.name, self._url, sent, there, committed, sha256, notes)
 
     @property
-    def _files_folder(self) -> str:
-        return f"{self.folder}/{self.base}" if self.base else self.folder
-
-    @property
-    def _where(self) -> str:
-        return f"{self.target.location}/{self.folder}"
+    def _url(self) -> str:
+        return f"{self.target.location}/{self.place.files_folder}"
 
     def _key(self, name: str) -> str:
-        return f"{self._files_folder}/{name}"
+        return f"{self.place.files_folder}/{name}"
 
     def _present(self) -> dict[str, int]:
         """Sizes of what lies where our files go, attempts of others left out."""
-        above = f"{self._files_folder}/"
-        found = {blob.key.removeprefix(above): blob.size_bytes for blob in self.target.list(self._files_folder)}
+        above = self._key("")
+        found = {blob.key.removeprefix(above): blob.size_bytes for blob in self.target.list(self.place.files_folder)}
         return {name: size for name, size in found.items() if not name.startswith(ATTEMPT_PREFIX)}
-
-    def _look(self, *, dry_run: bool) -> bool:
-        """Steps 1 and 2: find our place, and with it `base`; whether this content is committed there already."""
-        for _ in range(LOOKS):
-            # In this order: who takes its claim away has written its manifest before, and its files before that.
-            names = [blob.key.removeprefix(f"{self.folder}/") for blob in self.target.list(self.folder)]
-            claim = claims.read(self.target, self.folder)
-            theirs = self._committed()
-            if theirs is not None and theirs.content == self.manifest.content:
-                self.base = theirs.base
-                return True
-            self.replaced = theirs
-            if theirs is None and claim is None:
-                self._refuse_strangers(names)
-            if dry_run:
-                self.base = self._place(names, claim)
-                return False
-            if theirs is None and self._claim(claim):
-                self.base = ""
-            else:
-                self._claim_attempt(names)
-            if self._committed() == theirs:
-                return False
-            claims.release(self.target, self._files_folder)  # one that came meanwhile: its keys are not ours to write
-        raise BusyError(f"{self._where} changes faster than one can look at it", hint="Do several push this step at once?")
-
-    def _committed(self) -> Manifest | None:
-        """The manifest that is there. AlreadyExistsError for one that is not ours to replace."""
-        try:
-            theirs = read_manifest(self.target, self.folder)
-        except NotFoundError:
-            return None
-        except ManifestError as error:
-            raise AlreadyExistsError(f"{self._where} has a manifest that does not count: {error}") from None
-        if theirs.content != self.manifest.content and not self.replace:
-            raise AlreadyExistsError(
-                f"{self._where} holds step {theirs.step} with other bytes, committed {theirs.created_at}",
-                hint="Nothing was replaced there. Push to another URL, or say --replace.",
-            )
-        return theirs
-
-    def _refuse_strangers(self, names: Sequence[str]) -> None:
-        """What lies there without a claim or a manifest is somebody else's."""
-        strangers = [name for name in names if not name.startswith(OURS)]
-        if strangers:
-            raise AlreadyExistsError(
-                f"{self._where} holds {len(strangers)} files that no push of ckptstore brought ({strangers[0]})",
-                hint="Push to another URL, or move them away. `ckptstore verify --run URL` says whether they are whole.",
-            )
-
-    def _place(self, names: Sequence[str], claim: Mapping[str, object] | None) -> str:
-        """Where a push would go on, or begin."""
-        if self.replaced is None and (claim is None or claim.get("content") == self.manifest.content):
-            return ""
-        return self._own_attempt(names) or claims.new_attempt()
-
-    def _own_attempt(self, names: Sequence[str]) -> str:
-        """The attempt that an earlier push of the same content left; empty without one."""
-        for name in claims.attempts(names):
-            if claims.holds(self.target, f"{self.folder}/{name}", self.manifest.content):
-                return name
-        return ""
-
-    def _claim(self, claim: Mapping[str, object] | None) -> bool:
-        """Claim the folder itself; False where it is claimed for other bytes."""
-        make = claims.make if claim is None else claims.share
-        return make(self.target, self.folder, self.manifest.content)
-
-    def _claim_attempt(self, names: Sequence[str]) -> None:
-        if self.part.name == layout.RECOVER_INFO:  # read where AReaL reads it
-            raise BusyError(
-                f"another push has claimed {self._where} for other bytes",
-                hint="When that push is dead for certain: ckptstore clean --run URL --older-than 1d. Then push again.",
-            )
-        self.base = self._own_attempt(names) or claims.new_attempt()
-        if not claims.make(self.target, self._files_folder, self.manifest.content):
-            raise BusyError(f"{self.target.location}/{self._files_folder} is being removed", hint="Push again.")
 
     def send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress, *, renewing: bool = False) -> None:
         """Step 3, the largest files first."""
@@ -320,29 +249,15 @@ class _Push:
 
         def tick() -> None:
             nonlocal renewed
-            if renewing and time.monotonic() > renewed + claims.RENEW_S:
-                self._keep_claim()
-                claims.renew(self.target, self._files_folder, self.manifest.content)
+            if renewing and time.monotonic() > renewed + RENEW_S:
+                self.place.keep()
                 renewed = time.monotonic()
             progress(done, total)
 
         ordered = sorted(missing, key=lambda file: -file.size_bytes)
         parallel.each(ordered, send_again, threads=threads, tick=tick)
         if renewing:
-            self._keep_claim()
-
-    def _keep_claim(self) -> None:
-        """StorageError when our claim was taken away, unless by one that has committed the same: what we sent goes."""
-        if not claims.holds(self.target, self._files_folder, self.manifest.content):
-            theirs = self._committed()
-            if theirs is not None and theirs.content == self.manifest.content:
-                return
-            raise StorageError(
-                f"{self.target.location}/{self._files_folder} was cleaned while it was pushed",
-                operation="looking again",
-                path=self._files_folder,
-                hint="Push again, and clean only what is older than any push takes.",
-            )
+            self.place.keep()
 
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""
@@ -392,37 +307,6 @@ class _Push:
                 path=self._key(name),
                 hint="Does anybody else write there? Nothing was committed.",
             )
-
-    def _publish(self) -> bool:
-        """Step 5; whether it was our manifest that came first."""
-        mine = dataclasses.replace(self.manifest, base=self.base)
-        key = f"{self.folder}/{MANIFEST_NAME}"
-        try:
-            if self.replaced is None:
-                self.target.put(key, mine.to_bytes(), if_absent=True)
-            else:
-                if not self.replaced.base:  # says that the files beside the manifest are ours, and without use
-                    claims.renew(self.target, self.folder, self.replaced.content)
-                seen = self.target.get(key)
-                if parse(seen) != self.replaced:
-                    raise AlreadyExistsError(key)
-                self.target.replace(key, mine.to_bytes(), expected=seen)
-        except AlreadyExistsError:
-            theirs = read_manifest(self.target, self.folder)
-            if theirs == mine:
-                return True  # a first try came through after all
-            if theirs.content == mine.content:
-                return False
-            raise AlreadyExistsError(
-                f"{self._where}: another push of step {self.manifest.step} came first, with other bytes, "
-                f"committed {theirs.created_at}",
-                hint="Ours is no checkpoint; `ckptstore clean --run URL` removes its files. Or push --replace.",
-            ) from None
-        if self.target.creates_atomically:
-            return True
-        if read_manifest(self.target, self.folder) != mine:  # the last one counts there
-            raise AlreadyExistsError(f"{self._where}: another push of step {self.manifest.step} came at the same moment")
-        return True
 
 
 def part_size(size_bytes: int) -> int:

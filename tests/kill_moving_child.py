@@ -34,11 +34,11 @@ tell("start-up")
 from ckptstore import claims, cli, pull, push  # noqa: E402
 
 for owner, name, phase in (
-    (push._Push, "_look", "look"),
+    (claims.Place, "find", "look"),
     (claims, "make", "claim"),
     (push._Push, "send", "data"),
     (push._Push, "_look_again", "look again"),
-    (push._Push, "_publish", "manifest"),
+    (claims.Place, "publish", "manifest"),
     (claims, "release", "claim away"),
     (pull, "_described", "look"),
     (pull, "fill", "fetch"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -124,7 +123,7 @@ def test_the_loser_is_told(url, run, tmp_path, monkeypatch):
     """Two that are at work at once: the second commits first. The other learns it at its end, and has touched nothing."""
     other = other_content(run, tmp_path)
     won: list[dict[str, Blob]] = []
-    real = pushing._Push._publish
+    real = claims.Place.publish
 
     def late(self):
         if not won:
@@ -133,7 +132,7 @@ def test_the_loser_is_told(url, run, tmp_path, monkeypatch):
             won.append(state(url))
         return real(self)
 
-    monkeypatch.setattr(pushing._Push, "_publish", late)
+    monkeypatch.setattr(claims.Place, "publish", late)
     with pytest.raises(AlreadyExistsError, match="came first"):
         send(run, url)
     after = state(url)
@@ -167,13 +166,9 @@ def test_recover_info_makes_no_attempt(url, run):
     """AReaL's states are read where AReaL reads them."""
     backend = open_backend(url)
     claims.make(backend, layout.RECOVER_INFO, "another")
-    part = CheckpointStore(run).get(46).parts[0]
     manifest = parse((run / EXPORT / MANIFEST_NAME).read_bytes())
-    way = pushing._Push(
-        open_backend(run), layout.RECOVER_INFO, dataclasses.replace(part, name=layout.RECOVER_INFO), manifest, backend
-    )
     with pytest.raises(BusyError, match="another push"):
-        way.run(dry_run=False, notes=(), progress=lambda *_: None)
+        claims.Place(backend, layout.RECOVER_INFO, manifest, fixed=True).find(dry_run=False)
 
 
 @pytest.mark.parametrize("base", ["..", "../x", "/etc", ".ckptstore.attempt-", ".ckptstore.attempt-0123456789abcdef/..", 7])
@@ -238,12 +233,12 @@ def test_replaced_in_one_act(url, run, tmp_path):
 def test_cut_short_the_old_one_stays(url, run, tmp_path, monkeypatch):
     other = other_content(run, tmp_path)
     send(run, url)
-    for place in ("_look_again", "_publish"):
+    for owner, name in ((pushing._Push, "_look_again"), (claims.Place, "publish")):
         with monkeypatch.context() as planted:
-            planted.setattr(pushing._Push, place, lambda self: crash())
+            planted.setattr(owner, name, lambda self: crash())
             with pytest.raises(KeyboardInterrupt):
                 send(other, url, replace=True)
-        holds(url, run, tmp_path / place)
+        holds(url, run, tmp_path / name)
 
 
 def test_two_replacements_at_once(s3, run, tmp_path):
@@ -253,7 +248,7 @@ def test_two_replacements_at_once(s3, run, tmp_path):
     (others[1] / EXPORT / "merges.txt").write_text("#version: 0.3\n")
     trees.set_age(others[1] / "default", 3600)
     gate = threading.Barrier(2)
-    real = pushing._Push._publish
+    real = claims.Place.publish
     told: list[CkptStoreError] = []
 
     def together(self):
@@ -267,7 +262,7 @@ def test_two_replacements_at_once(s3, run, tmp_path):
             told.append(error)
 
     with pytest.MonkeyPatch.context() as planted:
-        planted.setattr(pushing._Push, "_publish", together)
+        planted.setattr(claims.Place, "publish", together)
         crew = [threading.Thread(target=write, args=(source,)) for source in others]
         for thread in crew:
             thread.start()
