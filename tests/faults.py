@@ -196,15 +196,16 @@ class Meter:
                 client, _ = self._socket.accept()
             except OSError:
                 return
-            try:
-                server = socket.create_connection(("127.0.0.1", self.server_port))
-            except OSError:
-                client.close()
-                continue
-            for ends in ((client, server, True), (server, client, False)):
-                threading.Thread(target=self._pass, args=ends, daemon=True).start()
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def _pass(self, source: socket.socket, target: socket.socket, up: bool) -> None:
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.server_port)) as server:
+            back = threading.Thread(target=self._pass, args=(server, client), kwargs={"up": False}, daemon=True)
+            back.start()
+            self._pass(client, server, up=True)
+            back.join()
+
+    def _pass(self, source: socket.socket, target: socket.socket, *, up: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 18):
                 with self._lock:

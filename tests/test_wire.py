@@ -19,7 +19,7 @@ from tests.faults import Meter
 from tests.test_push_pull import EXPORT, same, send
 from tests.test_remote_looking import sealed_run
 
-FILES, FILE_BYTES = 14, 15 << 20  # each of one part
+FILES, FILE_BYTES = 12, 15 << 20  # each of one part
 OVERHEAD_BYTES = 2 << 20  #: of all requests' headers and the listings
 
 
