@@ -292,16 +292,27 @@ def test_a_store_that_ignores_versions_is_named(s3, run, tmp_path, monkeypatch):
     assert {key: blob for key, blob in state(s3).items() if key in before} == before
 
 
-def test_replace_is_conditional(s3):
-    """The backend's own promise, on a real server."""
+def test_many_replace_at_once(s3):
+    """Of many that have seen the same, one is told that it did; the content is its own."""
     backend = open_backend(s3)
-    backend.put("key", b"one")
-    backend.replace("key", b"two", expected=b"one")
-    assert backend.get("key") == b"two"
-    with pytest.raises(AlreadyExistsError):
-        backend.replace("key", b"three", expected=b"one")
-    assert backend.get("key") == b"two"
-    assert keys(s3) == ["key"]
+    for number in range(5):
+        backend.put("key", b"old")
+        winners: list[int] = []
+
+        def change(me: int, winners: list[int] = winners) -> None:
+            try:
+                backend.replace("key", b"%d" % me, expected=b"old")
+            except AlreadyExistsError:
+                return
+            winners.append(me)
+
+        crew = [threading.Thread(target=change, args=(me,)) for me in range(8)]
+        for thread in crew:
+            thread.start()
+        for thread in crew:
+            thread.join()
+        assert len(winners) == 1, number
+        assert backend.get("key") == b"%d" % winners[0]
 
 
 # --- what dead ones leave ------------------------------------------------------------------------------------------

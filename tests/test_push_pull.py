@@ -254,7 +254,9 @@ def other_content(run: Path, folder: Path) -> Path:
     copy = folder / "other/trial0"
     shutil.copytree(run, copy)
     (copy / EXPORT / MANIFEST_NAME).unlink()
-    (copy / EXPORT / "merges.txt").write_text("#version: 0.2\nx y\n")
+    (copy / EXPORT / "merges.txt").write_text("#version: 0.2\nx y\nz w\n")
+    (copy / EXPORT / "added_tokens.json").write_text("{}")
+    (copy / EXPORT / "generation_config.json").unlink()
     trees.set_age(copy / "default", 3600)
     return copy
 
