@@ -67,7 +67,7 @@ def find(blobs: Iterable[Blob], bases: Mapping[str, str], *, older_than_ns: int)
         claim = [blob for blob in group if blob.key == f"{files_folder}/{CLAIM_NAME}"]
         doomed = claim if counts else [*(blob for blob in group if blob not in claim), *claim]
         newest = max([blob.mtime_ns for blob in group] + ([committed[folder]] if folder in committed else []), default=0)
-        if not doomed or newest > older_than_ns or not (attempt or claim):
+        if not doomed or newest > older_than_ns:
             continue
         why = (
             "a claim that was not taken away" if counts else "replaced, or lost" if folder in committed else "a push cut short"

@@ -24,6 +24,7 @@ from ckptstore.repair import Repaired, repair
 from ckptstore.store import CheckpointStore
 from ckptstore.verify import verify, verify_all
 from tests import commands, trees
+from tests.test_attempts import cut_short
 from tests.test_push_pull import EXPORT, add_big_file, flip, keys, other_content, same, send
 from tests.test_remote_looking import sealed_run
 
@@ -275,6 +276,22 @@ def test_what_is_damaged_here_is_not_sent(url, run, good):
     done = mend(url, run)
     assert (done.ok, [damage.entry.path for damage, _ in done.failed]) == (False, [BIG])
     assert f"{EXPORT}/{BIG}" not in keys(url)
+
+
+def test_an_attempt(run, good, tmp_path, monkeypatch):
+    """Both ways, where the manifest there names a folder of its own."""
+    url = f"memory://repair-attempt-{tmp_path.name}-{os.getpid()}"
+    cut_short(other_content(run, tmp_path), url, monkeypatch)
+    (sent,) = send(run, url)
+    base = sent.url.removeprefix(f"{url}/")
+    assert base != EXPORT
+    backend = open_backend(url)
+    backend.delete(f"{base}/vocab.json")
+    assert [damage.entry.path for damage in mend(url, run).repaired] == ["vocab.json"]
+    assert f"{base}/vocab.json" in keys(url)
+    (run / EXPORT / "vocab.json").unlink()
+    assert mend(run, url).ok
+    assert same(run / EXPORT, good)
 
 
 def test_two_urls(url, run):
