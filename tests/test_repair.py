@@ -340,15 +340,15 @@ CHILD = """
 import os, signal, sys
 from ckptstore import cli
 import ckptstore.repair, ckptstore.cli.repair
-nth, seen = int(sys.argv[1]), 0
+nth, where, seen = int(sys.argv[1]), sys.argv[2], 0
 def look(event, arguments):
     global seen
     if event in ("os.rename", "os.utime", "os.truncate", "os.chmod", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"):
-        seen += 1
+        seen += any(str(argument).startswith(where) for argument in arguments)
         if seen == nth:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(look)
-code = cli.run(sys.argv[2:])
+code = cli.run(sys.argv[3:])
 print(seen, file=sys.stderr)
 sys.exit(code)
 """
@@ -366,12 +366,12 @@ class Killing:
         self.damaged = {path.name: path.read_bytes() for path in (run / EXPORT).iterdir()}
         self.states: set[int] = set()
 
-    def strike(self, nth: int) -> int:
-        """Kill at the nth operation; how many there were, where it came to its end."""
+    def strike(self, nth: int, *, below: Path | None = None) -> int:
+        """Kill at the nth operation (on paths `below`); how many there were, where it came to its end."""
         shutil.rmtree(self.run.parent / ".ckptstore", ignore_errors=True)
         shutil.rmtree(self.run)
         shutil.copytree(self.template, self.run)
-        words = [str(nth), "repair", "46", "--run", str(self.run), "--from", str(self.replica), "--json"]
+        words = [str(nth), str(below or ""), "repair", "46", "--run", str(self.run), "--from", str(self.replica), "--json"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run([sys.executable, "-c", CHILD, *words], env=environment, capture_output=True, check=False)
         now = {path.name: path.read_bytes() for path in (self.run / EXPORT).iterdir()}
@@ -390,11 +390,12 @@ class Killing:
 
 
 def test_killed_in_the_middle(run, good, tmp_path):
-    """Every file is what it was or whole, and the same command ends it."""
+    """At what it does in the checkpoint: every file is what it was or whole, and the same command ends it."""
     killing = Killing(run, good, tmp_path)
-    operations = killing.strike(10**9)
-    for nth in range(1, operations + 1, operations // 5):
-        assert killing.strike(nth) == 0
+    operations = killing.strike(10**9, below=run / EXPORT)
+    assert operations >= 12
+    for nth in range(2, operations + 1, 2):
+        assert killing.strike(nth, below=run / EXPORT) == 0
     assert len(killing.states) >= 3, killing.states
 
 
