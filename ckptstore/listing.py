@@ -55,7 +55,7 @@ def scan(backend: Backend) -> Listing:
 
     NotFoundError when the run's folder is missing. Unreadable folders make their checkpoint PARTIAL, with the reason.
     """
-    tree = backend.tree(max_depth=5)
+    tree = backend.tree(max_depth=5 if backend.is_folder else 6)  # one more: attempts have a folder of their own
     if steps.is_store(tree):
         return _scan_steps(backend, tree)
     run = layout.sort_out(tree)
@@ -169,7 +169,7 @@ def _adopted_steps(names: Iterable[str]) -> list[int]:
 def _read_kept(store: Backend) -> Checkpoint | None:
     """The adopted step that `store` is rooted at; None where it is not all there."""
     try:
-        tree = store.tree(max_depth=5)
+        tree = store.tree(max_depth=5 if store.is_folder else 6)
     except CkptStoreError:
         return None  # being removed, or another user keeps it to himself
     folders = sorted(entry.name for entry in tree[""].entries if stat.S_ISDIR(entry.mode))

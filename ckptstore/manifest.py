@@ -7,6 +7,7 @@ The CRCs catch accidents, not malice: `Manifest.sha256` can be pinned out of ban
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from ckptstore.errors import ManifestError
-from ckptstore.model import MANIFEST_NAME, FileInfo, Finding, Status
+from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, FileInfo, Finding, Status
 
 FORMAT = "ckptstore.manifest"
 VERSION = 1
@@ -34,6 +35,7 @@ _COMPONENT = r"(?!\.{1,2}(?:/|\Z))[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,255}"
 _SAFE_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _CRC = re.compile(r"[0-9A-F]{16}")
 _COMMIT = re.compile(r"[0-9a-f]{32}")
+_BASE = re.compile(rf"(?:{re.escape(ATTEMPT_PREFIX)}[0-9a-f]{{16}})?")
 
 
 class FileEntry(NamedTuple):
@@ -63,10 +65,11 @@ class Manifest:
     source: str = ""  #: for setup: the checkpoint's folder, relative to its run
     tool: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    base: str = ""  #: in an object store: the folder beside the manifest that the files lie in; "": beside it themselves
 
     def to_bytes(self) -> bytes:
         """The canonical JSON."""
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "digest": ALGORITHM,
@@ -94,12 +97,19 @@ class Manifest:
                 for file in self.files
             ],
         }
+        if self.base:
+            document["base"] = self.base
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
     @property
     def sha256(self) -> str:
-        """Hex SHA-256 of the canonical JSON: what `--expect-digest` pins."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """Hex SHA-256 of the canonical JSON: what `--expect-digest` pins. Without `base`: a pull has its files elsewhere."""
+        return hashlib.sha256(self.at_home.to_bytes()).hexdigest()
+
+    @property
+    def at_home(self) -> Manifest:
+        """The same for files that lie beside it."""
+        return dataclasses.replace(self, base="") if self.base else self
 
     @property
     def content(self) -> str:
@@ -210,6 +220,9 @@ def parse(data: bytes) -> Manifest:
     commit = _str(document, "commit")
     if not _COMMIT.fullmatch(commit):
         raise ManifestError("manifest: `commit` is not 32 hex digits")
+    base = document.get("base", "")
+    if not isinstance(base, str) or not _BASE.fullmatch(base):
+        raise ManifestError(f"manifest: `base` is {base!r:.80}, which names no folder of ours")
     return Manifest(
         step=_int(document, "step", low=-1),
         epoch=_int(document, "epoch", low=-1),
@@ -223,6 +236,7 @@ def parse(data: bytes) -> Manifest:
         source=_str(document, "source"),
         tool=_str(document, "tool"),
         metrics=_metrics(document.get("metrics", {})),
+        base=base,
     )
 
 
@@ -239,7 +253,7 @@ def vouches_for(data: bytes, files: Iterable[FileInfo]) -> bool:
         document = _load(data)
         recorded = {entry["path"]: (entry["bytes"], entry["mtime_ns"]) for entry in document["files"]}
         known = (document["format"], document["version"], document["digest"]) == (FORMAT, VERSION, ALGORITHM)
-        known = known and type(document["version"]) is int
+        known = known and type(document["version"]) is int and not document.get("base")
     except (ManifestError, KeyError, TypeError):
         return False
     return known and recorded == present

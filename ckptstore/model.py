@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 MANIFEST_NAME = "ckptstore.manifest.json"
 DRAFT_PREFIX = ".ckptstore.manifest."  #: of a manifest being written; a crash may leave one, it counts as nothing
+ATTEMPT_PREFIX = ".ckptstore.attempt-"  #: of a folder in an object store: the files of one writer among several
+CLAIM_NAME = f"{DRAFT_PREFIX}claim"  #: of an object that says who writes beside it
+OURS = (DRAFT_PREFIX, ATTEMPT_PREFIX)  #: names of these are no files of a checkpoint
 
 FRESH_OPTIMIZER = "fresh optimizer"  #: what a slot holds that was made from weights alone: moments of zeros
 
@@ -82,6 +85,12 @@ class Part:
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()  #: worth knowing, harmless: "saved since by the trainer"
     mtime_ns: int = 0  #: of the newest file, or of the folder when it is empty
+    base: str = ""  #: in an object store: the folder in `path` that the files lie in, by the manifest's word; "": `path` itself
+
+    @property
+    def files_path(self) -> str:
+        """The folder that the files lie in."""
+        return f"{self.path}/{self.base}" if self.base else self.path
 
     @property
     def size_bytes(self) -> int:

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from ckptstore import manifest as manifests
 from ckptstore.backends.base import Backend
-from ckptstore.errors import CkptStoreError, ManifestError
+from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
 from ckptstore.formats import FormatError, dcp
 from ckptstore.frameworks.areal import layout
 from ckptstore.manifest import Manifest
-from ckptstore.model import MANIFEST_NAME, FileInfo, Finding, Part, ReadAt, Status, worst
+from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME, FileInfo, Finding, Part, ReadAt, Status, worst
 from ckptstore.native import Folder
 
 #: Clocks of several nodes write into one run: files this close count as one save.
@@ -36,13 +36,20 @@ def read_part(
     """Judge one part at level quick. `folders` is Backend.tree(), `folder` a key of it."""
     files, findings = layout.files_of(folders, folder)
     ours = next((file for file in files if file.name == MANIFEST_NAME), None)
+    notes: list[str] = []
+    base = ""
     if ours is not None:
         files.remove(ours)
+        if not backend.is_folder and any(entry.name.startswith(ATTEMPT_PREFIX) for entry in folders[folder].entries):
+            base = _base(backend, folder, notes)  # several have written here: the manifest says whose files count
+            if base:
+                files, findings = layout.files_of(folders, f"{folder}/{base}" if folder else base)
     unread = not files and ours is None and any(not finding.path for finding in findings)
     # What an unreadable folder holds is unknown: it is not "empty".
     signs = layout.Signs("unknown", (), ()) if unread else read_signs(files, sealed=ours is not None)
     findings.extend(signs.findings)
-    notes: list[str] = []
+    if ours is None and not backend.is_folder and any(entry.name == CLAIM_NAME for entry in folders[folder].entries):
+        findings.append(Finding("", "no manifest yet: a push is at work, or was cut short", Status.PARTIAL))
     status = worst([Status.COMPLETE, *(finding.status for finding in findings)])
     if ours is not None:
         # A store's times are those of arrival: what came before its manifest is what the manifest was written for. Reading
@@ -62,7 +69,19 @@ def read_part(
         findings=tuple(findings),
         notes=tuple(notes),
         mtime_ns=max((file.mtime_ns for file in files), default=0),
+        base=base,
     )
+
+
+def _base(backend: Backend, folder: str, notes: list[str]) -> str:
+    """What the manifest in `folder` names as the folder of its files."""
+    try:
+        return read_manifest(backend, folder).base
+    except ManifestError as error:
+        notes.append(f"its manifest does not count: {error}")
+    except NotFoundError:
+        notes.append("its manifest went away while it was looked at")
+    return ""
 
 
 def _judge_manifest(
@@ -75,7 +94,7 @@ def _judge_manifest(
             data = backend.get(key, length_bytes=manifests.MAX_BYTES + 1)
         if not findings and manifests.vouches_for(data, files):
             return Status.COMMITTED
-        manifest = manifests.parse(data)
+        manifest = _parse(backend, data)
         seen = manifest.inspect(files if backend.is_folder else as_recorded(files, manifest))
     except ManifestError as error:
         notes.append(f"its manifest does not count: {error}")
@@ -102,6 +121,9 @@ def judged(backend: Backend, part: Part, manifest: Manifest | None) -> Part:
     """`part` of an object store by its manifest, which the listing has not read; any other as it is."""
     if backend.is_folder or manifest is None:
         return part
+    if manifest.base != part.base:
+        where = f"its manifest names {manifest.base or 'its own folder'} as the place of its files, and they are not there"
+        return worsen(part, f"{where}, or it was replaced meanwhile")
     files = as_recorded(part.files, manifest)
     seen = manifest.inspect(files)
     new = [finding for finding in seen.findings if finding not in part.findings]
@@ -113,7 +135,14 @@ def judged(backend: Backend, part: Part, manifest: Manifest | None) -> Part:
 def read_manifest(backend: Backend, folder: str) -> Manifest:
     """The manifest in `folder`. NotFoundError without one, ManifestError for one that cannot be trusted."""
     key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
-    return manifests.parse(backend.get(key, length_bytes=manifests.MAX_BYTES + 1))
+    return _parse(backend, backend.get(key, length_bytes=manifests.MAX_BYTES + 1))
+
+
+def _parse(backend: Backend, data: bytes) -> Manifest:
+    manifest = manifests.parse(data)
+    if backend.is_folder and manifest.base:
+        raise ManifestError(f"it is an object store's, and its files lie in {manifest.base}", hint="Pull it from there.")
+    return manifest
 
 
 def folder_of(backend: Backend, part: Part) -> str:
@@ -121,9 +150,22 @@ def folder_of(backend: Backend, part: Part) -> str:
     return "" if part.path == backend.location else part.path.removeprefix(f"{backend.location}/")
 
 
+def files_folder_of(backend: Backend, part: Part) -> str:
+    """The folder of the part's files relative to `backend`: the part's own, but where several wrote to an object store."""
+    return "/".join(name for name in (folder_of(backend, part), part.base) if name)
+
+
+def look_again(backend: Backend, part: Part) -> Part:
+    """The part as it lies there now, by a look at nothing but its own folder."""
+    folder = folder_of(backend, part)
+    above = f"{folder}/" if folder else ""
+    inside = backend.tree(folder, max_depth=5)
+    return read_part(backend, part.name, folder, {f"{above}{name}" if name else folder: inside[name] for name in inside})
+
+
 def reader(backend: Backend, part: Part) -> ReadAt:
     """Reads the part's files by their names."""
-    folder = folder_of(backend, part)
+    folder = files_folder_of(backend, part)
 
     def read_at(name: str, offset: int, length: int) -> bytes:
         return backend.get(f"{folder}/{name}" if folder else name, offset_bytes=offset, length_bytes=length)

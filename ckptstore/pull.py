@@ -173,7 +173,7 @@ def _finish(target: str, part: Part, manifest: Manifest | None, model: os.stat_r
         for file in part.files:
             side_folders.like(os.path.join(target, file.name), model, mode=model.st_mode & 0o666)
         if manifest is not None:
-            side_folders.write_manifest(target, manifest, model=os.stat(os.path.join(target, part.files[0].name)))
+            side_folders.write_manifest(target, manifest.at_home, model=os.stat(os.path.join(target, part.files[0].name)))
         for folder, _, _ in os.walk(target, topdown=False):
             side_folders.like(folder, model)
             side_folders.sync_folder(folder)

@@ -2,53 +2,51 @@
 
 Each part of a checkpoint, into `URL/{part}/{export}/`, the main model last:
 
-    1  claim      `.ckptstore.manifest.claim`, create-only: names the content (sizes and digests of all files) and the writer.
-                  A claim of the same content may be shared, since whoever holds it writes the same bytes: so an interrupted
-                  push goes on, and two that do the same harm nobody. One of another content ends the push here
-    2  look       a manifest of the same content: only what is missing is sent; of another one: the push ends, and so where
-                  keys lie below that no claim of ours brought
+    1  look       a manifest of the same content: only what is missing is sent. Of another one: the push ends, or with `replace`
+                  makes an attempt. Files that no push of ours brought, and no manifest: the push ends
+    2  claim      create-only, names the content. The first writer claims the folder itself; who finds it claimed for other
+                  bytes makes an attempt, a folder of its own (claims.py). A claim of the same content is shared, since whoever
+                  holds it writes the same bytes: so an interrupted push goes on, and two that do the same harm nobody
     3  data       every file under its final key, unless it is there already; each byte read once, checked against the
                   manifest on the way; a file that differs is never completed
-    4  look again all keys with the right sizes, and no others
-    5  manifest   create-only: from here on it is COMMITTED. Who loses this race has written the same content
+    4  look again all keys with the right sizes, and no others; the claim still ours
+    5  manifest   create-only, or for a replacement only over the one that was seen; its `base` names the attempt. From here on
+                  it is COMMITTED. Who loses this race is told, and has touched no key of the winner's
     6  claim away
 
-A crash leaves a claim and whole files, which no reader takes for a checkpoint; the same push goes on with them.
+A crash leaves a claim and whole files, which no reader takes for a checkpoint; the same push goes on with them, and
+`clean --run URL` removes what never will (leftovers.py).
 """
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 import secrets
-import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
 
 from ckptstore import native
 from ckptstore.backends.base import Backend
+from ckptstore.claims import RENEW_S, Place
 from ckptstore.errors import (
     AlreadyExistsError,
-    BusyError,
     IntegrityError,
-    ManifestError,
     NotFoundError,
+    RefusedError,
     SourceChangedError,
     StorageError,
     UsageError,
 )
 from ckptstore.formats.streaming import mismatch
 from ckptstore.frameworks.areal import layout
+from ckptstore.listing import scan
 from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME, Checkpoint, Part
+from ckptstore.model import ATTEMPT_PREFIX, DRAFT_PREFIX, MANIFEST_NAME, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
 from ckptstore.sending import Outgoing, send
 from ckptstore.verify import Notify
-
-CLAIM = f"{DRAFT_PREFIX}claim"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class Sent:
 
     step: int
     part: str
-    url: str  #: the prefix: everything below it is the checkpoint
+    url: str  #: the prefix: the files lie below it
     sent_bytes: int
     there_bytes: int  #: were there already
     committed_before: bool  #: its manifest was there already
@@ -70,14 +68,16 @@ def push(
     checkpoint: Checkpoint,
     target: Backend,
     *,
+    replace: bool = False,
     dry_run: bool = False,
     notify: Notify | None = None,
 ) -> list[Sent]:
     """Push one checkpoint of the local run `backend` to the run `target`. Thread-safe; several machines may push at once.
 
     IntegrityError for a checkpoint that is not whole, or whose bytes differ from its manifest; SourceChangedError when the
-    trainer writes it meanwhile; AlreadyExistsError where another content of this step lies there; BusyError where another push
-    has claimed it. After any error and any kill, no reader sees a part of it.
+    trainer writes it meanwhile; AlreadyExistsError where another content of this step lies there, or came first. With
+    `replace` the new one takes its place in one act, and the old files stay until they are cleaned; RefusedError where that
+    cannot be one act. After any error and any kill, readers see what they saw before.
     """
     if target.is_folder or not backend.is_folder:
         raise UsageError("a push goes from a folder to a URL", hint="Say --to s3://BUCKET/PREFIX.")
@@ -86,6 +86,8 @@ def push(
             f"step {checkpoint.step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}",
             hint="Only whole checkpoints are pushed.",
         )
+    if replace:
+        _refuse_several(checkpoint, target)
     notes = () if dry_run else _conditions(target)
     ordered = sorted(checkpoint.parts, key=lambda part: part.name == layout.MAIN_PART)
     done: list[Sent] = []
@@ -103,13 +105,39 @@ def push(
 
         folder = folder_of(backend, part)
         manifest = describe(backend, checkpoint, part, digesting)
-        done.append(_Push(backend, folder, part, manifest, target).run(dry_run=dry_run, notes=notes, progress=progress))
+        fixed = part.name == layout.RECOVER_INFO  # read where AReaL reads it
+        place = Place(target, folder, manifest.at_home, replace=replace, fixed=fixed)
+        way = _Push(backend, folder, part, manifest.at_home, place)
+        done.append(way.run(dry_run=dry_run, notes=notes, progress=progress))
         before += part.size_bytes
     return done
 
 
+def _refuse_several(checkpoint: Checkpoint, target: Backend) -> None:
+    """A checkpoint of several parts, here or there, has several manifests: readers would see some of each."""
+    try:
+        there = scan(target).at_step(checkpoint.step)
+    except NotFoundError:
+        there = []
+    names = {part.name for found in (checkpoint, *there) for part in found.parts}
+    if len(names) > 1:
+        raise RefusedError(
+            f"step {checkpoint.step} has {len(names)} parts, which cannot be replaced in one act", hint="Push to another URL."
+        )
+
+
+def resend(
+    backend: Backend, part: Part, manifest: Manifest, target: Backend, *, entry: FileEntry, progress: native.Progress
+) -> None:
+    """Send one file of a part that is committed in `target` as `manifest` says. Errors as push's."""
+    folder = folder_of(backend, part)
+    way = _Push(backend, folder, part, manifest, Place(target, folder, manifest, base=manifest.base))
+    way.send([entry], 0, progress)
+
+
+@functools.lru_cache(maxsize=16)
 def _conditions(target: Backend) -> tuple[str, ...]:
-    """What to know of a store on which create-only means nothing: found by trying."""
+    """What to know of a store on which create-only means nothing: found by trying, once for each."""
     key = f"{DRAFT_PREFIX}probe-{secrets.token_hex(8)}"
     atomic = target.creates_atomically
     if atomic:
@@ -121,6 +149,7 @@ def _conditions(target: Backend) -> tuple[str, ...]:
             pass
         finally:
             target.delete(key)
+    target.creates_atomically = atomic
     text = "this store does not keep two writers apart: push a step from one machine at a time"
     return () if atomic else (text,)
 
@@ -133,103 +162,55 @@ class _Push:
     folder: str
     part: Part
     manifest: Manifest
-    target: Backend
+    place: Place
+
+    @property
+    def target(self) -> Backend:
+        return self.place.target
 
     def run(self, *, dry_run: bool, notes: tuple[str, ...], progress: native.Progress) -> Sent:
-        if not dry_run:
-            self._claim()
-        present = {blob.key.removeprefix(f"{self.folder}/"): blob.size_bytes for blob in self.target.list(self.folder)}
-        committed = self._committed(present)
+        committed = self.place.find(dry_run=dry_run)
+        present = self._present()
         missing = [file for file in self.manifest.files if present.get(file.path) != file.size_bytes]
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
         if not dry_run:
-            files = [Outgoing(self._key(file.path), file.size_bytes, partial(self._read, file)) for file in missing]
-            send(self.target, files, there=there, progress=progress)
+            self.send(missing, there, progress, renewing=not committed)
             self._look_again()
             if not committed:
                 self._refuse_changed()
-                committed = not self._publish()
-            self.target.delete(self._key(CLAIM))
-        sha256 = read_manifest(self.target, self.folder).sha256 if committed else self.manifest.sha256
-        url = f"{self.target.location}/{self.folder}"
-        return Sent(self.manifest.step, self.part.name, url, sent, there, committed, sha256, notes)
+                committed = not self.place.publish()
+        sha256 = read_manifest(self.target, self.place.folder).sha256 if committed else self.manifest.sha256
+        return Sent(self.manifest.step, self.part.name, self._url, sent, there, committed, sha256, notes)
+
+    @property
+    def _url(self) -> str:
+        return f"{self.target.location}/{self.place.files_folder}"
 
     def _key(self, name: str) -> str:
-        return f"{self.folder}/{name}"
+        return f"{self.place.files_folder}/{name}"
 
-    def _claim(self) -> None:
-        """Step 1; what lies there without a claim or a manifest is somebody else's."""
-        found = self._read_claim()
-        if found is None and not self._has_manifest() and (strangers := [blob.key for blob in self.target.list(self.folder)]):
-            found = self._read_claim()  # another push may have begun between those two looks
-            if found is None and not self._has_manifest():
-                raise AlreadyExistsError(
-                    f"{self.target.location}/{self.folder} holds {len(strangers)} files that no push of ckptstore brought "
-                    f"({strangers[0].rpartition('/')[2]})",
-                    hint="Push to another URL, or move them away. `ckptstore verify --run URL` says whether they are whole.",
-                )
-        if found is None:
-            mine = {
-                "content": self.manifest.content,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-            }
-            try:
-                self.target.put(self._key(CLAIM), json.dumps(mine).encode(), if_absent=True)
-                return
-            except AlreadyExistsError:  # another one was faster, or our own first try came through after all
-                found = self._read_claim() or {}
-        if found.get("content") != self.manifest.content and not self._has_manifest():
-            since = " ".join(f"{name} {found[name]}" for name in ("host", "pid", "at") if name in found)
-            raise BusyError(
-                f"another push of step {self.manifest.step} has claimed {self.target.location}/{self.folder} for other bytes"
-                + (f" ({since})" if since else ""),
-                hint="When that push is dead for certain, remove everything below this prefix, then push again.",
-            )
+    def _present(self) -> dict[str, int]:
+        """Sizes of what lies where our files go, attempts of others left out."""
+        above = self._key("")
+        found = {blob.key.removeprefix(above): blob.size_bytes for blob in self.target.list(self.place.files_folder)}
+        return {name: size for name, size in found.items() if not name.startswith(ATTEMPT_PREFIX)}
 
-    def _read_claim(self) -> dict[str, object] | None:
-        try:
-            data = self.target.get(self._key(CLAIM), length_bytes=65536)
-        except NotFoundError:
-            return None
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress, *, renewing: bool = False) -> None:
+        """Step 3. `renewing`: our claim is kept young meanwhile."""
+        renewed = time.monotonic()
 
-    def _has_manifest(self) -> bool:
-        try:
-            self.target.get(self._key(MANIFEST_NAME), length_bytes=1)
-        except NotFoundError:
-            return False
-        return True
+        def tick(done: int, total: int) -> None:
+            nonlocal renewed
+            if renewing and time.monotonic() > renewed + RENEW_S:
+                self.place.keep()
+                renewed = time.monotonic()
+            progress(done, total)
 
-    def _committed(self, present: dict[str, int]) -> bool:
-        """Step 2: whether this content is committed there."""
-        if MANIFEST_NAME not in present:
-            return False
-        try:
-            theirs = read_manifest(self.target, self.folder)
-        except ManifestError as error:
-            self._unclaim()
-            where = f"{self.target.location}/{self.folder}"
-            raise AlreadyExistsError(f"{where} has a manifest that does not count: {error}") from None
-        if theirs.content == self.manifest.content:
-            return True
-        self._unclaim()
-        raise AlreadyExistsError(
-            f"{self.target.location}/{self.folder} holds step {theirs.step} with other bytes, committed {theirs.created_at}",
-            hint="Nothing is replaced there. Push to another URL.",
-        )
-
-    def _unclaim(self) -> None:
-        """Take our own claim away, where something of another content is committed."""
-        found = self._read_claim()
-        if found is not None and found.get("content") == self.manifest.content:
-            self.target.delete(self._key(CLAIM))
+        files = [Outgoing(self._key(file.path), file.size_bytes, functools.partial(self._read, file)) for file in missing]
+        send(self.target, files, there=there, progress=tick)
+        if renewing:
+            self.place.keep()
 
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""
@@ -266,30 +247,16 @@ class _Push:
 
     def _look_again(self) -> None:
         """Step 4."""
-        present = {blob.key.removeprefix(f"{self.folder}/"): blob.size_bytes for blob in self.target.list(self.folder)}
+        present = self._present()
         wrong = [file.path for file in self.manifest.files if present.get(file.path) != file.size_bytes]
         listed = {file.path for file in self.manifest.files} | {MANIFEST_NAME}
         extra = [name for name in present if name not in listed and not name.rpartition("/")[2].startswith(DRAFT_PREFIX)]
         if wrong or extra:
             name = (wrong or extra)[0]
             raise StorageError(
-                f"{self.target.location}/{self.folder}/{name} is not what was sent there: "
+                f"{self.target.location}/{self._key(name)} is not what was sent there: "
                 + ("another size, or missing" if wrong else "nothing of this name was"),
                 operation="looking again",
                 path=self._key(name),
                 hint="Does anybody else write there? Nothing was committed.",
             )
-
-    def _publish(self) -> bool:
-        """Step 5; whether it was our manifest that came first."""
-        data = self.manifest.to_bytes()
-        try:
-            self.target.put(self._key(MANIFEST_NAME), data, if_absent=True)
-        except AlreadyExistsError:
-            theirs = read_manifest(self.target, self.folder)
-            if theirs == self.manifest:
-                return True  # a first try came through after all
-            if theirs.content == self.manifest.content:
-                return False
-            raise
-        return True

@@ -16,7 +16,7 @@ from ckptstore.errors import IntegrityError, from_os_error
 from ckptstore.fetching import Wanted, fetch
 from ckptstore.manifest import Manifest
 from ckptstore.model import Part
-from ckptstore.parts import folder_of
+from ckptstore.parts import files_folder_of
 from ckptstore.verify import check_part_structure
 
 
@@ -42,7 +42,7 @@ def fill(
     """
     chunk_bytes = manifest.chunk_bytes if manifest else native.CHUNK_BYTES
     expected = {entry.path: entry.chunks for entry in manifest.files} if manifest else {}
-    folder = folder_of(source, part)
+    folder = files_folder_of(source, part)
     try:
         if manifest is None:
             side_folders.remove_tree(target)

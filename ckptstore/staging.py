@@ -17,7 +17,7 @@ from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.listing import backend_for
 from ckptstore.manifest import FileEntry, Manifest, check_names
 from ckptstore.model import MANIFEST_NAME, Finding, Part, Status
-from ckptstore.parts import find_manifest, folder_of, judged, read_part
+from ckptstore.parts import find_manifest, folder_of, judged, look_again, read_part
 from ckptstore.plan import Options, Plan, world_size
 from ckptstore.receiving import fill
 from ckptstore.verify import Notify
@@ -142,8 +142,7 @@ def stage_part(
     if source.is_folder:
         again = read_part(source, part.name, folder, source.tree(max_depth=5))
     else:
-        again = read_part(source, part.name, "", source.tree(folder))
-        again = judged(source, again, find_manifest(source, folder))
+        again = judged(source, look_again(source, part), find_manifest(source, folder))
     if [file._replace(inode=0) for file in again.files] != [file._replace(inode=0) for file in part.files]:
         raise SourceChangedError(f"{part.path} was written while it was copied", path=part.path)
     return Staged(_describe(plan, part, target, digests, chunk_bytes), written, reused, strategies)

@@ -30,7 +30,7 @@ from ckptstore.frameworks.areal import layout
 from ckptstore.listing import backend_for
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
-from ckptstore.parts import find_manifest, folder_of, judged, read_manifest, reader
+from ckptstore.parts import files_folder_of, find_manifest, folder_of, judged, read_manifest, reader
 
 UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
 
@@ -158,7 +158,7 @@ def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, pr
         if backend.is_folder:
             results = native.digest_files(part.path, specs, chunk_bytes=chunk_bytes, progress=progress)
         else:
-            above = f"{folder}/" if (folder := folder_of(backend, part)) else ""
+            above = f"{folder}/" if (folder := files_folder_of(backend, part)) else ""
             files = [Wanted(spec.name, f"{above}{spec.name}", spec.size_bytes, spec.expected) for spec in specs]
             results = fetch(backend, files, chunk_bytes=chunk_bytes, progress=progress)
             for result in results.values():

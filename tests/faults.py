@@ -171,3 +171,49 @@ def _flipped(data: bytes) -> bytes:
 def _reset(client: socket.socket) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
+
+
+@dataclass
+class Meter:
+    """Passes TCP to a port and counts the bytes of each way, headers and all: what really went over the wire."""
+
+    server_port: int
+    up_bytes: int = 0
+    down_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.server_port)) as server:
+            back = threading.Thread(target=self._pass, args=(server, client), kwargs={"up": False}, daemon=True)
+            back.start()
+            self._pass(client, server, up=True)
+            back.join()
+
+    def _pass(self, source: socket.socket, target: socket.socket, *, up: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 18):
+                with self._lock:
+                    if up:
+                        self.up_bytes += len(data)
+                    else:
+                        self.down_bytes += len(data)
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

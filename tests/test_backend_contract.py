@@ -162,6 +162,19 @@ def test_one_creator_wins(medium, request):
         assert medium.get(f"race-{number}") == b"%d" % winners[0]
 
 
+def test_replace_what_was_seen(medium):
+    """Over what the caller has seen, and nothing else."""
+    medium.backend.put("key", b"one")
+    medium.backend.replace("key", b"two", expected=b"one")
+    assert medium.get("key") == b"two"
+    with pytest.raises(AlreadyExistsError, match="key"):
+        medium.backend.replace("key", b"three", expected=b"one")
+    assert medium.get("key") == b"two"
+    with pytest.raises(NotFoundError):
+        medium.backend.replace("nothing", b"x", expected=b"")
+    assert [blob.key for blob in medium.backend.list()] == ["key"]
+
+
 def test_put_parts(medium):
     parts = [os.urandom(8 * MIB), os.urandom(8 * MIB), os.urandom(123)]
     medium.backend.put_parts("deep/big", (memoryview(part) for part in parts), part_bytes=8 * MIB, parallel=2)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptstore.errors import NotFoundError, StorageError
+from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError
 from ckptstore.native import Entry, Folder
 
 if TYPE_CHECKING:
@@ -63,6 +63,15 @@ class Backend(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove `key`; one that is not there is no error."""
+
+    def replace(self, key: str, data: Buffer, *, expected: bytes) -> None:
+        """Overwrite `key` where it still holds `expected`, else AlreadyExistsError. RefusedError where a store cannot tell.
+
+        As atomic as the medium's creation is (`creates_atomically`).
+        """
+        if self.get(key) != expected:
+            raise AlreadyExistsError(f"{self.location}/{key} holds something else by now")
+        self.put(key, data)
 
     def view(self, key: str, offset_bytes: int, length_bytes: int) -> Buffer:
         """The bytes of a range that is known to be there, copied as little as the medium allows. StorageError if shorter."""

@@ -11,6 +11,7 @@ import configparser
 import os
 import random
 import re
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -18,7 +19,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 from ckptstore.backends.base import Backend, Blob
-from ckptstore.errors import AccessError, AlreadyExistsError, NotFoundError, StorageError, TransitError, UsageError
+from ckptstore.errors import (
+    AccessError,
+    AlreadyExistsError,
+    NotFoundError,
+    RefusedError,
+    StorageError,
+    TransitError,
+    UsageError,
+)
+from ckptstore.model import DRAFT_PREFIX
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -45,6 +55,7 @@ class ObjectBackend(Backend):
         parts = urlsplit(url)
         self.location = url
         self._prefix = parts.path.strip("/")
+        self._honours_versions: bool | None = None
         self._obstore = _library()
         kinds = self._obstore.exceptions
         # obstore raises Python's own for what its classes are named after, here and there.
@@ -127,6 +138,48 @@ class ObjectBackend(Backend):
             except self._failures as error:
                 if not (isinstance(error, kinds.GenericError) and tries.again()):
                     self._raise(error, "writing", key)
+
+    def replace(self, key: str, data: Buffer, *, expected: bytes) -> None:
+        """See Backend.replace."""
+        if self._honours_versions is None:
+            self._honours_versions = self._probe_versions()
+        if not self._honours_versions:
+            raise RefusedError(
+                f"{self.location} does not overwrite under a condition (If-Match): two that replace could not be kept apart",
+                hint="Push to another URL.",
+            )
+        if not self._swap(key, data, expected):
+            raise AlreadyExistsError(f"{self.location}/{key} holds something else by now")
+
+    def _swap(self, key: str, data: Buffer, expected: bytes, version: str = "") -> bool:
+        """Overwrite if it is `expected`, of this `version`; a lost answer is asked for again, as in _create."""
+        tries = _Tries()
+        while True:
+            try:
+                found = self._obstore.get(self._store, self._path(key))
+                if bytes(found.bytes()) != expected:
+                    return bool(tries.made) and self.get(key) == bytes(data)
+                mode: Any = {"e_tag": version or found.meta["e_tag"]}
+                self._obstore.put(self._sending, self._path(key), memoryview(data), mode=mode, use_multipart=False)
+                return True
+            except self._obstore.exceptions.PreconditionError:
+                if self.get(key) == expected:
+                    return False
+                tries.made += 1
+            except self._failures as error:
+                if not (isinstance(error, self._obstore.exceptions.GenericError) and tries.again()):
+                    self._raise(error, "replacing", key)
+
+    def _probe_versions(self) -> bool:
+        """Whether a wrong version is refused and the right one is not: some stores ignore the condition, some refuse any."""
+        key = f"{DRAFT_PREFIX}probe-{secrets.token_hex(8)}"
+        try:
+            self.put(key, b"1")
+            return not self._swap(key, b"2", b"1", '"00000000000000000000000000000000"') and self._swap(key, b"3", b"1")
+        except StorageError:
+            return False  # not implemented there
+        finally:
+            self.delete(key)
 
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """See Backend.put_parts."""

@@ -16,7 +16,7 @@ import ckptstore
 from ckptstore.errors import CkptStoreError
 
 VERBS = (
-    "list", "setup", "resume", "show", "verify", "seal", "push", "pull", "adopt", "watch", "status", "plot", "doctor",
+    "list", "setup", "resume", "show", "verify", "seal", "push", "pull", "repair", "adopt", "watch", "status", "plot", "doctor",
     "prune", "clean",
 )  # fmt: skip
 

@@ -22,6 +22,7 @@ from ckptstore.push import Sent, push
 @EVERYTHING
 @LOG_STEP
 @url_option("--to", "where the run shall be: its parts lie directly below")
+@click.option("--replace", is_flag=True, help="Take the place of what is committed there with other bytes, in one act.")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent; nothing is written.")
 @JSON
 @location_options
@@ -32,6 +33,7 @@ def command(
     everything: bool,
     log_steps: tuple[int, ...],
     url: str,
+    replace: bool,
     dry_run: bool,
     as_json: bool,
     words: tuple[str, ...],
@@ -50,7 +52,7 @@ def command(
     try:
         with Progress(quiet=as_json) as progress:
             for checkpoint in picked:
-                results += push(backend, checkpoint, target, dry_run=dry_run, notify=progress.notify)
+                results += push(backend, checkpoint, target, replace=replace, dry_run=dry_run, notify=progress.notify)
     except KeyboardInterrupt:
         note("stopped: nothing unfinished is visible there. The same command goes on with the files that arrived.")
         raise

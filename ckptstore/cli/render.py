@@ -198,6 +198,7 @@ def checkpoint_json(checkpoint: Checkpoint, *, with_files: bool = False) -> dict
             {
                 "name": part.name,
                 "path": part.path,
+                "files_path": part.files_path,
                 "format": part.format,
                 "holds": list(part.holds),
                 "status": str(part.status),

@@ -73,7 +73,7 @@ def _print(checkpoint: Checkpoint, manifests: dict[str, Manifest | None]) -> Non
         echo()
         echo(f"{click.style(safe(part.name), bold=True)}  {status(part.status)}  {part.format}, {size(part.size_bytes)}")
         row("holds", ", ".join(part.holds) or "nothing known")
-        row("folder", part.path)
+        row("folder", part.files_path)
         if manifest:
             row("manifest", f"{manifest.origin}ed {manifest.created_at}" if manifest.origin == "seal" else _origin(manifest))
             row("", f"sha256 {manifest.sha256}")

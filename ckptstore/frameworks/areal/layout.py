@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckptstore.model import DRAFT_PREFIX, FileInfo, Finding, Part, Status
+from ckptstore.model import OURS, FileInfo, Finding, Part, Status
 from ckptstore.native import Folder
 
 EXPORT = re.compile(r"epoch([0-9]{1,9})epochstep([0-9]{1,9})globalstep([0-9]{1,9})")  # not \d: it takes any script
@@ -164,7 +164,7 @@ def files_of(folders: Mapping[str, Folder], path: str) -> tuple[list[FileInfo], 
         if folder.error:
             findings.append(Finding(inside, f"cannot be read ({os.strerror(folder.error)})", Status.PARTIAL))
         for name, size_bytes, mtime_ns, inode, mode, _ in folder.entries:  # unpacked: this runs 100,000 times
-            if name.startswith(DRAFT_PREFIX):
+            if name.startswith(OURS):
                 continue
             if inside:
                 name = f"{inside}/{name}"

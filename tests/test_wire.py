@@ -1,0 +1,88 @@
+"""Bytes on the wire: a transfer that was killed and goes on sends what is missing, and at most one part a stream twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckptstore import fetching, sending
+from ckptstore.store import CheckpointStore
+from tests import trees
+from tests.faults import Meter
+from tests.test_push_pull import EXPORT, same, send
+from tests.test_remote_looking import sealed_run
+
+FILES, FILE_BYTES = 12, 15 << 20  # each of one part
+OVERHEAD_BYTES = 2 << 20  #: of all requests' headers and the listings
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = sealed_run(tmp_path, (46,))
+    folder = run / EXPORT
+    for number in range(FILES):
+        (folder / f"optim_world_size_{FILES}_rank_{number}.pt").write_bytes(os.urandom(FILE_BYTES))
+    trees.set_age(folder, 3600)
+    (folder / "ckptstore.manifest.json").unlink()
+    CheckpointStore(run).seal(46)
+    return run
+
+
+@pytest.fixture
+def meter(seaweed, s3):
+    meter = Meter(seaweed.port)
+    yield meter
+    meter.close()
+
+
+def transfer(meter: Meter, words: list[object], *, kill_when: Callable[[], bool] | None = None) -> int:
+    """The command in a process of its own, through the meter, killed when told; its exit code."""
+    environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{meter.port}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "ckptstore.recover", *map(str, words)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if kill_when is not None and kill_when():
+            process.kill()
+        try:
+            process.wait(0.002)
+        except subprocess.TimeoutExpired:
+            continue
+    return process.wait(1)
+
+
+def test_a_push_that_goes_on(meter, s3, run):
+    total = CheckpointStore(run).get(46).size_bytes
+    words = ["push", "46", "--run", run, "--to", s3]
+    assert transfer(meter, words, kill_when=lambda: meter.up_bytes > total * 0.75) == -signal.SIGKILL
+    first = meter.up_bytes
+    assert transfer(meter, words) == 0
+    assert meter.up_bytes >= total
+    assert meter.up_bytes - first <= (total - first) + sending.FILES_AT_ONCE * sending.PART_BYTES + OVERHEAD_BYTES
+    done = meter.up_bytes
+    assert transfer(meter, words) == 0
+    assert meter.up_bytes - done <= OVERHEAD_BYTES
+
+
+def test_a_pull_that_goes_on(meter, s3, run, tmp_path):
+    total = CheckpointStore(run).get(46).size_bytes
+    send(run, s3)
+    there = tmp_path / "there"
+    words = ["pull", "46", "--from", s3, "--to", there]
+    assert transfer(meter, words, kill_when=lambda: meter.down_bytes > total * 0.85) == -signal.SIGKILL
+    first = meter.down_bytes
+    assert not Path(there / EXPORT).exists()
+    assert transfer(meter, words) == 0
+    assert meter.down_bytes >= total
+    assert meter.down_bytes - first <= (total - first) + fetching.THREADS * fetching.RANGE_BYTES + OVERHEAD_BYTES
+    assert same(run / EXPORT, there / EXPORT)
+    done = meter.down_bytes
+    assert transfer(meter, words) == 0
+    assert meter.down_bytes - done <= OVERHEAD_BYTES
