@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from ckptstore import native, parallel
+from ckptstore import conditions, native, parallel, server_digests
 from ckptstore.backends.base import Backend
+from ckptstore.conditions import Conditions
 from ckptstore.errors import (
     AlreadyExistsError,
     BusyError,
@@ -39,6 +39,7 @@ from ckptstore.errors import (
     NotFoundError,
     SourceChangedError,
     StorageError,
+    TransitError,
     UsageError,
 )
 from ckptstore.formats.streaming import mismatch
@@ -47,6 +48,7 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
+from ckptstore.server_digests import Said, ask_all
 from ckptstore.verify import Notify
 
 CLAIM = f"{DRAFT_PREFIX}claim"
@@ -70,6 +72,8 @@ class Sent:
     committed_before: bool  #: its manifest was there already
     manifest_sha256: str
     notes: tuple[str, ...] = ()
+    server_checked_bytes: int = 0  #: of files whose digest the store itself tells, and it is the manifest's
+    server_check: str = ""  #: that digest's name, or why the store was not asked for it
 
 
 def push(
@@ -93,7 +97,7 @@ def push(
             f"step {checkpoint.step} is {checkpoint.status}: {'; '.join(map(str, checkpoint.findings[:3]))}",
             hint="Only whole checkpoints are pushed.",
         )
-    notes = () if dry_run else _conditions(target)
+    store = conditions.look(target) if dry_run else conditions.find_out(target)
     ordered = sorted(checkpoint.parts, key=lambda part: part.name == layout.MAIN_PART)
     done: list[Sent] = []
     before = 0
@@ -110,26 +114,9 @@ def push(
 
         folder = folder_of(backend, part)
         manifest = describe(backend, checkpoint, part, digesting)
-        done.append(_Push(backend, folder, part, manifest, target).run(dry_run=dry_run, notes=notes, progress=progress))
+        done.append(_Push(backend, folder, part, manifest, target, store).run(dry_run=dry_run, progress=progress))
         before += part.size_bytes
     return done
-
-
-def _conditions(target: Backend) -> tuple[str, ...]:
-    """What to know of a store on which create-only means nothing: found by trying."""
-    key = f"{DRAFT_PREFIX}probe-{secrets.token_hex(8)}"
-    atomic = target.creates_atomically
-    if atomic:
-        try:
-            target.put(key, b"1", if_absent=True)
-            target.put(key, b"2", if_absent=True)
-            atomic = False
-        except AlreadyExistsError:
-            pass
-        finally:
-            target.delete(key)
-    text = "this store does not keep two writers apart: push a step from one machine at a time"
-    return () if atomic else (text,)
 
 
 @dataclass(slots=True)
@@ -141,25 +128,43 @@ class _Push:
     part: Part
     manifest: Manifest
     target: Backend
+    store: Conditions
+    committed: bool = False
+    said: dict[str, Said] = field(default_factory=dict)  #: what the store tells of the files that are there
 
-    def run(self, *, dry_run: bool, notes: tuple[str, ...], progress: native.Progress) -> Sent:
+    def run(self, *, dry_run: bool, progress: native.Progress) -> Sent:
         if not dry_run:
             self._claim()
         present = {blob.key.removeprefix(f"{self.folder}/"): blob.size_bytes for blob in self.target.list(self.folder)}
-        committed = self._committed(present)
+        self.committed = self._committed(present)
         missing = [file for file in self.manifest.files if present.get(file.path) != file.size_bytes]
+        if self.store.control is not None:
+            lies_there = [file for file in self.manifest.files if present.get(file.path) == file.size_bytes]
+            self.said = ask_all(self.store.control, self.folder, lies_there)
+            missing += [file for file in lies_there if self.said[file.path] in (Said.OTHER, Said.MISSING)]
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
         if not dry_run:
             self._send(missing, there, progress)
             self._look_again()
-            if not committed:
+            if not self.committed:
                 self._refuse_changed()
-                committed = not self._publish()
+                self.committed = not self._publish()
             self.target.delete(self._key(CLAIM))
-        sha256 = read_manifest(self.target, self.folder).sha256 if committed else self.manifest.sha256
+        sha256 = read_manifest(self.target, self.folder).sha256 if self.committed else self.manifest.sha256
         url = f"{self.target.location}/{self.folder}"
-        return Sent(self.manifest.step, self.part.name, url, sent, there, committed, sha256, notes)
+        return Sent(
+            self.manifest.step,
+            self.part.name,
+            url,
+            sent,
+            there,
+            self.committed,
+            sha256,
+            self.store.notes,
+            server_checked_bytes=sum(f.size_bytes for f in self.manifest.files if self.said.get(f.path) is Said.SAME),
+            server_check=self.store.check,
+        )
 
     def _key(self, name: str) -> str:
         return f"{self.folder}/{name}"
@@ -261,6 +266,7 @@ class _Push:
             else:
                 at_once = max(BUDGET_BYTES // threads // part_bytes, 1)
                 self.target.put_parts(self._key(file.path), parts(), part_bytes=part_bytes, parallel=at_once)
+            self._compare(file)
 
         def send_again(file: FileEntry, stop: parallel.Stop) -> None:
             """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""
@@ -280,6 +286,21 @@ class _Push:
 
         ordered = sorted(missing, key=lambda file: -file.size_bytes)
         parallel.each(ordered, send_again, threads=threads, tick=lambda: progress(done, total))
+
+    def _compare(self, file: FileEntry) -> None:
+        """What arrived, by the store's own digest. What differs goes: nobody shall take it for the file by its size."""
+        if self.store.control is None:
+            return
+        said = self.said[file.path] = server_digests.ask(self.store.control, self._key(file.path), file)
+        if said in (Said.OTHER, Said.MISSING):
+            if said is Said.OTHER and not self.committed:
+                self.target.delete(self._key(file.path))
+            raise TransitError(
+                f"{self.target.location}/{self._key(file.path)} is not what was sent there: the store says, {said.value}",
+                operation="comparing digests",
+                path=self._key(file.path),
+                hint="The way there, or the store, damages data; or somebody else writes there. Nothing was committed.",
+            )
 
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""

@@ -20,8 +20,8 @@ ROOT = Path(ckptstore.__file__).parent
 LAYERS = (
     ("errors", "model"),
     ("manifest", "native", "config", "rules", "streak", "ranks", "parallel"),
-    ("backends.base", "backends.local", "backends.object", "backends.fsspec", "backends", "formats", "formats.*"),
-    ("fetching",),
+    ("backends", "backends.*", "formats", "formats.*"),
+    ("fetching", "server_digests", "conditions"),
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe", "journal"),
     ("places",),
@@ -126,6 +126,7 @@ def test_only_native_imports_the_extension():
 ALLOWED = {
     "torch": {name for name in MODULES if name.partition(".")[0] == "torch"} | {"frameworks.areal.convert"},
     "obstore": {"backends.object"},
+    "awscrt": {"backends.s3control"},
     "fsspec": {"backends.fsspec"},
     "safetensors": set(),
     "numpy": set(),
@@ -212,7 +213,7 @@ def test_every_error_is_in_the_drawing():
 
 # --- what an import costs -----------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "numpy", "obstore", "fsspec", "rich", "yaml", "safetensors", "pydantic", "hypothesis")
+HEAVY = ("torch", "numpy", "obstore", "awscrt", "fsspec", "rich", "yaml", "safetensors", "pydantic", "hypothesis")
 
 
 def loaded_after(code, *words):
