@@ -100,11 +100,15 @@ class S3Control:
                 begun = datetime.fromisoformat(entry.findtext("{*}Initiated", "").replace("Z", "+00:00"))
                 key = path.removeprefix(query["prefix"])
                 yield Upload(key, entry.findtext("{*}UploadId", ""), int(begun.timestamp() * 1e9))
-            marker = (root.findtext("{*}NextKeyMarker", ""), root.findtext("{*}NextUploadIdMarker", ""))
-            before = (query.get("key-marker", ""), query.get("upload-id-marker", ""))
-            if root.findtext("{*}IsTruncated", "") != "true" or marker == before or not marker[0]:
+            key_marker = root.findtext("{*}NextKeyMarker", "")
+            marker = {
+                "key-marker": unquote_plus(key_marker) if encoded else key_marker,
+                "upload-id-marker": root.findtext("{*}NextUploadIdMarker", ""),
+            }
+            marker = {name: value for name, value in marker.items() if value}  # SeaweedFS goes by upload ids alone
+            if root.findtext("{*}IsTruncated", "") != "true" or not marker or query == query | marker:
                 return
-            query |= {"key-marker": unquote_plus(marker[0]) if encoded else marker[0], "upload-id-marker": marker[1]}
+            query |= marker
 
     def abort(self, upload: Upload) -> None:
         """End an unfinished upload and free its parts; one that is gone is no error."""
