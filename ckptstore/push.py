@@ -2,13 +2,14 @@
 
 Each part of a checkpoint, into `URL/{part}/{export}/`, the main model last:
 
-    1  claim      `.ckptstore.manifest.claim`, create-only: names the content (sizes and digests of all files) and the writer.
-                  A claim of the same content may be shared, since whoever holds it writes the same bytes: so an interrupted
-                  push goes on, and two that do the same harm nobody. One of another content ends the push here
+    1  claim      `.ckptstore.manifest.claim`, create-only: names the content (sizes and digests of all files), the files and
+                  the writer. A claim of the same content may be shared, since whoever holds it writes the same bytes: so an
+                  interrupted push goes on, and two that do the same harm nobody. One of another content ends the push here
     2  look       a manifest of the same content: only what is missing is sent; of another one: the push ends, and so where
                   keys lie below that no claim of ours brought
     3  data       every file under its final key, unless it is there already; each byte read once, checked against the
-                  manifest on the way; a file that differs is never completed
+                  manifest on the way; a file that differs is never completed. Where the store computes digests of its own,
+                  each file's is compared with the manifest's, also where it was there already: what differs is sent again
     4  look again all keys with the right sizes, and no others
     5  manifest   create-only: from here on it is COMMITTED. Who loses this race has written the same content
     6  claim away
@@ -52,6 +53,7 @@ from ckptstore.server_digests import Said, ask_all
 from ckptstore.verify import Notify
 
 CLAIM = f"{DRAFT_PREFIX}claim"
+MAX_CLAIM_BYTES = 16 << 20
 PART_BYTES = 16 << 20
 MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
 FILES_AT_ONCE = 4
@@ -181,14 +183,8 @@ class _Push:
                     hint="Push to another URL, or move them away. `ckptstore verify --run URL` says whether they are whole.",
                 )
         if found is None:
-            mine = {
-                "content": self.manifest.content,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-            }
             try:
-                self.target.put(self._key(CLAIM), json.dumps(mine).encode(), if_absent=True)
+                self.target.put(self._key(CLAIM), self._my_claim(), if_absent=True)
                 return
             except AlreadyExistsError:  # another one was faster, or our own first try came through after all
                 found = self._read_claim() or {}
@@ -197,12 +193,24 @@ class _Push:
             raise BusyError(
                 f"another push of step {self.manifest.step} has claimed {self.target.location}/{self.folder} for other bytes"
                 + (f" ({since})" if since else ""),
-                hint="When that push is dead for certain, remove everything below this prefix, then push again.",
+                hint="Where it is dead, `ckptstore clean --run URL --older-than 36h` removes what it left; then push again.",
             )
+        if found.get("content") == self.manifest.content:
+            self.target.put(self._key(CLAIM), self._my_claim())  # it is young again: whoever cleans sees us at work
+
+    def _my_claim(self) -> bytes:
+        mine: dict[str, object] = {
+            "content": self.manifest.content,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        }
+        data = json.dumps(mine | {"files": [file.path for file in self.manifest.files]}).encode()
+        return data if len(data) < MAX_CLAIM_BYTES else json.dumps(mine).encode()
 
     def _read_claim(self) -> dict[str, object] | None:
         try:
-            data = self.target.get(self._key(CLAIM), length_bytes=65536)
+            data = self.target.get(self._key(CLAIM), length_bytes=MAX_CLAIM_BYTES)
         except NotFoundError:
             return None
         try:

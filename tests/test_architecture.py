@@ -33,6 +33,7 @@ LAYERS = (
     ("receiving",),
     ("room", "staging", "steps", "loading"),
     ("recovery", "adopt", "push", "pull", "retention"),
+    ("leftovers",),
     ("mirror",),
     ("store",),
     ("torch.memory", "torch.state"),

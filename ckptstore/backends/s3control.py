@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
 from xml.etree import ElementTree
@@ -84,6 +85,15 @@ class S3Control:
         except TransitError:
             return True
         return False
+
+    def now_ns(self) -> int:
+        """The store's clock, to the second. UnavailableError where it does not tell."""
+        query = {"uploads": "", "prefix": self._backend.key_path(_SCRATCH), "max-uploads": "1"}
+        headers, _ = self._ask("GET", None, query, {})
+        try:
+            return int(parsedate_to_datetime(headers.get("Date", "")).timestamp() * 1e9)
+        except ValueError:
+            raise UnavailableError(f"{self._backend.location}: the store does not tell the time") from None
 
     def uploads(self) -> Iterator[Upload]:
         """All unfinished multipart uploads below the backend's prefix, page by page."""
