@@ -43,11 +43,12 @@ def die(run, url, monkeypatch, step=46, at="_publish"):
             send(run, url, step)
 
 
-def clean(url, older_than_s=0.0):
+AT_ONCE = -2.0  #: what is written now is old: stores keep whole seconds
+
+
+def clean(url, older_than_s=AT_ONCE):
     """All that went, by name."""
     backend = open_backend(url)
-    if older_than_s == 0:
-        time.sleep(1.1)  # stores keep whole seconds
     found = leftovers.find(backend, older_than_s=older_than_s)
     return {one.name: went for one, went in leftovers.remove(backend, found.leftovers)}
 
@@ -90,8 +91,7 @@ def test_files_of_others_stay(url, run, monkeypatch, claim):
     backend.put(f"{EXPORT}/notes.txt", b"mine")
     if claim is not None:
         backend.put(f"{EXPORT}/{CLAIM}", claim)
-    time.sleep(1.1)
-    found = leftovers.find(backend, older_than_s=0)
+    found = leftovers.find(backend, older_than_s=AT_ONCE)
     assert "notes.txt" in found.notes[-1] or claim is not None
     assert "stay" in found.notes[-1]
     list(leftovers.remove(backend, found.leftovers))
@@ -120,8 +120,7 @@ def test_somebody_comes_back_meanwhile(url, run, monkeypatch):
     """Between the look and the removal the push goes on: it stays, and commits."""
     die(run, url, monkeypatch)
     backend = open_backend(url)
-    time.sleep(1.1)
-    found = leftovers.find(backend, older_than_s=0)
+    found = leftovers.find(backend, older_than_s=AT_ONCE)
     assert len(found.leftovers) == 1
     assert send(run, url)[0].committed_before is False
     assert [went for _, went in leftovers.remove(backend, found.leftovers)] == [False]

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 #: A request is tried again for so long: a store that is overloaded or restarts comes back, one that is gone is named.
 RETRY_FOR = timedelta(seconds=60)
 TRIES = 8
-#: A download on which nothing comes for so long has stalled.
+#: A request on which nothing comes for so long has stalled.
 STALL = timedelta(seconds=10)
-#: The longest that one request may take. Uploads have no other bound: for them the library counts the time of sending as
-#: waiting for an answer, and a part of 16 MiB among sixteen takes minutes on a slow line.
+#: The longest that one request may take. Uploads have no other bound here: for them the library counts the time of sending as
+#: waiting for an answer, and a part of 16 MiB among sixteen takes minutes on a slow line. The commands watch their
+#: connections themselves (stalls.py).
 REQUEST = timedelta(seconds=300)
+#: What is sent at once on any line.
+SMALL_BYTES = 64 << 10
 
 _NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
 _BAD_DIGEST = re.compile(r"<Code>(BadDigest|InvalidDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
@@ -105,9 +108,12 @@ class ObjectBackend(Backend):
             self._create(key, data)
             return
         try:
-            self._obstore.put(self._sending, path, memoryview(data), mode="overwrite", use_multipart=False)
+            self._obstore.put(self._uploading(data), path, memoryview(data), mode="overwrite", use_multipart=False)
         except self._failures as error:
             self._raise(error, "writing", key)
+
+    def _uploading(self, data: Buffer) -> Any:
+        return self._store if memoryview(data).nbytes <= SMALL_BYTES else self._sending
 
     def _create(self, key: str, data: Buffer) -> None:
         """Create-only is the one request that obstore does not repeat when the answer is lost: done or not, nobody knows.
@@ -115,10 +121,11 @@ class ObjectBackend(Backend):
         Here it is repeated; a key that is there after a lost answer is read: where it holds `data`, a first try came through.
         """
         kinds = self._obstore.exceptions
+        path = self.key_path(key)
         tries = Tries()
         while True:
             try:
-                self._obstore.put(self._sending, self.key_path(key), memoryview(data), mode="create", use_multipart=False)
+                self._obstore.put(self._uploading(data), path, memoryview(data), mode="create", use_multipart=False)
                 return
             except (kinds.AlreadyExistsError, kinds.PreconditionError):
                 if tries.made and self.get(key) == bytes(data):

@@ -15,6 +15,7 @@ from ckptstore.cli.render import done, echo, field, item, note, print_json, rate
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.push import Sent, push
+from ckptstore.stalls import StallWatch
 
 
 @click.command("push", cls=Verb, short_help="Checkpoints into an object store, verified, committed at the end.")
@@ -47,13 +48,17 @@ def command(
     picked = chosen(scan(backend), steps, latest=latest, everything=everything)
     results: list[Sent] = []
     started = time.monotonic()
+    stalls = StallWatch()
     try:
-        with Progress(quiet=as_json) as progress:
+        with Progress(quiet=as_json) as progress, stalls:
             for checkpoint in picked:
                 results += push(backend, checkpoint, target, dry_run=dry_run, notify=progress.notify)
     except KeyboardInterrupt:
         note("stopped: nothing unfinished is visible there. The same command goes on with the files that arrived.")
         raise
+    finally:
+        if stalls.broken:
+            note(f"connections on which nothing moved, broken off: {stalls.broken}")
     seconds = time.monotonic() - started
     if as_json:
         print_json(
