@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ckptstore.backends.base import Backend, Blob
 from ckptstore.backends.s3control import S3Control, Upload, control
 from ckptstore.conditions import PROBE
-from ckptstore.errors import NotFoundError, UnavailableError
+from ckptstore.errors import AccessError, NotFoundError, UnavailableError
 from ckptstore.model import MANIFEST_NAME
 from ckptstore.push import CLAIM, MAX_CLAIM_BYTES
 
@@ -71,7 +71,7 @@ def find(backend: Backend, *, older_than_s: float) -> Found:
         store = control(backend)
         now_ns = min(now_ns, store.now_ns())  # a clock here that is ahead must not make a live push look dead
         uploads = list(store.uploads())
-    except UnavailableError as error:
+    except (UnavailableError, AccessError) as error:
         notes.append(f"unfinished uploads were not looked for: {error}. {error.hint}".strip())
     cutoff_ns = now_ns - int(older_than_s * 1e9)
     claimed, found, empty = [], [], True

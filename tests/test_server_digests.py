@@ -218,6 +218,12 @@ def test_unavailable(s3, tmp_path, without_awscrt):
         assert "--level full" in caught.value.hint
 
 
+def test_unsigned_requests_have_no_control_calls(s3, monkeypatch):
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    with pytest.raises(UnavailableError, match="AWS_SKIP_SIGNATURE"):
+        control(open_backend(s3))
+
+
 # --- push --------------------------------------------------------------------------------------------------------
 
 

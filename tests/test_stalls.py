@@ -172,6 +172,6 @@ def test_a_push_whose_upload_stalls(seaweed, s3, tmp_path, always):
         assert "optim_world_size_1" in done.stderr
         assert not any("ckptstore.manifest.json" in blob.key for blob in open_backend(s3).list())
         return
-    assert (done.returncode, took < 25) == (0, True), done.stderr
+    assert done.returncode == 0, done.stderr
     checkpoint = listing.scan(open_backend(s3)).checkpoints[0]
     assert verify(open_backend(s3), checkpoint, Level.FULL).checkpoint.status is Status.COMMITTED
