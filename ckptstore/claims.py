@@ -3,8 +3,8 @@
 The first writer creates a claim in the folder itself and puts its files under their final keys. Who finds a claim of other
 bytes there makes an attempt: a folder of its own inside, with a claim of its own. The manifest always lies in the folder
 itself, is created by one of them, and names whose files count. A claim names the content (sizes and digests of all files), so
-that an interrupted push finds its place again, and two that send the same bytes share one. Its owner renews it while it lives:
-one that has not been renewed for long is dead (leftovers.py).
+that an interrupted push finds its place again, and two that send the same bytes share one; and the files, since others may lie
+there. Its owner renews it while it lives: one that has not been renewed for long is dead (leftovers.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, BusyError, ManifestError, NotFoundError, StorageError
@@ -27,12 +28,25 @@ from ckptstore.parts import read_manifest
 LOOKS = 5  #: at a place where somebody commits while we look
 RENEW_S = 300.0  #: how often a living push renews its claim
 CLEANING = "being removed"  #: the content of a claim whose files are on their way out
+MAX_BYTES = 16 << 20  #: of a claim; where the files' names take more, they are left out
+
+
+class Claim(NamedTuple):
+    """What is claimed: bytes, and the files that they are in."""
+
+    content: str
+    files: tuple[str, ...]
+
+
+def of(manifest: Manifest) -> Claim:
+    """The claim of who writes what `manifest` records."""
+    return Claim(manifest.content, tuple(file.path for file in manifest.files))
 
 
 def read(target: Backend, folder: str) -> dict[str, object] | None:
     """The claim in `folder`; None without one, {} for one that cannot be understood: it is somebody's."""
     try:
-        data = target.get(f"{folder}/{CLAIM_NAME}", length_bytes=65536)
+        data = target.get(f"{folder}/{CLAIM_NAME}", length_bytes=MAX_BYTES)
     except NotFoundError:
         return None
     try:
@@ -42,22 +56,28 @@ def read(target: Backend, folder: str) -> dict[str, object] | None:
     return found if isinstance(found, dict) else {}
 
 
-def make(target: Backend, folder: str, content: str) -> bool:
-    """Claim `folder` for `content`; False where somebody else has it claimed for other bytes."""
+def files_of(target: Backend, folder: str) -> frozenset[str]:
+    """The files that the claim in `folder` names; none where it names none."""
+    files = (read(target, folder) or {}).get("files")
+    return frozenset(name for name in files if isinstance(name, str)) if isinstance(files, list) else frozenset()
+
+
+def make(target: Backend, folder: str, claim: Claim) -> bool:
+    """Claim `folder`; False where somebody else has it claimed for other bytes."""
     try:
-        target.put(f"{folder}/{CLAIM_NAME}", _described(content), if_absent=True)
+        target.put(f"{folder}/{CLAIM_NAME}", _described(claim), if_absent=True)
         if target.creates_atomically:
             return True
     except AlreadyExistsError:
         pass  # somebody was faster, or our own first try came through after all
-    return share(target, folder, content)
+    return share(target, folder, claim)
 
 
-def share(target: Backend, folder: str, content: str) -> bool:
-    """Renew the claim in `folder`, where it is one for `content`."""
-    if not holds(target, folder, content):
+def share(target: Backend, folder: str, claim: Claim) -> bool:
+    """Renew the claim in `folder`, where it is one for the same bytes."""
+    if not holds(target, folder, claim.content):
         return False
-    renew(target, folder, content)
+    renew(target, folder, claim)
     return True
 
 
@@ -66,9 +86,9 @@ def holds(target: Backend, folder: str, content: str) -> bool:
     return (read(target, folder) or {}).get("content") == content
 
 
-def renew(target: Backend, folder: str, content: str) -> None:
+def renew(target: Backend, folder: str, claim: Claim) -> None:
     """Write the claim anew, whoever has it: its time says that somebody lives, or with CLEANING that all of it goes."""
-    target.put(f"{folder}/{CLAIM_NAME}", _described(content))
+    target.put(f"{folder}/{CLAIM_NAME}", _described(claim))
 
 
 def release(target: Backend, folder: str) -> None:
@@ -76,9 +96,11 @@ def release(target: Backend, folder: str) -> None:
     target.delete(f"{folder}/{CLAIM_NAME}")
 
 
-def _described(content: str) -> bytes:
+def _described(claim: Claim) -> bytes:
     at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    return json.dumps({"content": content, "host": socket.gethostname(), "pid": os.getpid(), "at": at}).encode()
+    who: dict[str, object] = {"content": claim.content, "host": socket.gethostname(), "pid": os.getpid(), "at": at}
+    data = json.dumps(who | {"files": claim.files}).encode()
+    return data if len(data) < MAX_BYTES else json.dumps(who).encode()
 
 
 @dataclass(slots=True)
@@ -134,7 +156,7 @@ class Place:
 
     def keep(self) -> None:
         """Renew our claim. StorageError when it was taken away: our files go with it, unless they are committed by now."""
-        if share(self.target, self.files_folder, self.manifest.content):
+        if share(self.target, self.files_folder, of(self.manifest)):
             return
         theirs = self._committed()
         if theirs is None or theirs.content != self.manifest.content:
@@ -171,7 +193,7 @@ class Place:
 
     def _overwrite(self, key: str, mine: Manifest, old: Manifest) -> None:
         if not old.base:  # says that the files beside the manifest are ours, and useless from now on
-            renew(self.target, self.folder, old.content)
+            renew(self.target, self.folder, of(old))
         seen = self.target.get(key)
         if parse(seen) != old:
             raise AlreadyExistsError(key)
@@ -216,7 +238,7 @@ class Place:
     def _claim(self, claim: Mapping[str, object] | None) -> bool:
         """Claim the folder itself; False where it is claimed for other bytes."""
         claimed = make if claim is None else share
-        return claimed(self.target, self.folder, self.manifest.content)
+        return claimed(self.target, self.folder, of(self.manifest))
 
     def _claim_attempt(self, names: Iterable[str]) -> None:
         if self.fixed:
@@ -225,5 +247,5 @@ class Place:
                 hint="When that push is dead for certain: ckptstore clean --run URL --older-than 1d. Then push again.",
             )
         self.base = self._own_attempt(names)
-        if not make(self.target, self.files_folder, self.manifest.content):
+        if not make(self.target, self.files_folder, of(self.manifest)):
             raise BusyError(f"{self.target.location}/{self.files_folder} is being removed", hint="Push again.")

@@ -9,6 +9,7 @@ CkptStoreError
 │   ├── NoSpaceError                         ENOSPC, EDQUOT, EFBIG
 │   └── TransitError                         bytes were damaged on their way, and refused; retryable
 ├── BusyError                                another setup, or the trainer itself, is at work; retryable
+├── UnavailableError                         this store, or what is installed here, cannot do it
 ├── RefusedError                             possible, but would lose something or not resume: says which flag allows it
 ├── NothingToResumeError                     no checkpoint qualifies; exit 4
 ├── TrainingHalted                           the circuit breaker stopped training, or keeps it from starting again
@@ -84,6 +85,10 @@ class BusyError(CkptStoreError):
     """Somebody else is at work on the same run."""
 
     retryable = True
+
+
+class UnavailableError(CkptStoreError):
+    """What was asked for cannot be done with this store, or without an extra that is not installed; the message says which."""
 
 
 class RefusedError(CkptStoreError):

@@ -2,12 +2,15 @@
 
 `find` is a pure function over one listing. What counts, by the claims' rules (claims.py):
 
-- a folder that is claimed, with no manifest, or one whose files lie in an attempt: all files beside the claim
+- a folder that is claimed, with no manifest, or one whose files lie in an attempt: the claim, and the files that it names
 - an attempt that no manifest names: all of it
 - a claim beside files that count: the claim alone
+- scratch keys with which a push tried what the store can do
+- multipart uploads that were never finished (unfinished.py): no key shows them, and they cost money
 
-What nobody claimed and no attempt holds is never among them: another tool may have brought it. Nor is what is younger than the
-bound, by its newest key or by the manifest that made it useless: a living push renews its claim, a reader may still read.
+What no claim names and no attempt holds is never among them: another tool may have brought it. Nor is what is younger than the
+bound, by its newest key, by an upload below it or by the manifest that made it useless: a living push renews its claim, and a
+reader may still read.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ckptstore import claims, parallel
+from ckptstore import claims, parallel, unfinished
 from ckptstore.backends.base import Backend, Blob
+from ckptstore.backends.s3control import Upload
+from ckptstore.conditions import PROBE
 from ckptstore.errors import ManifestError, NotFoundError
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME
 from ckptstore.parts import read_manifest
@@ -25,14 +30,29 @@ THREADS = 8
 
 
 class Leftover(NamedTuple):
-    """Keys that no reader takes for a checkpoint. `files_folder` is `folder`, or an attempt in it."""
+    """Keys that no reader takes for a checkpoint. `files_folder` is `folder`, or an attempt in it; both "" for a lone key."""
 
     folder: str
     files_folder: str
     keys: tuple[str, ...]
     size_bytes: int
-    newest_ns: int
+    newest_ns: int  #: when the store last got something there, by its clock
     why: str
+    others: tuple[str, ...] = ()  #: keys there that no claim names: they stay
+    upload: Upload | None = None  #: never finished; its bytes are not known
+
+    @property
+    def name(self) -> str:
+        """Its one key, or a prefix with a `/` at its end."""
+        lone = not self.folder or self.keys == (f"{self.files_folder}/{CLAIM_NAME}",)
+        return self.keys[0] if lone else f"{self.files_folder}/"
+
+
+class Found(NamedTuple):
+    """What is left over, and what could not be looked for, or is left alone and why."""
+
+    leftovers: tuple[Leftover, ...]
+    notes: tuple[str, ...]
 
 
 def disputed(blobs: Iterable[Blob]) -> dict[str, int]:
@@ -42,10 +62,23 @@ def disputed(blobs: Iterable[Blob]) -> dict[str, int]:
     return {folder: manifests[folder] for folder in {_place(blob.key)[0] for blob in blobs} if folder in manifests}
 
 
-def find(blobs: Iterable[Blob], bases: Mapping[str, str], *, older_than_ns: int) -> list[Leftover]:
+def claimed(blobs: Iterable[Blob]) -> list[str]:
+    """Folders with a claim, attempts left out: `find` must know the files that it names."""
+    return [above for blob in blobs if (above := _above(blob.key, CLAIM_NAME)) is not None and not _place(blob.key)[1]]
+
+
+def find(
+    blobs: Iterable[Blob],
+    bases: Mapping[str, str],
+    named: Mapping[str, frozenset[str]],
+    *,
+    older_than_ns: int,
+    uploads: Sequence[Upload] = (),
+) -> list[Leftover]:
     """The leftovers in a listing of which nothing is newer than `older_than_ns` (Unix time).
 
-    `bases`: what the manifest of each `disputed` folder says; of one that is not in it nothing is touched.
+    `bases`: what the manifest of each `disputed` folder says; of one that is not in it nothing is touched. `named`: the files
+    that each claim names; others stay.
     """
     blobs = list(blobs)
     committed = disputed(blobs)
@@ -58,35 +91,66 @@ def find(blobs: Iterable[Blob], bases: Mapping[str, str], *, older_than_ns: int)
             place = (next((above for above in _parents(blob.key) if above in folders), ""), "")
         if place in marked and blob.key != f"{place[0]}/{MANIFEST_NAME}":
             marked[place].append(blob)
-    found = []
+    found: list[Leftover] = []
     for (folder, attempt), group in sorted(marked.items()):
         if folder in committed and folder not in bases:
             continue
         files_folder = f"{folder}/{attempt}" if attempt else folder
         counts = folder in committed and bases[folder] == attempt
         claim = [blob for blob in group if blob.key == f"{files_folder}/{CLAIM_NAME}"]
-        doomed = claim if counts else [*(blob for blob in group if blob not in claim), *claim]
-        newest = max([blob.mtime_ns for blob in group] + ([committed[folder]] if folder in committed else []), default=0)
-        if not doomed or newest > older_than_ns:
+        files = [blob for blob in group if blob not in claim]
+        ours = {f"{folder}/{name}" for name in named.get(folder, ())}
+        others = [] if attempt or counts else [blob.key for blob in files if blob.key not in ours]
+        doomed = claim if counts else [*(blob for blob in files if blob.key not in others), *claim]
+        times = [blob.mtime_ns for blob in group]
+        times += [upload.begun_ns for upload in uploads if upload.key.startswith(f"{files_folder}/")]
+        times += [committed[folder]] if folder in committed else []
+        if not doomed or (newest := max(times)) > older_than_ns:
             continue
         why = (
             "a claim that was not taken away" if counts else "replaced, or lost" if folder in committed else "a push cut short"
         )
         size = sum(blob.size_bytes for blob in doomed)
-        found.append(Leftover(folder, files_folder, tuple(blob.key for blob in doomed), size, newest, why))
+        keys = tuple(blob.key for blob in doomed)
+        found.append(Leftover(folder, files_folder, keys, size, newest, why, tuple(others)))
+    found += (
+        Leftover("", "", (blob.key,), blob.size_bytes, blob.mtime_ns, "a scratch key of a push")
+        for blob in blobs
+        if blob.key.rpartition("/")[2].startswith(PROBE) and blob.mtime_ns <= older_than_ns
+    )
+    found += (
+        Leftover("", "", (upload.key,), 0, upload.begun_ns, "an upload that was never finished", upload=upload)
+        for upload in uploads
+        if upload.begun_ns <= older_than_ns
+    )
     return found
 
 
-def look(target: Backend, *, older_than_ns: int) -> list[Leftover]:
-    """The leftovers below a run's URL. A manifest that cannot be trusted keeps all beside it."""
+def look(target: Backend, *, older_than_s: float) -> Found:
+    """The leftovers below a run's URL. A manifest that cannot be trusted keeps all beside it. NotFoundError for nothing there.
+
+    Reads only; errors as Backend's. Ages are counted by the store's clock where it can be asked and is behind this machine's.
+    """
+    uploads, now_ns, note = unfinished.look(target)
     blobs = list(target.list())
+    if not blobs and not uploads:
+        raise NotFoundError(f"there is nothing below {target.location}")
     bases = {}
     for folder in disputed(blobs):
         try:
             bases[folder] = read_manifest(target, folder).base
         except (ManifestError, NotFoundError):
             continue
-    return find(blobs, bases, older_than_ns=older_than_ns)
+    named = {folder: claims.files_of(target, folder) for folder in claimed(blobs)}
+    found = find(blobs, bases, named, older_than_ns=now_ns - int(older_than_s * 1e9), uploads=uploads)
+    notes = [note] if note else []
+    notes += [
+        f"{target.location}/{one.files_folder} holds {len(one.others)} files that its claim does not name ({one.others[0]}): "
+        "they stay"
+        for one in found
+        if one.others
+    ]
+    return Found(tuple(found), tuple(notes))
 
 
 def remove(target: Backend, leftover: Leftover) -> bool:
@@ -94,6 +158,12 @@ def remove(target: Backend, leftover: Leftover) -> bool:
 
     A push that comes now finds the claim of somebody who removes, and keeps out. A kill leaves the claim, to be found again.
     """
+    if leftover.upload is not None:
+        unfinished.abort(target, leftover.upload)
+        return True
+    if not leftover.folder:
+        target.delete(leftover.keys[0])
+        return True
     folder = leftover.files_folder
     if any(blob.mtime_ns > leftover.newest_ns for blob in target.list(folder)):
         return False
@@ -101,11 +171,12 @@ def remove(target: Backend, leftover: Leftover) -> bool:
     if leftover.keys == (claim,) and _counts(target, leftover):
         target.delete(claim)
         return True
-    claims.renew(target, folder, claims.CLEANING)
+    files = [key for key in leftover.keys if key != claim]
+    names = tuple(key.removeprefix(f"{folder}/") for key in files)
+    claims.renew(target, folder, claims.Claim(claims.CLEANING, names))
     if _counts(target, leftover):  # committed while we looked
         target.delete(claim)
         return False
-    files: Sequence[str] = [key for key in leftover.keys if key != claim]
     parallel.each(files, lambda key, _: target.delete(key), threads=THREADS)
     target.delete(claim)
     return True

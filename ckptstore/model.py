@@ -44,11 +44,12 @@ def worst(statuses: Iterable[Status]) -> Status:
 
 
 class Level(StrEnum):
-    """How hard `verify` looks; each level includes those before it."""
+    """How hard `verify` looks; full includes structure, and all include quick."""
 
     QUICK = "quick"  #: sizes and names
     STRUCTURE = "structure"  #: what the file formats themselves prove
     FULL = "full"  #: every digest
+    SERVER = "server"  #: the digests that an S3 store keeps of its objects, by HEADs alone: no byte is read
 
 
 class FileInfo(NamedTuple):

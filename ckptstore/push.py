@@ -8,7 +8,8 @@ Each part of a checkpoint, into `URL/{part}/{export}/`, the main model last:
                   bytes makes an attempt, a folder of its own (claims.py). A claim of the same content is shared, since whoever
                   holds it writes the same bytes: so an interrupted push goes on, and two that do the same harm nobody
     3  data       every file under its final key, unless it is there already; each byte read once, checked against the
-                  manifest on the way; a file that differs is never completed
+                  manifest on the way; a file that differs is never completed. Where the store computes digests of its own,
+                  each file's is compared with the manifest's, also where it was there already: what differs is sent again
     4  look again all keys with the right sizes, and no others; the claim still ours
     5  manifest   create-only, or for a replacement only over the one that was seen; its `base` names the attempt. From here on
                   it is COMMITTED. Who loses this race is told, and has touched no key of the winner's
@@ -21,21 +22,21 @@ A crash leaves a claim and whole files, which no reader takes for a checkpoint; 
 from __future__ import annotations
 
 import functools
-import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ckptstore import native
+from ckptstore import conditions, native, server_digests
 from ckptstore.backends.base import Backend
 from ckptstore.claims import RENEW_S, Place
+from ckptstore.conditions import Conditions
 from ckptstore.errors import (
-    AlreadyExistsError,
     IntegrityError,
     NotFoundError,
     RefusedError,
     SourceChangedError,
     StorageError,
+    TransitError,
     UsageError,
 )
 from ckptstore.formats.streaming import mismatch
@@ -46,6 +47,7 @@ from ckptstore.model import ATTEMPT_PREFIX, DRAFT_PREFIX, MANIFEST_NAME, Checkpo
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
 from ckptstore.sending import Outgoing, send
+from ckptstore.server_digests import Said, ask_all
 from ckptstore.verify import Notify
 
 
@@ -61,6 +63,8 @@ class Sent:
     committed_before: bool  #: its manifest was there already
     manifest_sha256: str
     notes: tuple[str, ...] = ()
+    server_checked_bytes: int = 0  #: of files whose digest the store itself tells, and it is the manifest's
+    server_check: str = ""  #: that digest's name, or why the store was not asked for it
 
 
 def push(
@@ -88,7 +92,7 @@ def push(
         )
     if replace:
         _refuse_several(checkpoint, target)
-    notes = () if dry_run else _conditions(target)
+    store = conditions.look(target) if dry_run else conditions.find_out(target)
     ordered = sorted(checkpoint.parts, key=lambda part: part.name == layout.MAIN_PART)
     done: list[Sent] = []
     before = 0
@@ -107,8 +111,8 @@ def push(
         manifest = describe(backend, checkpoint, part, digesting)
         fixed = part.name == layout.RECOVER_INFO  # read where AReaL reads it
         place = Place(target, folder, manifest.at_home, replace=replace, fixed=fixed)
-        way = _Push(backend, folder, part, manifest.at_home, place)
-        done.append(way.run(dry_run=dry_run, notes=notes, progress=progress))
+        way = _Push(backend, folder, part, manifest.at_home, place, store)
+        done.append(way.run(dry_run=dry_run, progress=progress))
         before += part.size_bytes
     return done
 
@@ -131,27 +135,9 @@ def resend(
 ) -> None:
     """Send one file of a part that is committed in `target` as `manifest` says. Errors as push's."""
     folder = folder_of(backend, part)
-    way = _Push(backend, folder, part, manifest, Place(target, folder, manifest, base=manifest.base))
+    place = Place(target, folder, manifest, base=manifest.base)
+    way = _Push(backend, folder, part, manifest, place, conditions.find_out(target), committed=True)
     way.send([entry], 0, progress)
-
-
-@functools.lru_cache(maxsize=16)
-def _conditions(target: Backend) -> tuple[str, ...]:
-    """What to know of a store on which create-only means nothing: found by trying, once for each."""
-    key = f"{DRAFT_PREFIX}probe-{secrets.token_hex(8)}"
-    atomic = target.creates_atomically
-    if atomic:
-        try:
-            target.put(key, b"1", if_absent=True)
-            target.put(key, b"2", if_absent=True)
-            atomic = False
-        except AlreadyExistsError:
-            pass
-        finally:
-            target.delete(key)
-    target.creates_atomically = atomic
-    text = "this store does not keep two writers apart: push a step from one machine at a time"
-    return () if atomic else (text,)
 
 
 @dataclass(slots=True)
@@ -163,25 +149,43 @@ class _Push:
     part: Part
     manifest: Manifest
     place: Place
+    store: Conditions
+    committed: bool = False
+    said: dict[str, Said] = field(default_factory=dict)  #: what the store tells of the files that are there
 
     @property
     def target(self) -> Backend:
         return self.place.target
 
-    def run(self, *, dry_run: bool, notes: tuple[str, ...], progress: native.Progress) -> Sent:
-        committed = self.place.find(dry_run=dry_run)
+    def run(self, *, dry_run: bool, progress: native.Progress) -> Sent:
+        self.committed = self.place.find(dry_run=dry_run)
         present = self._present()
         missing = [file for file in self.manifest.files if present.get(file.path) != file.size_bytes]
+        if self.store.control is not None:
+            lies_there = [file for file in self.manifest.files if present.get(file.path) == file.size_bytes]
+            self.said = ask_all(self.store.control, self.place.files_folder, lies_there)
+            missing += [file for file in lies_there if self.said[file.path] in (Said.OTHER, Said.MISSING)]
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
         if not dry_run:
-            self.send(missing, there, progress, renewing=not committed)
+            self.send(missing, there, progress, renewing=not self.committed)
             self._look_again()
-            if not committed:
+            if not self.committed:
                 self._refuse_changed()
-                committed = not self.place.publish()
-        sha256 = read_manifest(self.target, self.place.folder).sha256 if committed else self.manifest.sha256
-        return Sent(self.manifest.step, self.part.name, self._url, sent, there, committed, sha256, notes)
+                self.committed = not self.place.publish()
+        sha256 = read_manifest(self.target, self.place.folder).sha256 if self.committed else self.manifest.sha256
+        return Sent(
+            self.manifest.step,
+            self.part.name,
+            self._url,
+            sent,
+            there,
+            self.committed,
+            sha256,
+            self.store.notes,
+            server_checked_bytes=sum(f.size_bytes for f in self.manifest.files if self.said.get(f.path) is Said.SAME),
+            server_check=self.store.check,
+        )
 
     @property
     def _url(self) -> str:
@@ -207,10 +211,33 @@ class _Push:
                 renewed = time.monotonic()
             progress(done, total)
 
-        files = [Outgoing(self._key(file.path), file.size_bytes, functools.partial(self._read, file)) for file in missing]
+        files = [
+            Outgoing(
+                self._key(file.path),
+                file.size_bytes,
+                functools.partial(self._read, file),
+                functools.partial(self._compare, file),
+            )
+            for file in missing
+        ]
         send(self.target, files, there=there, progress=tick)
         if renewing:
             self.place.keep()
+
+    def _compare(self, file: FileEntry) -> None:
+        """What arrived, by the store's own digest. What differs goes: nobody shall take it for the file by its size."""
+        if self.store.control is None:
+            return
+        said = self.said[file.path] = server_digests.ask(self.store.control, self._key(file.path), file)
+        if said in (Said.OTHER, Said.MISSING):
+            if said is Said.OTHER and not self.committed:
+                self.target.delete(self._key(file.path))
+            raise TransitError(
+                f"{self.target.location}/{self._key(file.path)} is not what was sent there: the store says, {said.value}",
+                operation="comparing digests",
+                path=self._key(file.path),
+                hint="The way there, or the store, damages data; or somebody else writes there. Nothing was committed.",
+            )
 
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""

@@ -23,11 +23,15 @@ BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice
 
 
 class Outgoing(NamedTuple):
-    """A file to send. `parts(part_bytes)` yields its bytes, from the start, in parts of that size, the last one shorter."""
+    """A file to send. `parts(part_bytes)` yields its bytes, from the start, in parts of that size, the last one shorter.
+
+    `arrived` is called when it is there; what it raises counts as the upload's.
+    """
 
     key: str
     size_bytes: int
     parts: Callable[[int], Iterator[Buffer]]
+    arrived: Callable[[], None] = lambda: None
 
 
 def send(target: Backend, files: Iterable[Outgoing], *, there: int = 0, progress: native.Progress | None = None) -> None:
@@ -57,6 +61,7 @@ def send(target: Backend, files: Iterable[Outgoing], *, there: int = 0, progress
         else:
             at_once = max(BUDGET_BYTES // threads // part_bytes, 1)
             target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=at_once)
+        file.arrived()
 
     def send_again(file: Outgoing, stop: parallel.Stop) -> None:
         """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""

@@ -1,9 +1,11 @@
-"""Verify a checkpoint at three levels. Damage is reported, never raised; only the medium's own failures raise.
+"""Verify a checkpoint at four levels. Damage is reported, never raised; only the medium's own failures raise.
 
 quick      names and sizes: what `list` shows
 structure  what the file formats prove: headers, offsets, shards against their index, DCP metadata against its shards
 full       every byte read; its digests compared where a manifest records them. Without a manifest `full` proves the
            structure and that all bytes can be read, not that they are the bytes that were written; the report says so.
+server     the CRC-64/NVME that an S3 store computed of each object when it arrived, against the manifest's, by HEADs alone.
+           Files of which there is no manifest or no such digest are counted as unchecked, and the report is not ok.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from ckptstore.listing import backend_for
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
 from ckptstore.parts import files_folder_of, find_manifest, folder_of, judged, read_manifest, reader
+from ckptstore.server_digests import Said, ask_all
 
 UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
 
@@ -49,11 +52,12 @@ class Report:
     seconds: float
     manifest_sha256: tuple[str, ...] = ()  #: one per part that a manifest vouches for: pin these out of band
     verdicts: Mapping[str, tuple[str, Finding | None]] = field(default_factory=dict)  #: for damage.remember
+    unchecked: tuple[str, ...] = ()  #: level server: files of which this level can say nothing
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong, as far as this level sees."""
-        return self.checkpoint.status.usable
+        """Whether nothing is wrong, as far as this level sees, and it has seen all."""
+        return self.checkpoint.status.usable and not self.unchecked
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -73,19 +77,26 @@ def verify(
     *,
     progress: native.Progress | None = None,
 ) -> Report:
-    """Verify one checkpoint of the run that `backend` is rooted at. Thread-safe; reads only."""
+    """Verify one checkpoint of the run that `backend` is rooted at. Thread-safe; reads only.
+
+    UnavailableError for level server where the store tells no digests, or the extra `[s3]` is not installed.
+    """
     started = time.monotonic()
     bytes_read = 0
     parts = []
     pins = []
     verdicts: dict[str, tuple[str, Finding | None]] = {}
+    unchecked: list[str] = []
     for part in checkpoint.parts:
         manifest = find_manifest(backend, folder_of(backend, part))
         part = judged(backend, part, manifest)
         if level is not Level.QUICK or not backend.is_folder:  # a listing of a store has not read it
             part = _check_manifest(backend, checkpoint, part, manifest)
-        if level is not Level.QUICK:
+        if level in (Level.STRUCTURE, Level.FULL):
             part = _worsen(part, check_part_structure(backend, part))
+        if level is Level.SERVER:
+            part, unknown = _ask_server(backend, part, manifest, progress)
+            unchecked += unknown
         if level is Level.FULL:
             part = check_digests(backend, damage.forget_for_now(part), manifest, progress=progress)
             bytes_read += part.size_bytes
@@ -96,7 +107,7 @@ def verify(
             pins.append(manifest.sha256)
         parts.append(part)
     checked = dataclasses.replace(checkpoint, parts=tuple(parts))
-    return Report(checked, level, bytes_read, time.monotonic() - started, tuple(pins), verdicts)
+    return Report(checked, level, bytes_read, time.monotonic() - started, tuple(pins), verdicts, tuple(unchecked))
 
 
 def verify_all(backend: Backend, checkpoints: list[Checkpoint], level: Level, notify: Notify | None = None) -> list[Report]:
@@ -188,6 +199,29 @@ def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, pr
         else:
             notes = (*notes, UNSEALED)
     return _worsen(dataclasses.replace(part, notes=notes), findings)
+
+
+def _ask_server(
+    backend: Backend, part: Part, manifest: Manifest | None, progress: native.Progress | None
+) -> tuple[Part, list[str]]:
+    """The part with what the store's own digests prove, and the files of which they prove nothing."""
+    from ckptstore.backends.s3control import control  # it takes a while, and few ask for it
+
+    store = control(backend)
+    counts = manifest is not None and not manifest.inspect(part.files).void
+    listed = {entry.path: entry for entry in manifest.files} if manifest is not None and counts else {}
+    files = [listed[file.name] for file in part.files if file.name in listed]
+    tick = None if progress is None else lambda done: progress(done, part.size_bytes)
+    said = ask_all(store, folder_of(backend, part), files, tick=tick)
+    unknown = [f"{part.name}/{f.name}" for f in part.files if said.get(f.name, Said.NOTHING) is Said.NOTHING]
+    findings = [
+        Finding(name, f"the store's own digest: {what.value}", Status.CORRUPT if what is Said.OTHER else Status.PARTIAL)
+        for name, what in sorted(said.items())
+        if what in (Said.OTHER, Said.MISSING)
+    ]
+    if not counts and part.files:
+        part = dataclasses.replace(part, notes=(*part.notes, "no manifest that counts: there is nothing to compare with"))
+    return _worsen(part, findings), unknown
 
 
 def _check_manifest(backend: Backend, checkpoint: Checkpoint, part: Part, manifest: Manifest | None) -> Part:

@@ -34,6 +34,10 @@ class Proxy:
 
     server_port: int
     choose: Choose = field(default=lambda request: "")
+    #: For kind "instead": what the client gets, and the server never sees the request.
+    instead: Callable[[Request], bytes] = field(default=lambda request: response(b"200 OK", b""))
+    #: Headers that the server's answers lose, in lower case.
+    unsaid: tuple[bytes, ...] = ()
     hit: list[str] = field(default_factory=list)
     seen: list[Request] = field(default_factory=list)
 
@@ -70,9 +74,11 @@ class Proxy:
                 _reset(client)
             elif kind in ("slowdown", "internal"):
                 status, body = (b"503 Slow Down", SLOW_DOWN) if kind == "slowdown" else (b"500 Internal Server Error", INTERNAL)
-                client.sendall(_response(status, body))
+                client.sendall(response(status, body))
+            elif kind == "instead":
+                client.sendall(self.instead(request))
             elif kind == "error_in_200":
-                client.sendall(_response(b"200 OK", INTERNAL))
+                client.sendall(response(b"200 OK", INTERNAL))
             else:
                 body = _flipped(request.body) if kind == "flip_up" else request.body
                 answer = self._ask(request.head, body)
@@ -93,7 +99,7 @@ class Proxy:
             while data := server.recv(1 << 20):
                 parts.append(data)
         head, _, data = b"".join(parts).partition(b"\r\n\r\n")
-        kept = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
+        kept = [line for line in head.split(b"\r\n") if not line.lower().startswith((b"connection:", *self.unsaid))]
         return b"\r\n".join([*kept, b"Connection: close"]) + b"\r\n\r\n" + data
 
 
@@ -152,7 +158,7 @@ def _read_request(client: socket.socket) -> Request | None:
     return Request(method.decode(), path.decode(), head, b"".join(parts))
 
 
-def _response(status: bytes, body: bytes) -> bytes:
+def response(status: bytes, body: bytes) -> bytes:
     return b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (
         status,
         len(body),

@@ -15,6 +15,7 @@ from ckptstore import claims, leftovers, listing
 from ckptstore import push as pushing
 from ckptstore.backends import Blob, open_backend
 from ckptstore.backends.object import ObjectBackend
+from ckptstore.cli import clean as clean_cli
 from ckptstore.errors import AlreadyExistsError, BusyError, CkptStoreError, ManifestError, RefusedError, StorageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.manifest import parse
@@ -165,7 +166,7 @@ def test_one_that_commits_while_we_look(url, run, tmp_path, monkeypatch):
 def test_recover_info_makes_no_attempt(url, run):
     """AReaL's states are read where AReaL reads them."""
     backend = open_backend(url)
-    claims.make(backend, layout.RECOVER_INFO, "another")
+    claims.make(backend, layout.RECOVER_INFO, claims.Claim("another", ()))
     manifest = parse((run / EXPORT / MANIFEST_NAME).read_bytes())
     with pytest.raises(BusyError, match="another push"):
         claims.Place(backend, layout.RECOVER_INFO, manifest, fixed=True).find(dry_run=False)
@@ -323,6 +324,7 @@ def listed(*names: str, age_ns: int = 2 * HOUR_NS, now_ns: int = 10 * HOUR_NS) -
 
 
 CLAIM = f"d/e1/{CLAIM_NAME}"
+NAMED = {"d/e1": frozenset({"x", "sub/y"}), "d/e1/in": frozenset({"y"})}
 A, B = f"{ATTEMPT_PREFIX}{'a' * 16}", f"{ATTEMPT_PREFIX}{'b' * 16}"
 
 
@@ -331,6 +333,8 @@ A, B = f"{ATTEMPT_PREFIX}{'a' * 16}", f"{ATTEMPT_PREFIX}{'b' * 16}"
     [
         ((CLAIM, "d/e1/x", "d/e1/sub/y"), {}, {CLAIM, "d/e1/x", "d/e1/sub/y"}),
         (("d/e1/x", "d/e1/sub/y"), {}, set()),  # another tool's
+        ((CLAIM, "d/e1/x", "d/e1/stranger"), {}, {CLAIM, "d/e1/x"}),
+        ((CLAIM, "d/e1/x", "d/e1/stranger", f"d/e1/{MANIFEST_NAME}", f"d/e1/{A}/x"), {"d/e1": A}, {CLAIM, "d/e1/x"}),
         (("d/e1/x", f"d/e1/{MANIFEST_NAME}"), {}, set()),
         ((CLAIM, "d/e1/x", f"d/e1/{MANIFEST_NAME}"), {"d/e1": ""}, {CLAIM}),
         (("d/e1/x", f"d/e1/{MANIFEST_NAME}", f"d/e1/{A}/x"), {"d/e1": ""}, {f"d/e1/{A}/x"}),
@@ -344,12 +348,12 @@ A, B = f"{ATTEMPT_PREFIX}{'a' * 16}", f"{ATTEMPT_PREFIX}{'b' * 16}"
     ],
 )  # fmt: skip
 def test_what_is_left_over(names, bases, doomed):
-    found = leftovers.find(listed(*names), bases, older_than_ns=9 * HOUR_NS)
+    found = leftovers.find(listed(*names), bases, NAMED, older_than_ns=9 * HOUR_NS)
     assert {key for one in found for key in one.keys} == doomed
     assert sum(one.size_bytes for one in found) == len(doomed)
     for one in found:  # the claim goes last: a cleaning that was cut short is found again
         assert not any(CLAIM_NAME in key for key in one.keys[:-1])
-    assert leftovers.find(listed(*names), bases, older_than_ns=7 * HOUR_NS) == []
+    assert leftovers.find(listed(*names), bases, NAMED, older_than_ns=7 * HOUR_NS) == []
 
 
 @pytest.mark.parametrize("young", [CLAIM, "d/e1/x", f"d/e1/{MANIFEST_NAME}"])
@@ -357,26 +361,27 @@ def test_what_is_alive_stays(young):
     """A claim that was renewed, a file that has just come, a manifest that has just replaced another."""
     old = listed(CLAIM, "d/e1/x", f"d/e1/{MANIFEST_NAME}", f"d/e1/{A}/x")
     blobs = [*(blob for blob in old if blob.key != young), *listed(young, age_ns=0)]
-    assert leftovers.find(blobs, {"d/e1": A}, older_than_ns=9 * HOUR_NS) == []
+    assert leftovers.find(blobs, {"d/e1": A}, NAMED, older_than_ns=9 * HOUR_NS) == []
 
 
 def test_clean(url, run, tmp_path, monkeypatch, capfd):
     """A loser, a replaced one and a push that died go; what readers see stays; then a push begins anew."""
     commands.isolate(monkeypatch, tmp_path)
+    monkeypatch.setattr(clean_cli, "SHORTEST_S", 0)
     other = other_content(run, tmp_path)
     cut_short(run, url, monkeypatch)
     send(other, url)
     assert commands.invoke(capfd, "clean", "--run", url, "--json").json["removed"] == []
     before = state(url)
-    would = commands.invoke(capfd, "clean", "--run", url, "--older-than", "0s", "--dry-run", "--json").json
-    assert [(one["name"], one["why"]) for one in would["removed"]] == [(EXPORT, "replaced, or lost")]
+    would = commands.invoke(capfd, "clean", "--run", url, "--older-than", "0m", "--dry-run", "--json").json
+    assert [(one["name"], one["why"]) for one in would["removed"]] == [(f"{EXPORT}/", "replaced, or lost")]
     assert state(url) == before
-    assert "removed 1" in commands.invoke(capfd, "clean", "--run", url, "--older-than", "0s").out
+    assert "removed 1" in commands.invoke(capfd, "clean", "--run", url, "--older-than", "0m").out
     assert all(ATTEMPT_PREFIX in key or MANIFEST_NAME in key for key in keys(url))
     holds(url, other, tmp_path / "there")
     send(run, url, replace=True)
     time.sleep(0.01)
-    done = commands.invoke(capfd, "clean", "--run", url, "--older-than", "0s", "--json").json
+    done = commands.invoke(capfd, "clean", "--run", url, "--older-than", "0m", "--json").json
     assert len(done["removed"]) == 1
     holds(url, run, tmp_path / "again")
 
@@ -391,9 +396,9 @@ def test_clean_keeps_out_of_the_way_of_the_living(url, run, tmp_path, monkeypatc
     """A push that comes back after the look keeps its files; one that is at work when they go is told."""
     cut_short(run, url, monkeypatch)
     backend = open_backend(url)
-    (found,) = leftovers.look(backend, older_than_ns=time.time_ns())
+    ((found,), _) = leftovers.look(backend, older_than_s=0)
     time.sleep(1.1 if "s3" in url else 0.01)  # this server's times are whole seconds
-    claims.share(backend, EXPORT, parse((run / EXPORT / MANIFEST_NAME).read_bytes()).content)
+    claims.share(backend, EXPORT, claims.of(parse((run / EXPORT / MANIFEST_NAME).read_bytes())))
     assert not leftovers.remove(backend, found)
     send(run, url)
     holds(url, run, tmp_path / "there")
@@ -403,7 +408,7 @@ def test_a_push_that_was_cleaned_away_is_told(url, run, monkeypatch):
     real = pushing._Push.send
 
     def cleaned(self, *arguments, **options):
-        (found,) = leftovers.look(self.target, older_than_ns=time.time_ns() + HOUR_NS)
+        ((found,), _) = leftovers.look(self.target, older_than_s=-3600)
         assert leftovers.remove(self.target, found)
         return real(self, *arguments, **options)
 
@@ -417,14 +422,14 @@ def test_a_cleaning_that_was_cut_short(url, run, tmp_path, monkeypatch):
     """Its claim keeps a push out of the half that is left, and the next cleaning finds it."""
     cut_short(run, url, monkeypatch)
     backend = open_backend(url)
-    (found,) = leftovers.look(backend, older_than_ns=time.time_ns() + HOUR_NS)
+    ((found,), _) = leftovers.look(backend, older_than_s=-3600)
     with monkeypatch.context() as planted:
         planted.setattr(leftovers.parallel, "each", lambda *a, **k: crash())
         with pytest.raises(KeyboardInterrupt):
             leftovers.remove(backend, found)
     (sent,) = send(run, url)
     assert ATTEMPT_PREFIX in sent.url
-    (found,) = leftovers.look(backend, older_than_ns=time.time_ns() + HOUR_NS)
+    ((found,), _) = leftovers.look(backend, older_than_s=-3600)
     assert leftovers.remove(backend, found)
     holds(url, run, tmp_path / "there")
     shutil.rmtree(tmp_path / "there")

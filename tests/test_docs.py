@@ -177,6 +177,14 @@ def test_every_json_field_of_a_pull_is_documented(sample: Path, capfd: pytest.Ca
     assert set(keys(result.json)) - documented == set()
 
 
+def test_every_json_field_of_a_remote_clean_is_documented(sample: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    url = "memory://docs-clean/run"
+    assert commands.invoke(capfd, "push", "46", "--to", url).code == 0
+    result = commands.invoke(capfd, "clean", "--run", url, "--dry-run", "--json")
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/cli.md").read_text()))
+    assert set(keys(result.json)) - documented == set()
+
+
 def test_undo_and_errors_are_documented(sample: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run: Callable[..., commands.Result] = functools.partial(commands.invoke, capfd)
     assert run("setup", "--step", "93", *TRAINER).code == 0

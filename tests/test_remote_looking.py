@@ -66,7 +66,7 @@ def test_list_committed(url, tmp_path):
     assert found.checkpoints[0].parts[0].path == f"{url}/default/{trees.folder_name(46)}"
 
 
-@pytest.mark.parametrize("level", list(Level))
+@pytest.mark.parametrize("level", [Level.QUICK, Level.STRUCTURE, Level.FULL])
 def test_verify_committed(url, tmp_path, level):
     run = sealed_run(tmp_path)
     upload(run, open_backend(url))

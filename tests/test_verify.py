@@ -57,7 +57,7 @@ def folder(run):
 # --- levels -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("level", [Level.QUICK, Level.STRUCTURE, Level.FULL])
 def test_whole(run, level):
     """Every level passes what is right, sealed or not, and says how it knows."""
     report = check(run, level)
@@ -77,16 +77,16 @@ def test_each_level_sees_more(run):
     seal_all(run)
     shard = folder(run) / "model-00002-of-00003.safetensors"
     trees.bitflip(shard)
-    assert [check(run, level).ok for level in Level] == [True, True, False]
+    assert [check(run, level).ok for level in (Level.QUICK, Level.STRUCTURE, Level.FULL)] == [True, True, False]
     keep_times(shard, lambda: trees.truncate(shard, 8))
-    assert [check(run, level).ok for level in Level] == [False, False, False]
+    assert [check(run, level).ok for level in (Level.QUICK, Level.STRUCTURE, Level.FULL)] == [False, False, False]
     shard.unlink()
-    assert [check(run, level).ok for level in Level] == [False, False, False]
+    assert [check(run, level).ok for level in (Level.QUICK, Level.STRUCTURE, Level.FULL)] == [False, False, False]
 
 
 def test_without_a_manifest_structure_finds_the_cut_shard(run):
     trees.truncate(folder(run) / "model-00002-of-00003.safetensors", 8)
-    assert [check(run, level).ok for level in Level] == [True, False, False]
+    assert [check(run, level).ok for level in (Level.QUICK, Level.STRUCTURE, Level.FULL)] == [True, False, False]
 
 
 def test_a_flipped_bit_names_file_and_chunk(run):
@@ -271,7 +271,7 @@ def test_written_while_its_bytes_are_read(tmp_path):
         assert "was written while it was read" in str(report.findings)
 
 
-@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("level", [Level.QUICK, Level.STRUCTURE, Level.FULL])
 def test_removed_while_it_is_read(run, level):
     """A trainer that prunes: findings, never an exception."""
     backend = LocalBackend(run)

@@ -36,11 +36,14 @@ if TYPE_CHECKING:
 #: A request is tried again for so long: a store that is overloaded or restarts comes back, one that is gone is named.
 RETRY_FOR = timedelta(seconds=60)
 TRIES = 8
-#: A download on which nothing comes for so long has stalled.
+#: A request on which nothing comes for so long has stalled.
 STALL = timedelta(seconds=10)
-#: The longest that one request may take. Uploads have no other bound: for them the library counts the time of sending as
-#: waiting for an answer, and a part of 16 MiB among sixteen takes minutes on a slow line.
+#: The longest that one request may take. Uploads have no other bound here: for them the library counts the time of sending as
+#: waiting for an answer, and a part of 16 MiB among sixteen takes minutes on a slow line. The commands watch their
+#: connections themselves (stalls.py).
 REQUEST = timedelta(seconds=300)
+#: What is sent at once on any line.
+SMALL_BYTES = 64 << 10
 
 _NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
 _BAD_DIGEST = re.compile(r"<Code>(BadDigest|InvalidDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
@@ -71,7 +74,7 @@ class ObjectBackend(Backend):
 
     def get(self, key: str, *, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
         """See Backend.get."""
-        path = self._path(key)
+        path = self.key_path(key)
         if length_bytes == 0:
             return b""
         wanted: Any = {"offset": offset_bytes} if length_bytes is None else (offset_bytes, offset_bytes + length_bytes)
@@ -87,17 +90,17 @@ class ObjectBackend(Backend):
     def view(self, key: str, offset_bytes: int, length_bytes: int) -> Buffer:
         """See Backend.view."""
         try:
-            data = self._obstore.get_range(self._store, self._path(key), start=offset_bytes, length=length_bytes)
+            data = self._obstore.get_range(self._store, self.key_path(key), start=offset_bytes, length=length_bytes)
         except self._failures as error:
             self._raise(error, "reading", key)
         return self._exact(key, offset_bytes, length_bytes, memoryview(data))
 
     def list(self, prefix: str = "") -> Iterator[Blob]:
         """See Backend.list."""
-        below = self._path(prefix) if prefix else self._prefix
+        below = self.key_path(prefix) if prefix else self._prefix
         cut = len(self._prefix) + 1 if self._prefix else 0
         last: str | None = None
-        tries = _Tries()
+        tries = Tries()
         while True:
             try:
                 for batch in self._obstore.list(self._store, prefix=below or None, offset=last, chunk_size=1000):
@@ -111,14 +114,17 @@ class ObjectBackend(Backend):
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """See Backend.put."""
-        path = self._path(key)
+        path = self.key_path(key)
         if if_absent:
             self._create(key, data)
             return
         try:
-            self._obstore.put(self._sending, path, memoryview(data), mode="overwrite", use_multipart=False)
+            self._obstore.put(self._uploading(data), path, memoryview(data), mode="overwrite", use_multipart=False)
         except self._failures as error:
             self._raise(error, "writing", key)
+
+    def _uploading(self, data: Buffer) -> Any:
+        return self._store if memoryview(data).nbytes <= SMALL_BYTES else self._sending
 
     def _create(self, key: str, data: Buffer) -> None:
         """Create-only is the one request that obstore does not repeat when the answer is lost: done or not, nobody knows.
@@ -126,10 +132,11 @@ class ObjectBackend(Backend):
         Here it is repeated; a key that is there after a lost answer is read: where it holds `data`, a first try came through.
         """
         kinds = self._obstore.exceptions
-        tries = _Tries()
+        path = self.key_path(key)
+        tries = Tries()
         while True:
             try:
-                self._obstore.put(self._sending, self._path(key), memoryview(data), mode="create", use_multipart=False)
+                self._obstore.put(self._uploading(data), path, memoryview(data), mode="create", use_multipart=False)
                 return
             except (kinds.AlreadyExistsError, kinds.PreconditionError):
                 if tries.made and self.get(key) == bytes(data):
@@ -153,14 +160,14 @@ class ObjectBackend(Backend):
 
     def _swap(self, key: str, data: Buffer, expected: bytes, version: str = "") -> bool:
         """Overwrite if it is `expected`, of this `version`; a lost answer is asked for again, as in _create."""
-        tries = _Tries()
+        tries = Tries()
         while True:
             try:
-                found = self._obstore.get(self._store, self._path(key))
+                found = self._obstore.get(self._store, self.key_path(key))
                 if bytes(found.bytes()) != expected:
                     return bool(tries.made) and self.get(key) == bytes(data)
                 mode: Any = {"e_tag": version or found.meta["e_tag"]}
-                self._obstore.put(self._sending, self._path(key), memoryview(data), mode=mode, use_multipart=False)
+                self._obstore.put(self._sending, self.key_path(key), memoryview(data), mode=mode, use_multipart=False)
                 return True
             except self._obstore.exceptions.PreconditionError:
                 if self.get(key) == expected:
@@ -194,7 +201,12 @@ class ObjectBackend(Backend):
 
         try:
             self._obstore.put(
-                self._sending, self._path(key), watched(), use_multipart=True, chunk_size=part_bytes, max_concurrency=parallel
+                self._sending,
+                self.key_path(key),
+                watched(),
+                use_multipart=True,
+                chunk_size=part_bytes,
+                max_concurrency=parallel,
             )
         except BaseException as error:
             if failed:
@@ -205,7 +217,7 @@ class ObjectBackend(Backend):
 
     def delete(self, key: str) -> None:
         """See Backend.delete."""
-        path = self._path(key)
+        path = self.key_path(key)
         try:
             self._obstore.delete(self._store, path)
         except self._missing:
@@ -215,11 +227,20 @@ class ObjectBackend(Backend):
 
     def _size(self, key: str) -> int:
         try:
-            return int(self._obstore.head(self._store, self._path(key))["size"])
+            return int(self._obstore.head(self._store, self.key_path(key))["size"])
         except self._failures as error:
             self._raise(error, "reading", key)
 
-    def _path(self, key: str) -> str:
+    def signed_url(self, key: str) -> str:
+        """An address of `key` that works for a minute: whoever sees it can read, so it is never shown. See s3control.py."""
+        try:
+            url: str = self._obstore.sign(self._store, "HEAD", self.key_path(key), expires_in=timedelta(seconds=60))
+        except self._failures as error:
+            self._raise(error, "signing a request for", key)
+        return url
+
+    def key_path(self, key: str) -> str:
+        """`key` as the bucket counts keys. NotFoundError for one that would lead out of the prefix."""
         if any(component in ("", ".", "..") for component in key.split("/")):
             raise NotFoundError(f"{key!r} is no key below {self.location}")
         return f"{self._prefix}/{key}" if self._prefix else key
@@ -253,7 +274,7 @@ class ObjectBackend(Backend):
         ) from None
 
 
-class _Tries:
+class Tries:
     """A bounded number of tries, with growing pauses of random length between them."""
 
     def __init__(self) -> None:
@@ -303,6 +324,13 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
     if not os.environ.get("AWS_UNSIGNED_PAYLOAD"):
         config["unsigned_payload"] = True  # SHA-256 of every byte costs more than all else here together
     return S3Store(bucket, config=config, client_options=options, retry_config=retries)
+
+
+def static_keys() -> dict[str, str]:
+    """The keys that requests to S3 are signed with, by the library's names; none where a machine's role signs them."""
+    names = ("access_key_id", "secret_access_key", "session_token")
+    found = {name: os.environ.get(f"AWS_{name.upper()}", "") for name in names}
+    return found if found["access_key_id"] else _profile()
 
 
 def _profile() -> dict[str, Any]:

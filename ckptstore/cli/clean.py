@@ -1,4 +1,4 @@
-"""`ckptstore clean`: remove what dead writers left, and old slots when told to."""
+"""`ckptstore clean`: remove what dead writers left, here or in a bucket, and old slots when told to."""
 
 from __future__ import annotations
 
@@ -8,29 +8,19 @@ import time
 
 import click
 
-from ckptstore import leftovers, steps
 from ckptstore import side as side_folders
+from ckptstore import steps
 from ckptstore.backends import Backend
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
-from ckptstore.cli.render import done, echo, item, note, print_json, safe, size
+from ckptstore.cli.render import done, echo, item, note, print_json, size
 from ckptstore.errors import UsageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.locate import Where
 from ckptstore.lock import RunLock
 
-OLDER_THAN = "1d"
-_DURATION = re.compile(r"([0-9]{1,6})([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def _age(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Seconds of a duration like 90s, 30m, 12h or 7d."""
-    if value is None:
-        return None
-    match = _DURATION.fullmatch(value)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is no duration: say 90s, 30m, 12h or 7d", context, parameter)
-    return int(match[1]) * _SECONDS[match[2]]
+LONG_DEAD = "7d"
+SHORTEST_S = 3600  #: a push that sends one large file shows nothing for long
+_UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 
 
 @click.command("clean", cls=Verb, short_help="Remove what dead writers left, and old slots when told to.")
@@ -41,25 +31,29 @@ def _age(context: click.Context, parameter: click.Parameter, value: str | None) 
 )
 @click.option(
     "--older-than",
-    "age_s",
     metavar="DURATION",
-    callback=_age,
-    help=f"Of a run at a URL: only what nobody has written to for so long (90s, 30m, 12h, 7d; {OLDER_THAN} where not said).",
+    default="",
+    help=f"Of a run at a URL: only where nothing was written for so long, such as 36h. [{LONG_DEAD}]",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @JSON
 @location_options
 @OVERRIDES
-def command(where: Where, old_slots: bool, age_s: int | None, dry_run: bool, as_json: bool) -> None:
-    """Remove leftovers in the run's side folder, or with --run URL those of pushes. Checkpoints and the slot stay."""
+def command(where: Where, old_slots: bool, older_than: str, dry_run: bool, as_json: bool) -> None:
+    """Remove leftovers in the run's side folder. Checkpoints and the slot are never touched.
+
+    With --run URL: what dead pushes left there, claims and files that never became a checkpoint, and multipart uploads that
+    were never finished.
+    """
+    older_than_s = _seconds(older_than or LONG_DEAD)
     located, backend = open_run(where, as_json=as_json, read_only=dry_run, remote=True, steps_too=True)
     if not backend.is_folder:
         if old_slots:
-            raise UsageError("--old-slots: a run at a URL has no slots that were set aside")
-        _clean_url(backend, age_s if age_s is not None else 86400, dry_run=dry_run, as_json=as_json)
+            raise UsageError("--old-slots is for a run of this machine: a URL has none")
+        _clean_remote(backend, older_than_s, dry_run=dry_run, as_json=as_json)
         return
-    if age_s is not None:
-        raise UsageError("--older-than is for a run at a URL: here one sees which writers are dead", hint="Say --run URL.")
+    if older_than:
+        raise UsageError("--older-than is for a run at a URL", hint="Here a dead writer is told from a living one by its lock.")
     side = side_folders.side_folder(located.run.path, f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}")
     found: list[tuple[str, int]] = []
     if os.path.isdir(side):
@@ -90,20 +84,38 @@ def _find(side: str, *, old_slots: bool) -> list[tuple[str, int]]:
     return [(name, side_folders.size_of(os.path.join(side, name))) for name in names]
 
 
-def _clean_url(backend: Backend, age_s: int, *, dry_run: bool, as_json: bool) -> None:
-    found = leftovers.look(backend, older_than_ns=time.time_ns() - age_s * 1_000_000_000)
-    gone = [leftover for leftover in found if dry_run or leftovers.remove(backend, leftover)]
+def _clean_remote(backend: Backend, older_than_s: float, *, dry_run: bool, as_json: bool) -> None:
+    from ckptstore import leftovers
+
+    found, notes = leftovers.look(backend, older_than_s=older_than_s)
+    gone = [one for one in found if dry_run or leftovers.remove(backend, one)]
+    notes += tuple(f"{one.name} stays: somebody is at work there" for one in found if one not in gone)
     if as_json:
-        removed = [{"name": one.files_folder, "bytes": one.size_bytes, "keys": len(one.keys), "why": one.why} for one in gone]
-        print_json({"done": not dry_run, "url": backend.location, "older_than_seconds": age_s, "removed": removed})
+        removed = [
+            {"name": one.name, "bytes": one.size_bytes, "why": one.why, "last_written_at": round(one.newest_ns / 1e9)}
+            for one in gone
+        ]
+        print_json({"done": not dry_run, "url": backend.location, "removed": removed, "notes": list(notes)})
         return
     echo()
-    if not found:
-        done(f"nothing to remove in {backend.location} that is older than {age_s:,} s")
+    if not gone:
+        done(f"nothing to remove below {backend.location}")
     for one in gone:
-        item("-", f"{safe(one.files_folder)}/  {len(one.keys)} keys, {size(one.size_bytes)}: {one.why}")
-    if len(gone) < len(found):
-        note(f"{len(found) - len(gone)} more were left: somebody has come back to them")
+        days = (time.time_ns() - one.newest_ns) / 86400e9
+        item("-", f"{backend.location}/{one.name}  {size(one.size_bytes)}, {days:.1f} days old: {one.why}")
     if gone:
         total = size(sum(one.size_bytes for one in gone))
         echo(f"{len(gone)} of these, {total}, would be removed" if dry_run else f"removed {len(gone)}: {total} freed")
+    for text in notes:
+        note(text)
+
+
+def _seconds(text: str) -> float:
+    """`36h` in seconds. UsageError for what is no duration, or is too short to tell the dead from the living."""
+    match = re.fullmatch(r"([0-9]{1,6})([mhd])", text)
+    if match is None:
+        raise UsageError(f"--older-than {text!r} is no duration", hint="Say 90m, 36h or 7d.")
+    seconds = int(match[1]) * _UNITS_S[match[2]]
+    if seconds < SHORTEST_S:
+        raise UsageError(f"--older-than {text} is less than an hour: a push at work may have shown nothing for so long")
+    return seconds

@@ -15,6 +15,7 @@ from ckptstore.cli.render import done, echo, field, item, note, print_json, rate
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.push import Sent, push
+from ckptstore.stalls import StallWatch
 
 
 @click.command("push", cls=Verb, short_help="Checkpoints into an object store, verified, committed at the end.")
@@ -49,13 +50,17 @@ def command(
     picked = chosen(scan(backend), steps, latest=latest, everything=everything)
     results: list[Sent] = []
     started = time.monotonic()
+    stalls = StallWatch()
     try:
-        with Progress(quiet=as_json) as progress:
+        with Progress(quiet=as_json) as progress, stalls:
             for checkpoint in picked:
                 results += push(backend, checkpoint, target, replace=replace, dry_run=dry_run, notify=progress.notify)
     except KeyboardInterrupt:
         note("stopped: nothing unfinished is visible there. The same command goes on with the files that arrived.")
         raise
+    finally:
+        if stalls.broken:
+            note(f"connections on which nothing moved, broken off: {stalls.broken}")
     seconds = time.monotonic() - started
     if as_json:
         print_json(
@@ -84,8 +89,22 @@ def _print(results: list[Sent], url: str, seconds: float, *, dry_run: bool) -> N
             done(f"{name} is committed: {size(sent.sent_bytes)} sent{rate(sent.sent_bytes, seconds)}{kept}")
         row("at", f"{sent.url}/")
         row("", f"manifest sha256 {sent.manifest_sha256}")
+        if not dry_run:
+            row("", _checked(sent))
     for text in sorted({text for sent in results for text in sent.notes}):
         note(text)
+
+
+def _checked(sent: Sent) -> str:
+    """What the store itself said of the files, and no more than that."""
+    whole = sent.sent_bytes + sent.there_bytes
+    if sent.server_checked_bytes == whole:
+        return (
+            f"the store's own {sent.server_check} of every file is the manifest's" if whole else "there is nothing to compare"
+        )
+    if sent.server_checked_bytes:
+        return f"the store's own {sent.server_check} of {size(sent.server_checked_bytes)} of {size(whole)} is the manifest's"
+    return f"not compared with the store's own digests: {sent.server_check or 'it keeps none of these files'}"
 
 
 def _json(sent: Sent) -> dict[str, Any]:
@@ -97,5 +116,7 @@ def _json(sent: Sent) -> dict[str, Any]:
         "there_bytes": sent.there_bytes,
         "committed_before": sent.committed_before,
         "manifest_sha256": sent.manifest_sha256,
+        "server_checked_bytes": sent.server_checked_bytes,
+        "server_check": sent.server_check,
         "notes": list(sent.notes),
     }

@@ -25,7 +25,8 @@ from ckptstore.verify import UNSEALED, Report, verify_all
     type=click.Choice([str(level) for level in Level]),
     default="full",
     show_default=True,
-    help="quick: names and sizes; structure: what the formats prove; full: every byte against its digest.",
+    help="quick: names and sizes; structure: what the formats prove; full: every byte against its digest; "
+    "server: the digests that an S3 store keeps itself, nothing is read.",
 )
 @click.option(
     "--expect-digest",
@@ -51,7 +52,8 @@ def command(
 ) -> int:
     """Verify checkpoints; exit 3 when damage is found. STEPs are global steps.
 
-    Without a manifest (see `seal`), full proves the structure and that every byte can be read.
+    Without a manifest (see `seal`), full proves the structure and that every byte can be read. Level server is for runs in S3,
+    and needs the extra [s3]; exit 1 where it cannot see all.
     """
     where, steps = read_words(where, words, log_steps)
     if bool(steps) + everything + slot > 1:
@@ -67,18 +69,21 @@ def command(
         reports = verify_all(backend, chosen, Level(level), progress.notify)
         sanity = weigh(backend, listing, reports, progress.notify) if with_weights else []
     strangers = [digest for digest in expected if digest.lower() not in reports[0].manifest_sha256]
-    ok = not strangers and all(report.ok for report in reports) and not any(found.health is Health.BAD for found in sanity)
+    damaged = bool(strangers) or not all(report.checkpoint.status.usable for report in reports)
+    damaged = damaged or any(found.health is Health.BAD for found in sanity)
+    ok = not damaged and all(report.ok for report in reports)
+    code = 0 if ok else 3 if damaged else 1
     if as_json:
         document: dict[str, object] = {"level": level, "ok": ok, "pinned": not strangers}
         document |= {"weights": [sanity_json(found) for found in sanity]} if with_weights else {}
         print_json(document | {"reports": [_json(report) for report in reports]})
-        return 0 if ok else 3
+        return code
     echo()
     _print(reports)
     print_sanity(sanity)
     for digest in strangers:
         item("✗", f"its manifest is not the one with SHA-256 {digest}: it was changed, or is another one", fg="red")
-    return 0 if ok else 3
+    return code
 
 
 def _choose(listing: Listing, steps: list[int], *, slot: bool) -> list[Checkpoint]:
@@ -105,6 +110,11 @@ def _print(reports: list[Report]) -> None:
         for text in report.notes:
             if text != UNSEALED:
                 item("·", text)
+        if report.unchecked:
+            count = len(report.unchecked)
+            item(
+                "✗", f"{count} of {checkpoint.file_count} files cannot be checked so: {safe(report.unchecked[0])}, …", fg="red"
+            )
     unsealed = [report for report in reports if UNSEALED in report.notes]
     bad = [report for report in reports if not report.ok]
     summary = f"{len(reports) - len(bad)} of {len(reports)} whole at level {reports[0].level}"
@@ -113,6 +123,8 @@ def _print(reports: list[Report]) -> None:
         echo(f"{click.style('✗', fg='red', bold=True)} {summary}")
     else:
         done(summary)
+    if any(report.unchecked for report in reports):
+        item("·", "the store keeps no digest of them, or no manifest says what they are: --level full reads them")
     if unsealed:
         item("·", f"{len(unsealed)} without a manifest: full proved their structure and that every byte can be read, not which")
         item(" ", "bytes were written; `ckptstore seal --all` records that from now on")
@@ -128,5 +140,6 @@ def _json(report: Report) -> dict[str, object]:
         "seconds": round(report.seconds, 6),
         "manifest_sha256": list(report.manifest_sha256),
         "findings": [finding_json(finding) for finding in report.findings],
+        "unchecked": list(report.unchecked),
         "notes": list(report.notes),
     }

@@ -16,6 +16,7 @@ from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import checkpoint_json, done, echo, note, size, steps
 from ckptstore.errors import CkptStoreError
 from ckptstore.locate import Where
+from ckptstore.stalls import StallWatch
 
 
 @click.command("watch", cls=Verb, short_help="Adopt each save that the trainer finishes.")
@@ -54,7 +55,8 @@ def command(where: Where, keep: int, to: str, once: bool, as_json: bool) -> None
             from ckptstore.mirror import mirror
 
             try:
-                sent = mirror(backend, url, notify=progress.notify) if url else []
+                with StallWatch():
+                    sent = mirror(backend, url, notify=progress.notify) if url else []
             except CkptStoreError as error:
                 note(f"not pushed to {url}, until the next save: {error}")
                 return False

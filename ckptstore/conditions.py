@@ -1,0 +1,77 @@
+"""What a store can do, found by trying, once a push: does create-only mean something, and do the store's own digests?
+
+A store may ignore a condition, keep no digest, or repeat the one that it was told. What it cannot do is named in the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptstore import native
+from ckptstore.backends.base import Backend
+from ckptstore.errors import AccessError, AlreadyExistsError, UnavailableError
+from ckptstore.manifest import ALGORITHM
+from ckptstore.model import DRAFT_PREFIX
+
+if TYPE_CHECKING:
+    from ckptstore.backends.s3control import S3Control
+
+PROBE = f"{DRAFT_PREFIX}probe-"  #: the scratch keys; a kill leaves one
+_DATA = b"1"
+
+
+class Conditions(NamedTuple):
+    """What was found. `control` asks for digests that mean something; `check` is their name, or why there are none."""
+
+    control: S3Control | None
+    check: str
+    notes: tuple[str, ...] = ()
+
+
+def look(target: Backend) -> Conditions:
+    """What can be known without writing."""
+    from ckptstore.backends.s3control import control
+
+    try:
+        return Conditions(control(target), "")
+    except UnavailableError as error:
+        return Conditions(None, str(error))
+
+
+@functools.lru_cache(maxsize=16)
+def find_out(target: Backend) -> Conditions:
+    """Try it with a scratch key, which is removed; once for each backend. Errors as Backend's."""
+    key = f"{PROBE}{secrets.token_hex(8)}"
+    atomic = target.creates_atomically
+    try:
+        if atomic:
+            target.put(key, _DATA, if_absent=True)
+            try:
+                target.put(key, _DATA, if_absent=True)
+                atomic = False
+            except AlreadyExistsError:
+                pass
+        digests, check = _digests(target, key)
+    finally:
+        target.delete(key)
+    target.creates_atomically = atomic
+    text = "this store does not keep two writers apart: push a step from one machine at a time"
+    return Conditions(digests, check, () if atomic else (text,))
+
+
+def _digests(target: Backend, key: str) -> tuple[S3Control | None, str]:
+    """The control calls and the digest's name, or None and why not; `key` holds _DATA, and may be overwritten."""
+    from ckptstore.backends.s3control import control
+
+    try:
+        store = control(target)
+        stored = store.head(key).crc64
+        if stored is None:
+            return None, f"the store keeps no {ALGORITHM}"
+        if stored != native.crc64(_DATA) or not store.refuses_damage(key):
+            return None, f"the store does not compute the {ALGORITHM} that it tells"
+    except (UnavailableError, AccessError) as error:
+        return None, f"{error}. {error.hint}".strip()
+    return store, ALGORITHM
