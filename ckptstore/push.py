@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 from ckptstore import native, parallel
 from ckptstore.backends.base import Backend
@@ -72,19 +73,36 @@ class Sent:
     notes: tuple[str, ...] = ()
 
 
+class Sending(Protocol):
+    """Sends files of a part, each checked against the manifest on the way (step 3)."""
+
+    def __call__(
+        self,
+        folder: str,
+        manifest: Manifest,
+        missing: Sequence[FileEntry],
+        *,
+        there_bytes: int,
+        progress: native.Progress,
+    ) -> None:
+        """All of `missing` lie below `folder` when this returns."""
+
+
 def push(
     backend: Backend,
     checkpoint: Checkpoint,
     target: Backend,
     *,
     dry_run: bool = False,
+    sending: Sending | None = None,
     notify: Notify | None = None,
 ) -> list[Sent]:
     """Push one checkpoint of the local run `backend` to the run `target`. Thread-safe; several machines may push at once.
 
     IntegrityError for a checkpoint that is not whole, or whose bytes differ from its manifest; SourceChangedError when the
     trainer writes it meanwhile; AlreadyExistsError where another content of this step lies there; BusyError where another push
-    has claimed it. After any error and any kill, no reader sees a part of it.
+    has claimed it. After any error and any kill, no reader sees a part of it. `sending` sends the files, where this process
+    alone shall not (sharing.py).
     """
     if target.is_folder or not backend.is_folder:
         raise UsageError("a push goes from a folder to a URL", hint="Say --to s3://BUCKET/PREFIX.")
@@ -110,7 +128,9 @@ def push(
 
         folder = folder_of(backend, part)
         manifest = describe(backend, checkpoint, part, digesting)
-        done.append(_Push(backend, folder, part, manifest, target).run(dry_run=dry_run, notes=notes, progress=progress))
+        done.append(
+            _Push(backend, folder, part, manifest, target, sending).run(dry_run=dry_run, notes=notes, progress=progress)
+        )
         before += part.size_bytes
     return done
 
@@ -141,6 +161,8 @@ class _Push:
     part: Part
     manifest: Manifest
     target: Backend
+    sending: Sending | None = None
+    crew: int = 1  #: processes of this machine that send at once, and share its memory
 
     def run(self, *, dry_run: bool, notes: tuple[str, ...], progress: native.Progress) -> Sent:
         if not dry_run:
@@ -151,7 +173,10 @@ class _Push:
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
         if not dry_run:
-            self._send(missing, there, progress)
+            if self.sending is None:
+                self._send(missing, there, progress)
+            else:
+                self.sending(self.folder, self.manifest, missing, there_bytes=there, progress=progress)
             self._look_again()
             if not committed:
                 self._refuse_changed()
@@ -242,7 +267,7 @@ class _Push:
         lock = threading.Lock()
         done = there
         total = self.manifest.size_bytes
-        threads = min(FILES_AT_ONCE, max(len(missing), 1))
+        threads = min(max(FILES_AT_ONCE // self.crew, 1), max(len(missing), 1))
 
         def send(file: FileEntry, stop: parallel.Stop) -> None:
             nonlocal done
@@ -259,7 +284,7 @@ class _Push:
             if file.size_bytes <= part_bytes:
                 self.target.put(self._key(file.path), b"".join(parts()))
             else:
-                at_once = max(BUDGET_BYTES // threads // part_bytes, 1)
+                at_once = max(BUDGET_BYTES // self.crew // threads // part_bytes, 1)
                 self.target.put_parts(self._key(file.path), parts(), part_bytes=part_bytes, parallel=at_once)
 
         def send_again(file: FileEntry, stop: parallel.Stop) -> None:
@@ -343,6 +368,22 @@ class _Push:
                 return False
             raise
         return True
+
+
+def send_share(
+    backend: Backend,
+    target: Backend,
+    manifest: Manifest,
+    names: Sequence[str],
+    *,
+    folder: str,
+    crew: int,
+    progress: native.Progress,
+) -> None:
+    """Step 3 for these files of a part, by one of several processes; whoever leads them does all other steps."""
+    part = read_part(backend, manifest.part, folder, backend.tree(max_depth=5))
+    files = [file for file in manifest.files if file.path in set(names)]
+    _Push(backend, folder, part, manifest, target, crew=crew)._send(files, 0, progress)
 
 
 def part_size(size_bytes: int) -> int:

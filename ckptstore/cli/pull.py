@@ -17,6 +17,8 @@ from ckptstore.errors import UsageError
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.pull import Fetched, pull
+from ckptstore.receiving import Bringing, bring
+from ckptstore.rendezvous import Rendezvous, launch
 
 
 @click.command("pull", cls=Verb, short_help="Checkpoints from an object store, every range verified.")
@@ -49,16 +51,34 @@ def command(
     if is_url(run):
         raise UsageError("--to is a folder of this machine", hint="`ckptstore push --to URL` goes the other way.")
     source = open_backend(url_or_usage(url, "--from"))
-    if not as_json:
+    told = launch()
+    if told is not None and told.local_rank and dry_run:
+        return
+    if not as_json and (told is None or not told.local_rank):
         field("from", source.location)
         field("to", run)
-    picked = chosen(scan(source), steps, latest=latest, everything=everything)
+    picked = chosen(scan(source), steps, latest=latest, everything=everything) if told is None or not told.local_rank else []
     results: list[Fetched] = []
     started = time.monotonic()
+
+    def bring_all(bringing: Bringing) -> None:
+        for checkpoint in picked:
+            results.extend(pull(source, checkpoint, run, dry_run=dry_run, bringing=bringing, notify=progress.notify))
+
     try:
-        with Progress(quiet=as_json) as progress:
-            for checkpoint in picked:
-                results += pull(source, checkpoint, run, dry_run=dry_run, notify=progress.notify)
+        with Progress(quiet=as_json or bool(told and told.local_rank)) as progress:
+            if told is None or dry_run:
+                bring_all(bring)
+            else:
+                from ckptstore import sharing
+
+                with Rendezvous(run, told) as group:
+                    if not group.leads:
+                        sharing.help_pull(group, source)
+                        return
+                    shared = sharing.Shared(group)
+                    bring_all(shared.bring)
+                    shared.end(results)
     except KeyboardInterrupt:
         note("stopped: nothing unfinished is visible. The same command goes on with the chunks that are here.")
         raise

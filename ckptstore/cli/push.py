@@ -14,7 +14,8 @@ from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
 from ckptstore.listing import scan
 from ckptstore.locate import Where
-from ckptstore.push import Sent, push
+from ckptstore.push import Sending, Sent, push
+from ckptstore.rendezvous import Rendezvous, launch
 
 
 @click.command("push", cls=Verb, short_help="Checkpoints into an object store, verified, committed at the end.")
@@ -43,14 +44,35 @@ def command(
     """
     where, steps = read_words(where, words, log_steps)
     target = open_backend(url_or_usage(url, "--to"))
-    _, backend = open_run(where, as_json=as_json, read_only=dry_run)
-    picked = chosen(scan(backend), steps, latest=latest, everything=everything)
+    told = launch()
+    first = told is None or not told.rank
+    if dry_run and not first:
+        return
+    located, backend = open_run(where, as_json=as_json or not first, read_only=dry_run or not first)
+    picked = chosen(scan(backend), steps, latest=latest, everything=everything) if first else []
     results: list[Sent] = []
     started = time.monotonic()
+
+    def send_all(sending: Sending | None = None) -> None:
+        for checkpoint in picked:
+            results.extend(push(backend, checkpoint, target, dry_run=dry_run, sending=sending, notify=progress.notify))
+
     try:
-        with Progress(quiet=as_json) as progress:
-            for checkpoint in picked:
-                results += push(backend, checkpoint, target, dry_run=dry_run, notify=progress.notify)
+        with Progress(quiet=as_json or not first) as progress:
+            if told is None or dry_run:
+                send_all()
+            else:
+                from ckptstore import sharing
+
+                with Rendezvous(located.run.path, told) as group:
+                    if not group.leads:
+                        sharing.help_push(group, backend, target)
+                        return
+                    shared = sharing.Shared(group, source=backend, target=target)
+                    send_all(shared.send)
+                    shared.end()
+                if not first:  # a machine with a disk of its own: what is here, rank 0's machine sends
+                    return
     except KeyboardInterrupt:
         note("stopped: nothing unfinished is visible there. The same command goes on with the files that arrived.")
         raise
