@@ -20,7 +20,16 @@ ROOT = Path(ckptstore.__file__).parent
 LAYERS = (
     ("errors", "model"),
     ("manifest", "native", "config", "rules", "streak", "ranks", "parallel"),
-    ("backends.base", "backends.local", "backends.object", "backends.fsspec", "backends", "formats", "formats.*"),
+    (
+        "backends.bandwidth",
+        "backends.base",
+        "backends.local",
+        "backends.object",
+        "backends.fsspec",
+        "backends",
+        "formats",
+        "formats.*",
+    ),
     ("fetching",),
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe", "journal"),

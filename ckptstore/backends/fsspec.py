@@ -52,6 +52,7 @@ class FsspecBackend(Backend):
             end = size if length_bytes is None else min(size, offset_bytes + length_bytes)
             if end <= offset_bytes:
                 return b""
+            self._pay(end - offset_bytes)
             return bytes(self._files.cat_file(path, start=offset_bytes, end=end))
         except _FAILURES as error:
             raise self._error(error, "reading", key) from error
@@ -77,6 +78,7 @@ class FsspecBackend(Backend):
             self._make_room(path)
             if if_absent and self._files.exists(path):
                 raise FileExistsError(path)
+            self._pay(memoryview(data).nbytes)
             self._files.pipe_file(path, bytes(data), mode="create" if if_absent else "overwrite")
         except FileExistsError:
             raise AlreadyExistsError(f"{self.location}/{key} exists already") from None
@@ -92,7 +94,7 @@ class FsspecBackend(Backend):
             self._make_room(path)
             try:
                 with self._files.open(draft, "wb", block_size=part_bytes) as file:
-                    for part in parts:
+                    for part in self._paid(parts):
                         file.write(part)
                 self._files.mv(draft, path)
             except BaseException:

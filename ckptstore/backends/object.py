@@ -65,6 +65,7 @@ class ObjectBackend(Backend):
             return b""
         wanted: Any = {"offset": offset_bytes} if length_bytes is None else (offset_bytes, offset_bytes + length_bytes)
         options = {} if not offset_bytes and length_bytes is None else {"range": wanted}
+        self._pay(length_bytes or 0)
         try:
             return bytes(self._obstore.get(self._store, path, options=options).bytes())
         except self._failures as error:
@@ -75,6 +76,7 @@ class ObjectBackend(Backend):
 
     def view(self, key: str, offset_bytes: int, length_bytes: int) -> Buffer:
         """See Backend.view."""
+        self._pay(length_bytes)
         try:
             data = self._obstore.get_range(self._store, self._path(key), start=offset_bytes, length=length_bytes)
         except self._failures as error:
@@ -101,6 +103,7 @@ class ObjectBackend(Backend):
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """See Backend.put."""
         path = self._path(key)
+        self._pay(memoryview(data).nbytes)
         if if_absent:
             self._create(key, data)
             return
@@ -134,7 +137,7 @@ class ObjectBackend(Backend):
 
         def watched() -> Iterator[Buffer]:
             try:
-                yield from parts
+                yield from self._paid(parts)
             except BaseException as error:  # obstore would turn it into an error of its own
                 failed.append(error)
                 raise

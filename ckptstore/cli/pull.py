@@ -10,7 +10,7 @@ import click
 
 from ckptstore.backends import is_url, open_backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, read_words
-from ckptstore.cli.moving import EVERYTHING, LATEST, chosen, url_option, url_or_usage
+from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
 from ckptstore.errors import UsageError
@@ -27,6 +27,7 @@ from ckptstore.rendezvous import Rendezvous, launch
 @LOG_STEP
 @url_option("--from", "where the run is: its parts lie directly below")
 @click.option("--to", "run", metavar="DIR", required=True, help="The run's own folder here; made where it is missing.")
+@MAX_BANDWIDTH
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched; nothing is written.")
 @JSON
 @click.argument("words", nargs=-1, metavar="[STEP]...")
@@ -35,6 +36,7 @@ def command(
     everything: bool,
     log_steps: tuple[int, ...],
     url: str,
+    bytes_per_s: float | None,
     run: str,
     dry_run: bool,
     as_json: bool,
@@ -50,8 +52,9 @@ def command(
         raise UsageError(f"{where.overrides[0]!r} is no step")
     if is_url(run):
         raise UsageError("--to is a folder of this machine", hint="`ckptstore push --to URL` goes the other way.")
-    source = open_backend(url_or_usage(url, "--from"))
     told = launch()
+    bandwidth = bounded(bytes_per_s, told.local_world_size if told else 1)
+    source = open_backend(url_or_usage(url, "--from"), bandwidth=bandwidth)
     if told is not None and told.local_rank and dry_run:
         return
     if not as_json and (told is None or not told.local_rank):

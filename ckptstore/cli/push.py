@@ -9,7 +9,7 @@ import click
 
 from ckptstore.backends import open_backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words
-from ckptstore.cli.moving import EVERYTHING, LATEST, chosen, url_option, url_or_usage
+from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
 from ckptstore.listing import scan
@@ -23,6 +23,7 @@ from ckptstore.rendezvous import Rendezvous, launch
 @EVERYTHING
 @LOG_STEP
 @url_option("--to", "where the run shall be: its parts lie directly below")
+@MAX_BANDWIDTH
 @click.option("--dry-run", is_flag=True, help="Say what would be sent; nothing is written.")
 @JSON
 @location_options
@@ -33,6 +34,7 @@ def command(
     everything: bool,
     log_steps: tuple[int, ...],
     url: str,
+    bytes_per_s: float | None,
     dry_run: bool,
     as_json: bool,
     words: tuple[str, ...],
@@ -43,8 +45,9 @@ def command(
     there already is not sent again: the same command goes on after a crash.
     """
     where, steps = read_words(where, words, log_steps)
-    target = open_backend(url_or_usage(url, "--to"))
     told = launch()
+    bandwidth = bounded(bytes_per_s, told.local_world_size if told else 1)
+    target = open_backend(url_or_usage(url, "--to"), bandwidth=bandwidth)
     first = told is None or not told.rank
     if dry_run and not first:
         return
