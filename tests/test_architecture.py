@@ -35,7 +35,7 @@ LAYERS = (
     ("side", "lock", "probe", "journal"),
     ("places",),
     ("damage", "ledger", "halt", "pins", "inplace", "rendezvous"),
-    ("parts", "listing", "health", "importing"),
+    ("parts", "listing", "health", "importing", "mirrored"),
     ("verify", "seal", "commit", "running"),
     ("choose",),
     ("plan",),

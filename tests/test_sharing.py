@@ -230,6 +230,22 @@ def test_a_rank_of_torchrun_is_killed(slow, tmp_path):
     nothing_visible(there)
 
 
+def test_nothing_is_committed_before_the_slowest_is_through(pushed, tmp_path):
+    """The second half comes late: the first one's rank waits for it."""
+
+    def choose(request):
+        found = re.search(rb"(?i)range: bytes=(\d+)-", request.head)
+        if "optim" in request.path and found and int(found[1]) > 24 << 20:
+            time.sleep(3)
+        return ""
+
+    pushed.proxy.choose = choose
+    there = tmp_path / "there/trial0"
+    codes, _, err = ended(ranks(2, "pull", "46", "--from", pushed.url, "--to", there, env=pushed.env))
+    assert codes == [0, 0], err
+    whole(there)
+
+
 def test_damage_that_one_rank_meets_ends_all(pushed, tmp_path):
     key = f"{EXPORT}/optim_world_size_1_rank_0.pt"
     backend = open_backend(pushed.url)

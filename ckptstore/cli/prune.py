@@ -16,6 +16,7 @@ from ckptstore.locate import Where
 @click.option("--keep-best", type=click.IntRange(1), metavar="K", help="Keep the K best by --metric.")
 @click.option("--metric", default="", metavar="NAME", help="The metric, as it was given to save.")
 @click.option("--mode", type=click.Choice(["max", "min"]), default="max", show_default=True, help="Which end of it is good.")
+@click.option("--unmirrored", is_flag=True, help="Also what is not yet safe where the store is mirrored to.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted, and why the others stay.")
 @JSON
 @location_options
@@ -27,6 +28,7 @@ def command(
     keep_best: int | None,
     metric: str,
     mode: str,
+    unmirrored: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -36,7 +38,8 @@ def command(
     """
     keep = retention.Keep(keep_last or 0, keep_every or 0, keep_best or 0, metric, "max" if mode == "max" else "min")
     _, backend = open_run(where, as_json=as_json, read_only=dry_run, steps_too=True)
-    decisions = retention.plan(backend, keep) if dry_run else retention.prune(backend, keep)
+    decide = retention.plan if dry_run else retention.prune
+    decisions = decide(backend, keep, unmirrored=unmirrored)
     doomed = [one for one in decisions if not one.keep]
     if as_json:
         shown = [
