@@ -61,6 +61,7 @@ class FsspecBackend(Backend):
         """See Backend.list."""
         below = self._path(prefix) if prefix else self._root
         try:
+            self._files.invalidate_cache()  # what others wrote since must be seen
             found: dict[str, Any] = self._files.find(below, detail=True)
         except FileNotFoundError:
             return
