@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckptstore.backends import open_backend
-from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words, said_url
 from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
@@ -47,7 +47,7 @@ def command(
     where, steps = read_words(where, words, log_steps)
     told = launch()
     bandwidth = bounded(bytes_per_s, told.local_world_size if told else 1)
-    target = open_backend(url_or_usage(url, "--to"), bandwidth=bandwidth)
+    target = open_backend(url_or_usage(said_url(where, url)[0], "--to"), bandwidth=bandwidth)
     first = told is None or not told.rank
     if dry_run and not first:
         return
