@@ -138,7 +138,7 @@ def asked_bytes(proxy: Proxy) -> int:
     return total
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_pulled_by_torchrun(pushed, tmp_path, count):
     there = tmp_path / "there/trial0"
     code, (out,), err = ended([torchrun(count, "pull", "46", "--from", pushed.url, "--to", there, env=pushed.env)])
@@ -150,11 +150,11 @@ def test_pulled_by_torchrun(pushed, tmp_path, count):
     assert asked_bytes(pushed.proxy) == (pushed.run / EXPORT / "optim_world_size_1_rank_0.pt").stat().st_size
 
 
-def test_pushed_by_torchrun(pushed, s3, seaweed):
+def test_pushed_together(pushed, s3, seaweed):
     proxied, url = pushed.env, f"{s3}-again"
-    code, (out,), err = ended([torchrun(2, "push", "46", "--run", pushed.run, "--to", url, env=proxied)])
-    assert code == [0], err
-    assert out.count("is committed") == 1
+    codes, (out, other), err = ended(ranks(2, "push", "46", "--run", pushed.run, "--to", url, env=proxied))
+    assert codes == [0, 0], err
+    assert (out.count("is committed"), other) == (1, "")
     (found,) = listing.scan(open_backend(url)).checkpoints
     assert verify(open_backend(url), found, Level.FULL).ok
     assert side_of(pushed.run) == []
@@ -193,7 +193,7 @@ def nothing_visible(there: Path) -> None:
     assert all(checkpoint.status is not Status.COMMITTED for checkpoint in CheckpointStore(there).list())
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_rank_is_killed(slow, tmp_path, victim):
     """The others end by themselves, soon; nothing is there; the next launch goes on with what had come."""
     there = tmp_path / "there/trial0"
@@ -260,6 +260,7 @@ def test_damage_that_one_rank_meets_ends_all(pushed, tmp_path):
     nothing_visible(there)
 
 
+@pytest.mark.soak
 def test_a_rank_that_never_comes(pushed, tmp_path):
     """Bounded, and it is said which one is missing."""
     there = tmp_path / "there/trial0"
@@ -271,7 +272,7 @@ def test_a_rank_that_never_comes(pushed, tmp_path):
     nothing_visible(there)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one-disk", "own-disks"])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["one-disk", "own-disks"])
 def test_two_machines(pushed, tmp_path, shared):
     """Another machine's processes cannot be seen, only their beats. Of a shared disk each byte is read once, else by both."""
     elsewhere = "rendezvous._host = lambda: 'machine {node}'"
@@ -286,6 +287,7 @@ def test_two_machines(pushed, tmp_path, shared):
     assert asked_bytes(pushed.proxy) == size * len(set(to))
 
 
+@pytest.mark.soak
 def test_a_machine_that_falls_silent(slow, tmp_path):
     """No process can be looked for there: its beat stops, and that ends all."""
     there = tmp_path / "there/trial0"
@@ -302,6 +304,7 @@ def test_a_machine_that_falls_silent(slow, tmp_path):
     nothing_visible(there)
 
 
+@pytest.mark.soak
 def test_what_a_rank_does_not_see_fails_all(pushed, tmp_path):
     """Two machines with different folders of one name: what one commits, the other must see, or say that it does not."""
     there = tmp_path / "there/trial0"
