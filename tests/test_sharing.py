@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptstore import listing
@@ -40,6 +40,7 @@ HASTY = (
 # --- shares --------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.integers(0, 60), st.booleans(), st.sets(st.integers(0, 7))), max_size=6),
     st.integers(1, 9),
@@ -77,15 +78,26 @@ def test_files_are_dealt_by_bytes():
 # --- real processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def stored(seaweed, tmp_path_factory):
+    """A run with a 40 MiB file, and its URL. Nobody changes either."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in seaweed.environment().items():
+            patch.setenv(name, value)
+        run = sealed_run(tmp_path_factory.mktemp("stored"))
+        trees.set_age(add_big_file(run).parent, 3600)
+        CheckpointStore(run).seal(46)
+        send(run, url := seaweed.place())
+    return run, url
+
+
 @pytest.fixture
-def pushed(s3, tmp_path, seaweed):
-    """A checkpoint with a 40 MiB file in the store, and a proxy in front of it."""
-    run = sealed_run(tmp_path)
-    trees.set_age(add_big_file(run).parent, 3600)
-    CheckpointStore(run).seal(46)
-    send(run, s3)
+def pushed(stored, s3, seaweed):
+    """The same through a proxy of its own."""
     proxy = Proxy(seaweed.port)
-    yield SimpleNamespace(run=run, url=s3, proxy=proxy, env=commands.environment(**seaweed.environment(proxy.port)))
+    yield SimpleNamespace(
+        run=stored[0], url=stored[1], proxy=proxy, env=commands.environment(**seaweed.environment(proxy.port))
+    )
     proxy.close()
 
 
@@ -150,13 +162,12 @@ def test_pulled_by_torchrun(pushed, tmp_path, count):
     assert asked_bytes(pushed.proxy) == (pushed.run / EXPORT / "optim_world_size_1_rank_0.pt").stat().st_size
 
 
-def test_pushed_together(pushed, s3, seaweed):
-    proxied, url = pushed.env, f"{s3}-again"
-    codes, (out, other), err = ended(ranks(2, "push", "46", "--run", pushed.run, "--to", url, env=proxied))
+def test_pushed_together(pushed, s3):
+    codes, (out, other), err = ended(ranks(2, "push", "46", "--run", pushed.run, "--to", s3, env=pushed.env))
     assert codes == [0, 0], err
     assert (out.count("is committed"), other) == (1, "")
-    (found,) = listing.scan(open_backend(url)).checkpoints
-    assert verify(open_backend(url), found, Level.FULL).ok
+    (found,) = listing.scan(open_backend(s3)).checkpoints
+    assert verify(open_backend(s3), found, Level.FULL).ok
     assert side_of(pushed.run) == []
     bodies = sum(len(r.body) for r in pushed.proxy.seen if r.method in ("PUT", "POST"))
     assert bodies < 1.01 * found.size_bytes + 100_000, "nothing was sent twice"
@@ -246,15 +257,16 @@ def test_nothing_is_committed_before_the_slowest_is_through(pushed, tmp_path):
     whole(there)
 
 
-def test_damage_that_one_rank_meets_ends_all(pushed, tmp_path):
+def test_damage_that_one_rank_meets_ends_all(pushed, s3, tmp_path):
+    send(pushed.run, s3)
     key = f"{EXPORT}/optim_world_size_1_rank_0.pt"
-    backend = open_backend(pushed.url)
+    backend = open_backend(s3)
     data = bytearray(backend.get(key))
     data[-1] ^= 1
     backend.put(key, data)
     backend.put(manifest := f"{EXPORT}/{MANIFEST_NAME}", backend.get(manifest))
     there = tmp_path / "there/trial0"
-    codes, _, err = ended(ranks(2, "pull", "46", "--from", pushed.url, "--to", there, env=pushed.env))
+    codes, _, err = ended(ranks(2, "pull", "46", "--from", s3, "--to", there, env=pushed.env))
     assert all(codes), codes
     assert "the bytes from" in err
     nothing_visible(there)
