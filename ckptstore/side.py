@@ -280,7 +280,7 @@ def leftovers(side: str) -> Sequence[str]:
 
     While a journal is there, a stage is none of them: after an exchange it holds the old slot.
     """
-    ours = ["trash-", "probe-", "ranks-", f"{JOURNAL}.", "damaged.json."]
+    ours = ["trash-", "probe-", "ranks-", "ranks.json", f"{JOURNAL}.", "damaged.json."]
     if not os.path.lexists(os.path.join(side, JOURNAL)):
         ours.append("stage-")
     with contextlib.suppress(OSError):

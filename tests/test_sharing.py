@@ -219,6 +219,7 @@ def test_a_rank_is_killed(slow, tmp_path, victim):
     assert codes[victim] == -signal.SIGKILL
     assert f"rank {victim} died: its process is gone" in err
     nothing_visible(there)
+    assert "ranks.json" not in side_of(there) or victim == 0
     slow.proxy.choose = lambda request: ""
     codes, outs, err = ended(ranks(2, *words, env=slow.env))
     assert codes == [0, 0], err
@@ -328,6 +329,16 @@ def test_what_a_rank_does_not_see_fails_all(pushed, tmp_path):
     )
     assert all(codes), (codes, err)
     assert "rank 1 does not see" in err
+
+
+def test_clean_knows_what_a_killed_leader_left(tmp_path, capfd):
+    run = trees.make_run(tmp_path, steps=(46,))
+    side = run.parent / ".ckptstore/trial0"
+    (side / "ranks-0123").mkdir(parents=True)
+    (side / "ranks-0123/alive-0").write_text("{}")
+    (side / "ranks.json").write_text("{}")
+    assert commands.invoke(capfd, "clean", "--run", run).code == 0
+    assert side_of(run) == []
 
 
 def test_a_dry_run_meets_nobody(pushed, tmp_path):
