@@ -106,8 +106,24 @@ def torchrun(count: int, *words: object, env: dict[str, str]) -> subprocess.Pope
     return popen([*launcher, "ckptstore.recover", *map(str, words)], env)
 
 
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    """A test that fails in its middle leaves none waiting."""
+    yield
+    while _STARTED:
+        process = _STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
 def popen(words: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipe = subprocess.PIPE
+    _STARTED.append(subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
+    return _STARTED[-1]
 
 
 def ranks(count: int, *words: object, env: dict[str, str], nodes: int = 1, meet=30, join=20, more="", to=()):
