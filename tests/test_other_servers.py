@@ -144,7 +144,7 @@ def test_one_creator_wins(server, tmp_path, monkeypatch):
 
 def test_an_old_s3_takes_what_was_damaged_on_its_way(ceph, run, tmp_path):
     """It ignores the checksum that travels with each part: only reading finds it, and that it does."""
-    proxy = faults.Proxy(ceph.port, lambda r: "flip_up" if b"optim" in r.head.partition(b"\r\n")[0] and r.body else "")
+    proxy = faults.Proxy(ceph.port, faults.always("flip_up", "PUT", "optim"))
     url = f"{ceph.url}/{tmp_path.name}/damaged"
     env = commands.environment(**servers.environment(proxy.port))
     try:
