@@ -19,18 +19,18 @@ from ckptstore import side as side_folders
 from ckptstore.backends import Backend, is_url, normal_url, open_backend
 from ckptstore.choose import STATE_WORTH_STEPS, Selection
 from ckptstore.cli.render import echo, field, note, safe
+from ckptstore.cli.urls import HERE, said_url
 from ckptstore.errors import BusyError, NotFoundError, NothingToResumeError, UsageError, from_os_error
 from ckptstore.frameworks import steps as steps_layout
 from ckptstore.frameworks.areal import layout
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.saving import first_saved
 from ckptstore.listing import Listing, scan
-from ckptstore.locate import URL_KEY, Located, NoRunError, RemoteError, Where, locate, named_run, url_of
+from ckptstore.locate import Located, NoRunError, RemoteError, Where, locate, named_run
 from ckptstore.lock import busy
 from ckptstore.model import Checkpoint
 
 Function = Callable[..., Any]
-URL_VARIABLE = "CKPTSTORE_URL"
 
 
 class WhereOption(click.Option):
@@ -279,7 +279,7 @@ def find_run(where: Where, *, as_json: bool = False, remote: bool = False) -> Lo
         return locate(where, ask=_ask if is_interactive() and not as_json else None, remote=remote)
     except RemoteError as error:
         context = click.get_current_context(silent=True)
-        error.hint = _HERE.get(context.info_name or "" if context else "", error.hint)
+        error.hint = HERE.get(context.info_name or "" if context else "", error.hint)
         raise
     except NoRunError:
         url, said = said_url(where)
@@ -289,31 +289,6 @@ def find_run(where: Where, *, as_json: bool = False, remote: bool = False) -> Lo
         if (where.experiment or ref.experiment, where.trial or ref.trial) != (ref.experiment, ref.trial):
             raise  # another run than the one that was asked for
         return Located(ref, f"it is not here: {said}")
-
-
-def said_url(where: Where, url: str = "") -> tuple[str, str]:
-    """The URL of the run, and where it was said: `url`, else $CKPTSTORE_URL, else the YAML's; empty where nowhere."""
-    if url:
-        return url, "as given"
-    if found := os.environ.get(URL_VARIABLE, ""):
-        return found, f"${URL_VARIABLE}"
-    return url_of(where), f"{URL_KEY} of {where.config}"
-
-
-#: What to do instead, where a verb works on a run of this machine and was given a URL.
-_HERE = {
-    "setup": "Say where checkpoints come from by --from URL; --run and --fileroot say where the trainer will look.",
-    "resume": "Say where checkpoints come from by --from URL; --run and --fileroot say where the trainer will look.",
-    "push": "A push goes from a folder to a URL: `ckptstore pull --from URL --to DIR` first, then push from DIR.",
-    "seal": "`ckptstore pull` it, seal it here, and push it to another URL.",
-    "adopt": "The slot is on the machine that trains; from there `ckptstore watch --to URL` keeps its saves in the store.",
-    "watch": "The slot is on the machine that trains; from there `ckptstore watch --to URL` keeps its saves in the store.",
-    "status": "Metrics, pins and trips are kept beside the trainer; `ckptstore list --run URL` shows the checkpoints.",
-    "plot": "Metrics are kept beside the trainer; `ckptstore list --run URL` shows the checkpoints.",
-    "doctor": "It examines the machine that trains; `ckptstore verify --run URL` examines checkpoints there.",
-    "prune": "Nothing is deleted in an object store; its lifecycle rules, or its own tools, do that.",
-    "clean": "Nothing is deleted in an object store; its lifecycle rules, or its own tools, do that.",
-}
 
 
 def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only: bool) -> tuple[Located, Backend, Selection]:

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from ckptstore.backends import open_backend
-from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words, said_url
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words
 from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
+from ckptstore.cli.urls import said_url
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.push import Sending, Sent, push
