@@ -45,6 +45,7 @@ _HOMES = {
     "StorageError": "ckptstore.errors",
     "NoSpaceError": "ckptstore.errors",
     "BusyError": "ckptstore.errors",
+    "RankError": "ckptstore.errors",
     "RefusedError": "ckptstore.errors",
     "NothingToResumeError": "ckptstore.errors",
     "TrainingHalted": "ckptstore.errors",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from ckptstore.errors import NotCommitted as NotCommitted
     from ckptstore.errors import NotFoundError as NotFoundError
     from ckptstore.errors import NothingToResumeError as NothingToResumeError
+    from ckptstore.errors import RankError as RankError
     from ckptstore.errors import RefusedError as RefusedError
     from ckptstore.errors import SourceChangedError as SourceChangedError
     from ckptstore.errors import StorageError as StorageError

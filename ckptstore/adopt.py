@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import ckptstore
-from ckptstore import native
+from ckptstore import mirrored, native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
@@ -105,16 +105,16 @@ def watch(
     *,
     keep: int = 2,
     into: str = "",
-    kept: Callable[[], bool] = lambda: True,
+    kept: Callable[[], object] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     wait: Callable[[float], object] = time.sleep,
     notify: Notify | None = None,
 ) -> Iterator[Checkpoint]:
     """Adopt each save that the trainer finishes, as long as `stop()` is false; yields what was adopted.
 
-    Older adopted steps beyond the newest `keep` are removed, and only after the new one is committed. A save in progress is
-    waited for, never disturbed. After each adoption `kept()` says whether all is safe elsewhere: else nothing is removed.
-    `wait` is called with the seconds until the next look.
+    Older adopted steps beyond the newest `keep` are removed, and only after the new one is committed (see prune). A save in
+    progress is waited for, never disturbed. `kept` is called after each adoption, before anything is removed; `wait` with the
+    seconds until the next look.
     """
     while not stop():
         try:
@@ -122,8 +122,8 @@ def watch(
         except (RefusedError, SourceChangedError, AlreadyExistsError, IntegrityError):
             pass  # no finished save that is new: look again
         else:
-            if kept():
-                prune(backend, keep=keep, into=into)
+            kept()
+            prune(backend, keep=keep, into=into)
             yield checkpoint
         wait(POLL_S)
 
@@ -131,14 +131,16 @@ def watch(
 def prune(backend: Backend, *, keep: int, into: str = "") -> list[int]:
     """Remove all but the `keep` (at least 1) whole adopted steps that were adopted last; the steps removed.
 
-    By time, not by number: after a rollback the steps of the abandoned history have the higher numbers.
+    By time, not by number: after a rollback the steps of the abandoned history have the higher numbers. Of a run that is
+    mirrored, what is not safe there yet stays.
     """
     side = _place(backend.location, into)
     whole = sorted(
         (checkpoint for checkpoint in read_adopted(side) if checkpoint.status is Status.COMMITTED),
         key=lambda checkpoint: os.stat(checkpoint.store).st_ctime_ns,
     )
-    doomed = whole[: -max(keep, 1)]
+    unsafe = mirrored.unsafe(side, whole)
+    doomed = [checkpoint for checkpoint in whole[: -max(keep, 1)] if checkpoint.step not in unsafe]
     for checkpoint in doomed:
         side_folders.discard(side, os.path.relpath(adopted_folder(side, checkpoint.step), side))
     return [checkpoint.step for checkpoint in doomed]

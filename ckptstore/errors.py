@@ -9,6 +9,7 @@ CkptStoreError
 │   ├── NoSpaceError                         ENOSPC, EDQUOT, EFBIG
 │   └── TransitError                         bytes were damaged on their way, and refused; retryable
 ├── BusyError                                another setup, or the trainer itself, is at work; retryable
+├── RankError                                another rank of the same launch failed, died or did not come; retryable
 ├── UnavailableError                         this store, or what is installed here, cannot do it
 ├── RefusedError                             possible, but would lose something or not resume: says which flag allows it
 ├── NothingToResumeError                     no checkpoint qualifies; exit 4
@@ -89,6 +90,16 @@ class BusyError(CkptStoreError):
 
 class UnavailableError(CkptStoreError):
     """What was asked for cannot be done with this store, or without an extra that is not installed; the message says which."""
+
+
+class RankError(CkptStoreError):
+    """Another rank of the same launch failed, died, or did not come in time. `rank` is its number."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, rank: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.rank = rank
 
 
 class RefusedError(CkptStoreError):

@@ -55,6 +55,7 @@ def fetch(
     sink: Sink | None = None,
     stop_at_error: bool = False,
     progress: native.Progress | None = None,
+    threads: int = THREADS,
 ) -> dict[str, native.Digest | CkptStoreError]:
     """Read `files`, hand their bytes to `sink` in no order, and digest them. Thread-safe; memory is bounded.
 
@@ -91,7 +92,7 @@ def fetch(
             done += job.length
 
     tick = None if progress is None else lambda: progress(done, total)
-    parallel.each(_ranges(files, chunk_bytes, unit), read, threads=THREADS, tick=tick)
+    parallel.each(_ranges(files, chunk_bytes, unit), read, threads=threads, tick=tick)
     results: dict[str, native.Digest | CkptStoreError] = {}
     for file in files:
         results[file.name] = errors.get(file.name) or _digest(file, pieces[file.name], chunk_bytes, unit)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ckptstore import probe
-from ckptstore.backends import is_url, normal_url
+from ckptstore.backends import is_url, normal_url, open_backend
 from ckptstore.config import RunConfig, load
 from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.frameworks.areal.layout import RunRef, discover, parse_export_name, run_ref, sort_out
 from ckptstore.native import scan_tree
 
 FILEROOT_VARIABLE = "CKPTSTORE_FILEROOT"
+URL_KEY = "ckptstore.url"
 USUAL_FILEROOTS = ("/workspace/outputs/grpo", "./outputs/grpo")
 
 #: Asks a person to pick one of several; None where nobody can be asked.
@@ -37,6 +38,10 @@ class WhichRunError(UsageError):
     def __init__(self, message: str, *, facts: Sequence[str], hint: str) -> None:
         super().__init__(message, hint=hint)
         self.facts = tuple(facts)
+
+
+class RemoteError(UsageError):
+    """A URL where only a folder of this machine will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +90,11 @@ def locate(where: Where, *, ask: Ask | None = None, remote: bool = False) -> Loc
         if remote and is_url(where.run):
             return Located(run_ref(normal_url(where.run)), "given by --run", config)
         return _at_run(_local(where.run, "--run"), config)
-    fileroot, source = _fileroot(where, config)
+    fileroot, source = _fileroot(where, config, remote=remote)
     experiment = where.experiment or (config.text("experiment_name") if config else "")
     trial = where.trial or (config.text("trial_name") if config else "")
+    if is_url(fileroot):
+        return _at_url(fileroot, source, RunRef("", fileroot, where.user, experiment, trial), config)
     found = list(discover(fileroot))
     fits = [
         run
@@ -103,13 +110,46 @@ def locate(where: Where, *, ask: Ask | None = None, remote: bool = False) -> Loc
     return Located(chosen, f"fileroot from {source}", config, tuple(_warnings(fileroot, source, config, chosen)))
 
 
+def _at_url(fileroot: str, source: str, named: RunRef, config: RunConfig | None) -> Located:
+    """The run below a fileroot in an object store. Nothing is asked for where all its names are known."""
+    names = (named.user, named.experiment, named.trial)
+    how = f"fileroot from {source}"
+    if all(names):
+        return Located(run_ref("/".join((fileroot, "checkpoints", *names))), how, config)
+    found = sorted(
+        {tuple(blob.key.split("/")[1:4]) for blob in open_backend(fileroot).list("checkpoints") if blob.key.count("/") > 3}
+    )
+    fits = [ref for ref in found if all(not said or said == have for said, have in zip(names, ref, strict=True))]
+    mine = [ref for ref in fits if ref[0] == current_user()]
+    fits = mine if mine and len({ref[0] for ref in fits}) > 1 else fits
+    if len(fits) == 1:
+        return Located(run_ref("/".join((fileroot, "checkpoints", *fits[0]))), how, config)
+    place = f"{fileroot}/checkpoints"
+    if not fits:
+        raise NoRunError(
+            f"no such run in {place} ({how})",
+            facts=[f"there is {'/'.join(ref)}" for ref in found[:20]] or [f"{place} holds no USER/EXPERIMENT/TRIAL"],
+            hint="Say -e EXPERIMENT and -t TRIAL of one that is there, or --run URL.",
+        )
+    raise WhichRunError(
+        f"{len(fits)} runs fit in {place}",
+        facts=["/".join(ref) for ref in fits[:20]],
+        hint="Say which: --user, --experiment-name (-e) and --trial-name (-t).",
+    )
+
+
+def url_of(where: Where) -> str:
+    """The run's URL that its YAML names (ckptstore.url); empty where there is none."""
+    return load(where.config, where.overrides).text(URL_KEY) if where.config else ""
+
+
 def _local(location: str, option: str) -> str:
     """The absolute path that an option names. UsageError for a URL."""
     if location.startswith("file://"):
         return os.path.abspath(location.removeprefix("file://"))
     if "://" in location:
-        raise UsageError(
-            f"{option}: {location.partition('://')[0]}:// locations are for --run of list, show and verify, --to and --from",
+        raise RemoteError(
+            f"{option} is a URL ({location.partition('://')[0]}://…), and this works on a run of this machine",
             hint="`ckptstore pull --from URL --to DIR` brings checkpoints to a local disk.",
         )
     return os.path.abspath(os.path.expanduser(location) if location.startswith("~/") else location)
@@ -170,8 +210,8 @@ def named_run(where: Where) -> RunRef:
     return RunRef(os.path.join(fileroot, "checkpoints", user, experiment, trial), fileroot, user, experiment, trial)
 
 
-def _fileroot(where: Where, config: RunConfig | None) -> tuple[str, str]:
-    """The fileroot and where it was said. Only the usual places must exist to count."""
+def _fileroot(where: Where, config: RunConfig | None, *, remote: bool) -> tuple[str, str]:
+    """The fileroot and where it was said; with `remote` it may be a URL. Only the usual places must exist to count."""
     said = [
         (where.fileroot, "--fileroot"),
         (os.environ.get(FILEROOT_VARIABLE, ""), f"${FILEROOT_VARIABLE}"),
@@ -179,7 +219,7 @@ def _fileroot(where: Where, config: RunConfig | None) -> tuple[str, str]:
     ]
     for path, source in said:
         if path:
-            fileroot = _local(path, source)
+            fileroot = normal_url(path) if remote and is_url(path) else _local(path, source)
             if os.path.basename(fileroot) == "checkpoints":
                 return os.path.dirname(fileroot), f"{source}, without its /checkpoints"
             return fileroot, source

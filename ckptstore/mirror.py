@@ -1,51 +1,208 @@
-"""Mirror: what `watch` adopts, into an object store too, so that a machine that loses its disk loses no finished save.
+"""Mirror: each finished checkpoint in an object store too, so that a machine that loses its disk loses none.
 
-An adopted step goes to `URL/default/.ckptstore/adopted/globalstep{N}/{part}/`, and its recover_info beside the parts: pushed
-part by part like any checkpoint (push.py), the main model last. `list --run URL` shows it once all of it is COMMITTED, and
-`setup --from URL` takes it, with the trainer's own recover_info. Nothing is ever removed there.
+What a run has that is finished: of AReaL its exports, and the slots that `watch` or the trainer's shim adopted; of a store of
+steps every COMMITTED step. An adopted step goes to `URL/default/.ckptstore/adopted/globalstep{N}/{part}/`, its recover_info
+beside the parts; all else under the names that it has here. `list --run URL` shows each once all of it is COMMITTED, and
+`setup --from URL` and `pull` take it. Nothing is ever removed there, and a run that is mirrored keeps here what is not safe
+there yet (mirrored.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
 
-from ckptstore.backends import open_backend
+from ckptstore import mirrored, places
+from ckptstore.backends import Bandwidth, normal_url, open_backend
 from ckptstore.backends.base import Backend
-from ckptstore.errors import NotFoundError
+from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import mirror_of, scan
+from ckptstore.mirrored import Lag, Record, finished
 from ckptstore.model import Checkpoint, FileInfo, Status
-from ckptstore.parts import read_manifest, read_part
+from ckptstore.parallel import Stopped
+from ckptstore.parts import find_manifest, folder_of, read_part
 from ckptstore.push import Sent, push
 from ckptstore.verify import Notify
 
+log = logging.getLogger(__name__)
 
-def mirror(backend: Backend, url: str, *, notify: Notify | None = None) -> list[Sent]:
-    """Push each adopted step of the local run `backend` that is not in the run at `url` yet; what was sent. Thread-safe.
+POLL_S = 5.0
+LONGEST_PAUSE_S = 300.0  #: after an error, until the next try
+NICENESS = 10  #: below the trainer's own threads
 
-    Errors as push's: what was not sent this time is sent the next. AlreadyExistsError where the same step of another history
-    is there, before a rollback: nothing is replaced.
+
+def mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None = None, notify: Notify | None = None) -> list[Sent]:
+    """Push each finished checkpoint of the local run `backend` that is not in the run at `url` yet; what was sent. Thread-safe.
+
+    In order of their steps, one at a time. Errors as push's: what was not sent this time is sent the next. AlreadyExistsError,
+    after all others were sent, where the same step of another history is there, before a rollback: nothing is replaced;
+    IntegrityError, likewise, for a checkpoint that is damaged here.
     """
-    sent: list[Sent] = []
-    there = _contents_at(url)
-    for checkpoint in scan(backend).adopted:
-        if checkpoint.status is Status.COMMITTED and there.get(checkpoint.step) != _content(checkpoint):
-            store = open_backend(checkpoint.store)
-            sent += push(store, _with_info(store, checkpoint), open_backend(mirror_of(url, checkpoint.step)), notify=notify)
-    return sent
+    return list(_mirror(backend, url, bandwidth=bandwidth, notify=notify))
 
 
-def _contents_at(url: str) -> dict[int, list[str]]:
+def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: Notify | None) -> Iterator[Sent]:
+    url = normal_url(url)
+    listing = scan(backend)
+    if listing.framework == "areal" and not (listing.checkpoints or listing.adopted or listing.slot or listing.recover_info):
+        return  # nothing has been saved yet: of what kind the run is, and so where its side folder lies, is not known
+    side = places.side_of(backend.location)
+    record = _begun(side, url)
+    problem: CkptStoreError | None = None
     try:
-        return {checkpoint.step: _content(checkpoint) for checkpoint in scan(open_backend(url)).adopted}
+        here = finished(listing)
+        there = _contents_at(url, bandwidth)
+        known = {mirrored.name_of(checkpoint): mirrored.mark_of(checkpoint) for checkpoint in here if record.holds(checkpoint)}
+        still = {name: mark for name, mark in known.items() if name in there}
+        record = dataclasses.replace(record, safe=still, newest_step=max([-1, *(step for step, _ in there.values())]))
+        for checkpoint in here:
+            name = mirrored.name_of(checkpoint)
+            if record.holds(checkpoint):
+                continue
+            try:
+                if (content := _content(backend, checkpoint)) is None or content != there.get(name, (-1, None))[1]:
+                    yield from _push(backend, url, checkpoint, bandwidth=bandwidth, notify=notify)
+            except (AlreadyExistsError, IntegrityError) as error:  # of this one alone: the others shall not wait for it
+                problem = problem or error
+                continue
+            safe = {**record.safe, name: mirrored.mark_of(checkpoint)}
+            record = dataclasses.replace(record, safe=safe, newest_step=max(record.newest_step, checkpoint.step))
+            mirrored.write(side, record)
+        if problem is not None:
+            raise problem
+    except CkptStoreError as error:
+        mirrored.write(side, dataclasses.replace(record, looked_at_s=time.time(), problem=str(error)[:500]))
+        raise
+    mirrored.write(side, dataclasses.replace(record, looked_at_s=time.time(), problem=""))
+
+
+class Mirror:
+    """Mirrors a run in the background, while training goes on: a context manager, or `close` ends it.
+
+    One checkpoint at a time, its threads at a low priority. An error is logged and in `lag`, and tried again with growing
+    pauses; it never comes to the trainer. Thread-safe.
+    """
+
+    def __init__(self, backend: Backend, url: str, *, bandwidth: Bandwidth | None = None) -> None:
+        if not backend.is_folder:
+            raise UsageError(f"{backend.location} is no folder of this machine", hint="A mirror goes from a folder to a URL.")
+        self._backend, self._url, self._bandwidth = backend, normal_url(url), bandwidth
+        self._ended, self._wake = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ckptstore-mirror", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def lag(self) -> Lag:
+        """How far it is behind, by what is on the disk now."""
+        return mirrored.lag(self._record or Record(self._url), self._finished())
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until all that is finished now is safe there; whether it is."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.lag.waiting:
+            self._wake.set()
+            if (deadline is not None and time.monotonic() > deadline) or not self._thread.is_alive():
+                return False
+            time.sleep(0.1)
+        return True
+
+    def close(self) -> None:
+        """End it within seconds; what is half sent is gone on with the next time."""
+        self._ended.set()
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        pause_s = POLL_S
+        while not self._ended.is_set():
+            try:
+                if not self._safe():
+                    mirror(self._backend, self._url, bandwidth=self._bandwidth, notify=self._notify)
+                pause_s = POLL_S
+            except Stopped:
+                return
+            except CkptStoreError as error:
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+                log.warning("ckptstore: not mirrored to %s (tried again in %.0f s): %s", self._url, pause_s, error)
+            self._wake.wait(pause_s)
+            self._wake.clear()
+
+    @property
+    def _record(self) -> Record | None:
+        record = mirrored.read(places.side_of(self._backend.location))
+        return record if record is not None and record.url == self._url else None
+
+    def _finished(self) -> list[Checkpoint]:
+        try:
+            return finished(scan(self._backend))
+        except NotFoundError:
+            return []  # the trainer has not begun
+
+    def _safe(self) -> bool:
+        """Whether there is nothing to do, as far as can be told without a request."""
+        record, here = self._record, self._finished()
+        if record is None:
+            return not here
+        return bool(record.looked_at_s) and not record.problem and all(record.holds(checkpoint) for checkpoint in here)
+
+    def _notify(self, doing: str, done_bytes: int, total_bytes: int) -> None:
+        if self._ended.is_set():
+            raise Stopped("the mirror was closed")
+
+
+def _begun(side: str, url: str) -> Record:
+    """The record of this mirror: an empty one where there was none, or another URL's."""
+    record = mirrored.read(side)
+    if record is None or record.url != url:
+        record = Record(url)
+        mirrored.write(side, record)
+    return record
+
+
+def _push(
+    backend: Backend, url: str, checkpoint: Checkpoint, *, bandwidth: Bandwidth | None, notify: Notify | None
+) -> Sequence[Sent]:
+    if not checkpoint.store:
+        return push(backend, checkpoint, open_backend(url, bandwidth=bandwidth), notify=notify)
+    store = open_backend(checkpoint.store)
+    target = open_backend(mirror_of(url, checkpoint.step), bandwidth=bandwidth)
+    return push(store, _with_info(store, checkpoint), target, notify=notify)
+
+
+def _contents_at(url: str, bandwidth: Bandwidth | None) -> Mapping[str, tuple[int, list[str] | None]]:
+    """What is COMMITTED there, by name: its step, and for adopted steps what they hold."""
+    target = open_backend(url, bandwidth=bandwidth)
+    try:
+        listing = scan(target)
     except NotFoundError:
         return {}  # nothing has been pushed there yet
+    return {
+        mirrored.name_of(checkpoint): (checkpoint.step, _content(target, checkpoint) if checkpoint.store else None)
+        for checkpoint in (*listing.checkpoints, *listing.adopted)
+        if checkpoint.status is Status.COMMITTED
+    }
 
 
-def _content(checkpoint: Checkpoint) -> list[str]:
-    store = open_backend(checkpoint.store)
-    return [read_manifest(store, part.name).content for part in checkpoint.parts]
+def _content(backend: Backend, checkpoint: Checkpoint) -> list[str] | None:
+    store = open_backend(checkpoint.store) if checkpoint.store else backend
+    manifests = [find_manifest(store, folder_of(store, part)) for part in checkpoint.parts]
+    known = [manifest.content for manifest in manifests if manifest is not None]
+    return known if len(known) == len(manifests) else None
 
 
 def _with_info(store: Backend, checkpoint: Checkpoint) -> Checkpoint:

@@ -27,7 +27,7 @@ from ckptstore.lock import RunLock
 from ckptstore.manifest import Manifest, check_name, check_names
 from ckptstore.model import Checkpoint, Part, Status
 from ckptstore.parts import find_manifest, folder_of, judged, read_manifest, read_part
-from ckptstore.receiving import fill
+from ckptstore.receiving import Bringing, bring, fill
 from ckptstore.verify import Notify
 
 UNVOUCHED = "no manifest came with it: its structure is whole, and which bytes were written nobody can say (seal it)"
@@ -53,13 +53,14 @@ def pull(
     run: str,
     *,
     dry_run: bool = False,
+    bringing: Bringing = bring,
     notify: Notify | None = None,
 ) -> list[Fetched]:
     """Bring one checkpoint of the run `source` into the local run's folder, which is made where it is missing.
 
     IntegrityError for a checkpoint that is not whole there, or whose bytes are not those of its manifest; AlreadyExistsError
     where something else has its name here; BusyError while another ckptstore is at work on the run. Ctrl-C and any kill leave
-    nothing but the stage, with which the next pull goes on.
+    nothing but the stage, with which the next pull goes on. `bringing` fetches the bytes (sharing.py: by several ranks).
     """
     parts = [(judged(source, part, manifest), manifest) for part, manifest in _described(source, checkpoint)]
     bad = [f"{part.name}: {finding}" for part, _ in parts for finding in part.findings]
@@ -99,7 +100,7 @@ def pull(
 
             kept = 0
             if not here[part.name]:
-                kept = fill(source, part, manifest, stage.part(part.name), progress=progress).kept_bytes
+                kept = fill(source, part, manifest, stage.part(part.name), bringing=bringing, progress=progress).kept_bytes
                 _finish(stage.part(part.name), part, manifest, os.stat(run))
             before += part.size_bytes
             results.append(_result(source, run, checkpoint, part, manifest=manifest, kept=kept, here=here[part.name]))

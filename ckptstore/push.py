@@ -25,6 +25,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ckptstore import conditions, native, server_digests
 from ckptstore.backends.base import Backend
@@ -67,6 +68,22 @@ class Sent:
     server_check: str = ""  #: that digest's name, or why the store was not asked for it
 
 
+class Sending(Protocol):
+    """Sends files of a part, each checked against the manifest on the way (step 3)."""
+
+    def __call__(
+        self,
+        folder: str,
+        base: str,
+        manifest: Manifest,
+        missing: Sequence[FileEntry],
+        *,
+        there_bytes: int,
+        progress: native.Progress,
+    ) -> None:
+        """All of `missing` lie below `folder`, there in the attempt `base` if it is not empty, when this returns."""
+
+
 def push(
     backend: Backend,
     checkpoint: Checkpoint,
@@ -74,6 +91,7 @@ def push(
     *,
     replace: bool = False,
     dry_run: bool = False,
+    sending: Sending | None = None,
     notify: Notify | None = None,
 ) -> list[Sent]:
     """Push one checkpoint of the local run `backend` to the run `target`. Thread-safe; several machines may push at once.
@@ -81,7 +99,8 @@ def push(
     IntegrityError for a checkpoint that is not whole, or whose bytes differ from its manifest; SourceChangedError when the
     trainer writes it meanwhile; AlreadyExistsError where another content of this step lies there, or came first. With
     `replace` the new one takes its place in one act, and the old files stay until they are cleaned; RefusedError where that
-    cannot be one act. After any error and any kill, readers see what they saw before.
+    cannot be one act. After any error and any kill, readers see what they saw before. `sending` sends the files, where
+    this process alone shall not (sharing.py).
     """
     if target.is_folder or not backend.is_folder:
         raise UsageError("a push goes from a folder to a URL", hint="Say --to s3://BUCKET/PREFIX.")
@@ -111,7 +130,7 @@ def push(
         manifest = describe(backend, checkpoint, part, digesting)
         fixed = part.name == layout.RECOVER_INFO  # read where AReaL reads it
         place = Place(target, folder, manifest.at_home, replace=replace, fixed=fixed)
-        way = _Push(backend, folder, part, manifest.at_home, place, store)
+        way = _Push(backend, folder, part, manifest.at_home, place, store, sending)
         done.append(way.run(dry_run=dry_run, progress=progress))
         before += part.size_bytes
     return done
@@ -150,6 +169,8 @@ class _Push:
     manifest: Manifest
     place: Place
     store: Conditions
+    sending: Sending | None = None
+    crew: int = 1  #: processes of this machine that send at once, and share its memory
     committed: bool = False
     said: dict[str, Said] = field(default_factory=dict)  #: what the store tells of the files that are there
 
@@ -168,7 +189,7 @@ class _Push:
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
         if not dry_run:
-            self.send(missing, there, progress, renewing=not self.committed)
+            self._move(missing, there, progress)
             self._look_again()
             if not self.committed:
                 self._refuse_changed()
@@ -200,17 +221,28 @@ class _Push:
         found = {blob.key.removeprefix(above): blob.size_bytes for blob in self.target.list(self.place.files_folder)}
         return {name: size for name, size in found.items() if not name.startswith(ATTEMPT_PREFIX)}
 
-    def send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress, *, renewing: bool = False) -> None:
-        """Step 3. `renewing`: our claim is kept young meanwhile."""
+    def _move(self, missing: Sequence[FileEntry], there: int, progress: native.Progress) -> None:
+        """Step 3, by this process or by several; our claim is kept young meanwhile."""
         renewed = time.monotonic()
 
         def tick(done: int, total: int) -> None:
             nonlocal renewed
-            if renewing and time.monotonic() > renewed + RENEW_S:
+            if not self.committed and time.monotonic() > renewed + RENEW_S:
                 self.place.keep()
                 renewed = time.monotonic()
             progress(done, total)
 
+        if self.sending is None:
+            self.send(missing, there, tick)
+        else:
+            self.sending(self.folder, self.place.base, self.manifest, missing, there_bytes=there, progress=tick)
+            for file in missing:
+                self._compare(file)
+        if not self.committed:
+            self.place.keep()
+
+    def send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress) -> None:
+        """Send files of the part by this process alone."""
         files = [
             Outgoing(
                 self._key(file.path),
@@ -220,9 +252,7 @@ class _Push:
             )
             for file in missing
         ]
-        send(self.target, files, there=there, progress=tick)
-        if renewing:
-            self.place.keep()
+        send(self.target, files, there=there, crew=self.crew, progress=progress)
 
     def _compare(self, file: FileEntry) -> None:
         """What arrived, by the store's own digest. What differs goes: nobody shall take it for the file by its size."""
@@ -287,3 +317,21 @@ class _Push:
                 path=self._key(name),
                 hint="Does anybody else write there? Nothing was committed.",
             )
+
+
+def send_share(
+    backend: Backend,
+    target: Backend,
+    manifest: Manifest,
+    names: Sequence[str],
+    *,
+    folder: str,
+    base: str,
+    crew: int,
+    progress: native.Progress,
+) -> None:
+    """Step 3 for these files of a part, by one of several processes; whoever leads them does all other steps."""
+    part = read_part(backend, manifest.part, folder, backend.tree(max_depth=5))
+    files = [file for file in manifest.files if file.path in set(names)]
+    place = Place(target, folder, manifest, base=base)
+    _Push(backend, folder, part, manifest, place, conditions.find_out(target), crew=crew).send(files, 0, progress)

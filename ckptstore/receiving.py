@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, from_os_error
-from ckptstore.fetching import Wanted, fetch
+from ckptstore.fetching import THREADS, Wanted, fetch
 from ckptstore.manifest import Manifest
 from ckptstore.model import Part
 from ckptstore.parts import files_folder_of
@@ -27,12 +27,50 @@ class Filled(NamedTuple):
     kept_bytes: int
 
 
+class Bringing(Protocol):
+    """Fetches what is missing of `wanted` into their files below `target`, each right; their digests."""
+
+    def __call__(
+        self,
+        source: Backend,
+        wanted: Sequence[Wanted],
+        target: str,
+        *,
+        chunk_bytes: int,
+        progress: native.Progress | None,
+    ) -> Mapping[str, native.Digest]:
+        """The digests, of all files whose chunks are known."""
+
+
+def bring(
+    source: Backend,
+    wanted: Sequence[Wanted],
+    target: str,
+    *,
+    chunk_bytes: int,
+    progress: native.Progress | None,
+    threads: int = THREADS,
+) -> Mapping[str, native.Digest]:
+    """Bringing by this process alone. The files are there, as long as they shall be; the first error is raised."""
+    fetched = fetch(
+        source,
+        wanted,
+        chunk_bytes=chunk_bytes,
+        sink=functools.partial(native.write_range, target),
+        stop_at_error=True,
+        progress=progress,
+        threads=threads,
+    )
+    return {name: digest for name, digest in fetched.items() if isinstance(digest, native.Digest)}
+
+
 def fill(
     source: Backend,
     part: Part,
     manifest: Manifest | None,
     target: str,
     *,
+    bringing: Bringing = bring,
     progress: native.Progress | None = None,
 ) -> Filled:
     """Fill the folder `target` of a stage with the files of one part: theirs alone, with the writer's times, durable.
@@ -73,18 +111,7 @@ def fill(
         min(chunk_bytes, file.size_bytes - number * chunk_bytes) for file in part.files for number in have.get(file.name, {})
     )
 
-    digests = {
-        name: digest
-        for name, digest in fetch(
-            source,
-            wanted,
-            chunk_bytes=chunk_bytes,
-            sink=functools.partial(native.write_range, target),
-            stop_at_error=True,
-            progress=progress,
-        ).items()
-        if isinstance(digest, native.Digest)
-    }
+    digests = bringing(source, wanted, target, chunk_bytes=chunk_bytes, progress=progress)
     try:
         for file in part.files:
             path = os.path.join(target, file.name)

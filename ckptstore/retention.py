@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from ckptstore import pins, places, steps, verify
+from ckptstore import mirrored, pins, places, steps, verify
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
@@ -27,6 +27,8 @@ from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.parts import find_manifest, folder_of
+
+_NONE: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,10 @@ class Decision:
     why: str
 
 
-def decide(candidates: Iterable[Candidate], keep: Keep, *, pinned: Collection[int] = ()) -> list[Decision]:
-    """The decision on each step, by step."""
+def decide(
+    candidates: Iterable[Candidate], keep: Keep, *, pinned: Collection[int] = (), unsafe: Mapping[int, str] = _NONE
+) -> list[Decision]:
+    """The decision on each step, by step. `unsafe`: steps that are not yet in the store's mirror, and its URL."""
     ordered = sorted(candidates, key=lambda one: one.step)
     good = [one for one in ordered if one.good]
     newest = good[-1].step if good else None
@@ -123,6 +127,8 @@ def decide(candidates: Iterable[Candidate], keep: Keep, *, pinned: Collection[in
             reasons.append(f"{one.status}: only committed steps are deleted")
         elif newest is None:
             reasons.append("no step is good")
+        if one.step in unsafe:
+            reasons.append(f"not yet safe in {unsafe[one.step]}")
         if one.step == newest:
             reasons.append("the newest good one")
         if one.step in last:
@@ -149,19 +155,23 @@ def _one_in(span_s: float, good: Iterable[Candidate]) -> set[int]:
     return chosen
 
 
-def plan(backend: Backend, keep: Keep) -> list[Decision]:
+def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Decision]:
     """What `prune` would do now. UsageError for what is no store of steps.
+
+    Of a store that is mirrored, what is not safe there yet stays, unless `unmirrored`.
 
     Before anything is to be deleted the newest step that stays is verified at level structure; one that fails is not good.
     """
     listing = scan(backend)
     if listing.framework != "steps":
         raise UsageError(f"{listing.run.path} is no store of steps", hint="AReaL's saver keeps or deletes its own.")
-    pinned = {pin.step for pin in pins.read(places.side_of(listing.run.path))}
+    side = places.side_of(listing.run.path)
+    pinned = {pin.step for pin in pins.read(side)}
+    unsafe = {} if unmirrored else mirrored.unsafe(side, listing.checkpoints)
     candidates = _candidates(backend, listing)
     checked: set[int] = set()
     while True:
-        decisions = decide(candidates, keep, pinned=pinned)
+        decisions = decide(candidates, keep, pinned=pinned, unsafe=unsafe)
         newest = max((one.candidate.step for one in decisions if one.candidate.good), default=None)
         if newest is None or newest in checked or all(one.keep for one in decisions):
             return decisions
@@ -173,7 +183,7 @@ def plan(backend: Backend, keep: Keep) -> list[Decision]:
             ]
 
 
-def prune(backend: Backend, keep: Keep) -> list[Decision]:
+def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Decision]:
     """Delete what no rule keeps; the decisions. Interrupted anywhere, every step is there whole, or not there.
 
     Step one, under the store's lock: each is renamed into the side folder, all of them durably. Step two deletes there;
@@ -185,7 +195,7 @@ def prune(backend: Backend, keep: Keep) -> list[Decision]:
     side = steps.side_of(root)
     trash = []
     with steps.locked(root, "prune"):
-        decisions = plan(backend, keep)
+        decisions = plan(backend, keep, unmirrored=unmirrored)
         for one in decisions:
             if not one.keep:
                 trash.append(f"trash-{secrets.token_hex(8)}")

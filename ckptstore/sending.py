@@ -34,16 +34,24 @@ class Outgoing(NamedTuple):
     arrived: Callable[[], None] = lambda: None
 
 
-def send(target: Backend, files: Iterable[Outgoing], *, there: int = 0, progress: native.Progress | None = None) -> None:
+def send(
+    target: Backend,
+    files: Iterable[Outgoing],
+    *,
+    there: int = 0,
+    crew: int = 1,
+    progress: native.Progress | None = None,
+) -> None:
     """Send files. What `parts` raises is raised, and that file is not there then; so are StorageError and AccessError.
 
-    `there`: bytes that count as done, for `progress`. Thread-safe; Ctrl-C ends it within moments.
+    `there`: bytes that count as done, for `progress`. `crew`: processes of this machine that send at once and share its
+    memory. Thread-safe; Ctrl-C ends it within moments.
     """
     ordered = sorted(files, key=lambda file: -file.size_bytes)
     lock = threading.Lock()
     done = there
     total = there + sum(file.size_bytes for file in ordered)
-    threads = min(FILES_AT_ONCE, max(len(ordered), 1))
+    threads = min(max(FILES_AT_ONCE // crew, 1), max(len(ordered), 1))
 
     def send_one(file: Outgoing, stop: parallel.Stop) -> None:
         part_bytes = part_size(file.size_bytes)
@@ -59,7 +67,7 @@ def send(target: Backend, files: Iterable[Outgoing], *, there: int = 0, progress
         if file.size_bytes <= part_bytes:
             target.put(file.key, b"".join(parts()))
         else:
-            at_once = max(BUDGET_BYTES // threads // part_bytes, 1)
+            at_once = max(BUDGET_BYTES // crew // threads // part_bytes, 1)
             target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=at_once)
         file.arrived()
 

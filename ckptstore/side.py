@@ -5,6 +5,7 @@ lock, journal.json                       one writer at a time; a commit to be fi
 stage-<random>/                          being filled; a crash leaves it, the next setup continues it
 old-<time>-<random>/{part}/              a slot that was set aside
 trash-<random>/, probe-<random>/         on their way out
+ranks.json, ranks-<random>/              where the ranks of one launch meet (rendezvous.py)
 """
 
 from __future__ import annotations
@@ -279,7 +280,7 @@ def leftovers(side: str) -> Sequence[str]:
 
     While a journal is there, a stage is none of them: after an exchange it holds the old slot.
     """
-    ours = ["trash-", "probe-", f"{JOURNAL}.", "damaged.json."]
+    ours = ["trash-", "probe-", "ranks-", "ranks.json", f"{JOURNAL}.", "damaged.json."]
     if not os.path.lexists(os.path.join(side, JOURNAL)):
         ours.append("stage-")
     with contextlib.suppress(OSError):

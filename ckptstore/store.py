@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckptstore import background, native, recovery, retention, saving, steps
 from ckptstore import side as side_folders
-from ckptstore.backends import open_backend
+from ckptstore.backends import Bandwidth, open_backend
 from ckptstore.background import OnBusy, SaveHandle
 from ckptstore.choose import ResumePoint, Selection, resume_point
 from ckptstore.errors import (
@@ -24,6 +24,7 @@ from ckptstore.errors import (
 )
 from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
+from ckptstore.mirror import Mirror
 from ckptstore.model import Checkpoint, Level
 from ckptstore.parts import find_manifest, folder_of
 from ckptstore.plan import Options
@@ -129,9 +130,20 @@ class CheckpointStore:
             self.prune(keep)
         return manifest
 
-    def prune(self, keep: Keep, *, dry_run: bool = False) -> Sequence[Decision]:
-        """Delete the steps that no rule of `keep` keeps; with `dry_run` only the decisions. See retention.prune."""
-        return retention.plan(self.backend, keep) if dry_run else retention.prune(self.backend, keep)
+    def prune(self, keep: Keep, *, unmirrored: bool = False, dry_run: bool = False) -> Sequence[Decision]:
+        """Delete the steps that no rule of `keep` keeps; with `dry_run` only the decisions. See retention.prune.
+
+        Of a store that is mirrored, what is not safe there yet stays, unless `unmirrored`.
+        """
+        decide = retention.plan if dry_run else retention.prune
+        return decide(self.backend, keep, unmirrored=unmirrored)
+
+    def mirror(self, url: str, *, max_bytes_per_s: float | None = None) -> Mirror:
+        """From now on push each finished checkpoint to the run at `url`, in the background: see mirror.Mirror.
+
+        `with store.mirror("s3://BUCKET/runs/trial0") as mirror:` around the training; `mirror.lag` says how far it is behind.
+        """
+        return Mirror(self.backend, url, bandwidth=None if max_bytes_per_s is None else Bandwidth(max_bytes_per_s))
 
     @property
     def folder(self) -> str:

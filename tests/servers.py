@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 KEY, SECRET = "testaccess", "testsecretkey0123"
 BUCKET = "ckpts"
@@ -28,13 +29,7 @@ class Server:
 
     def environment(self, port: int = 0) -> dict[str, str]:
         """What a client needs, as its users set it."""
-        return {
-            "AWS_ACCESS_KEY_ID": KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port or self.port}",
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        return environment(port or self.port)
 
     def place(self) -> str:
         """A URL that nothing lies below yet."""
@@ -45,6 +40,17 @@ class Server:
         self.process.send_signal(signal.SIGKILL)  # it takes ten seconds over a polite end
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def environment(port: int) -> dict[str, str]:
+    """What a client of an S3 server on this port needs."""
+    return {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
 
 
 def start_seaweed(folder: Path) -> Server:
@@ -74,7 +80,7 @@ def start_seaweed(folder: Path) -> Server:
         )  # fmt: skip
         os.close(log)
         server = Server(process, folder, ports[-1])
-        if _make_bucket(server):
+        if make_bucket(server):
             return server
         last = (folder / "log").read_text(errors="replace")[-2000:]
         process.kill()
@@ -98,11 +104,12 @@ def _free_ports(count: int) -> list[int]:
     return found
 
 
-def _make_bucket(server: Server) -> bool:
+def make_bucket(server: Any) -> bool:
     """Wait until it answers, and make the bucket. By curl's AWS signatures: not by anything that is under test."""
     command = [
         "curl", "-sf", "-m", "5", "--noproxy", "*", "-X", "PUT", "--user", f"{KEY}:{SECRET}",
-        "--aws-sigv4", "aws:amz:us-east-1:s3", f"http://127.0.0.1:{server.port}/{BUCKET}",
+        "--aws-sigv4", "aws:amz:us-east-1:s3", "-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD",
+        f"http://127.0.0.1:{server.port}/{BUCKET}",
     ]  # fmt: skip
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and server.process.poll() is None:

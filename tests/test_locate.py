@@ -87,7 +87,7 @@ def test_paths_and_file_urls(tmp_path: Path, prefix: str) -> None:
 
 @pytest.mark.parametrize("where", [Where(run="s3://bucket/run"), Where(fileroot="gs://bucket")])
 def test_urls_of_object_stores_are_refused_by_name(where: Where) -> None:
-    with pytest.raises(UsageError, match="list, show and verify"):
+    with pytest.raises(UsageError, match="a run of this machine"):
         locate(where)
 
 

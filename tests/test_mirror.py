@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from ckptstore import adopt
+from ckptstore import CheckpointStore, adopt, mirrored
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import AlreadyExistsError, StorageError
 from ckptstore.listing import mirror_of, scan
 from ckptstore.mirror import mirror
-from ckptstore.model import MANIFEST_NAME, Status
+from ckptstore.model import MANIFEST_NAME, Level, Status
+from ckptstore.pull import pull
+from ckptstore.retention import Keep
+from ckptstore.verify import verify
 from tests import commands, trees
 from tests.crashing import content, without_manifest
 
@@ -89,5 +93,180 @@ def test_nothing_is_removed_here_before_it_is_safe_there(run, tmp_path, monkeypa
         assert "it is down" in done.err
     assert [checkpoint.step for checkpoint in scan(backend).adopted] == [150, 160]
     monkeypatch.setattr(FsspecBackend, "put", put)
-    assert {sent.step for sent in mirror(backend, url)} == {150, 160}
+    assert {sent.step for sent in mirror(backend, url)} == {46, 150, 160}
+    assert adopt.prune(backend, keep=1) == [150], "and now it may go"
     assert [checkpoint.step for checkpoint in scan(open_backend(url)).adopted] == [150, 160]
+
+
+# --- exports, lag, retention ---------------------------------------------------------------------------------------
+
+
+def exported(run: Path, step: int, age_s: float) -> Path:
+    """One more export of that age."""
+    folder = trees.write_model(trees.checkpoint(run, step), seed=step)
+    trees.set_age(folder, age_s)
+    return folder
+
+
+def down(monkeypatch) -> None:
+    """The store takes nothing."""
+
+    def fail(*words: object, **options: object) -> None:
+        raise StorageError("it is down")
+
+    monkeypatch.setattr(FsspecBackend, "put", fail)
+
+
+def test_exports_are_mirrored_when_they_are_finished(run, url, tmp_path):
+    """Not one that the trainer wrote a moment ago; a sealed one at once."""
+    exported(run, 93, 5)
+    assert {sent.step for sent in mirror(open_backend(run), url)} == {46}
+    CheckpointStore(run).seal(93)
+    assert {sent.step for sent in mirror(open_backend(run), url)} == {93}
+    assert [(c.step, c.status) for c in scan(open_backend(url)).checkpoints] == [(46, Status.COMMITTED), (93, Status.COMMITTED)]
+
+
+def test_one_that_cannot_go_does_not_hold_up_the_others(run, url):
+    """Another history's step 46 is there: it is said, and step 93 goes."""
+    exported(run, 93, 3600)
+    mirror(open_backend(run), url)
+    trees.bitflip(trees.checkpoint(run, 46) / "model.safetensors")
+    trees.set_age(trees.checkpoint(run, 46), 7200)
+    exported(run, 140, 3600)
+    with pytest.raises(AlreadyExistsError, match="other bytes"):
+        mirror(open_backend(run), url)
+    assert [checkpoint.step for checkpoint in scan(open_backend(url)).checkpoints] == [46, 93, 140]
+    record = mirrored.read(run.parent / ".ckptstore/trial0")
+    assert sorted(record.safe) == [trees.folder_name(93), trees.folder_name(140)]
+    assert "other bytes" in record.problem
+
+
+def test_lag(run, tmp_path, monkeypatch, capfd):
+    """What is waiting, by how many steps and for how long; in words and for programs."""
+    url = f"memory://lag-{tmp_path.name}-{os.getpid()}"
+    status = ("status", "--run", run)
+    assert commands.invoke(capfd, *status, "--json").json["mirror"] is None
+    mirror(open_backend(run), url)
+    lag = commands.invoke(capfd, *status, "--json").json["mirror"]
+    assert (lag["newest_local_step"], lag["newest_safe_step"], lag["waiting"], lag["behind_steps"]) == (46, 46, 0, 0)
+    assert (lag["url"], lag["behind_seconds"], lag["problem"]) == (url, 0, "")
+    assert "and all that is here" in commands.invoke(capfd, *status).out
+    exported(run, 93, 3600)
+    exported(run, 140, 600)
+    with monkeypatch.context() as patch:
+        down(patch)
+        with pytest.raises(StorageError):
+            mirror(open_backend(run), url)
+    lag = commands.invoke(capfd, *status, "--json").json["mirror"]
+    assert (lag["newest_local_step"], lag["newest_safe_step"], lag["waiting"], lag["behind_steps"]) == (140, 46, 2, 94)
+    assert 3590 < lag["behind_seconds"] < 3700
+    assert lag["problem"] == "it is down"
+    text = commands.flat(commands.invoke(capfd, *status).out)
+    assert "step 46 is safe there; 2 here are not" in text
+    assert "94 steps" in text
+    assert "it is down" in text
+    trees.set_age(trees.checkpoint(run, 46), 50)
+    assert mirrored.lag(mirrored.read(run.parent / ".ckptstore/trial0"), scan(open_backend(run)).checkpoints).waiting == 3, (
+        "46 was saved anew: that one is not safe"
+    )
+
+
+def saved(store: CheckpointStore, step: int, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "model.bin").write_bytes(os.urandom(100_000))
+    store.save(step, folder)
+
+
+def test_retention_keeps_what_is_not_safe(tmp_path, url, capfd):
+    """Until it is, or until it is told otherwise; and so when the record cannot be read."""
+    store = CheckpointStore(tmp_path / "store")
+    for step in (1, 2, 3):
+        saved(store, step, tmp_path / "state")
+    mirror(store.backend, url)
+    for step in (4, 5):
+        saved(store, step, tmp_path / "state")
+    kept = {one.candidate.step: one for one in store.prune(Keep(last=1), dry_run=True)}
+    assert [step for step, one in kept.items() if one.keep] == [4, 5]
+    assert kept[4].why == f"not yet safe in {url}"
+    done = commands.invoke(capfd, "prune", "--run", tmp_path / "store", "--keep-last", 1, "--json")
+    assert [one["step"] for one in done.json["steps"] if one["keep"]] == [4, 5]
+    assert [checkpoint.step for checkpoint in store.list()] == [4, 5]
+    record = tmp_path / "store/.ckptstore/mirror.json"
+    text = record.read_text()
+    record.write_text("{")
+    with pytest.raises(StorageError, match="damaged"):
+        store.prune(Keep(last=1))
+    record.write_text(text)
+    store.prune(Keep(last=1), unmirrored=True)
+    assert [checkpoint.step for checkpoint in store.list()] == [5]
+
+
+def test_a_step_that_was_lost_there_is_sent_again(tmp_path, url):
+    """The record is not believed blindly: what went away in the store is not safe any more."""
+    store = CheckpointStore(tmp_path / "store")
+    saved(store, 7, tmp_path / "state")
+    mirror(store.backend, url)
+    target = open_backend(url)
+    for blob in list(target.list()):
+        target.delete(blob.key)
+    assert [sent.step for sent in mirror(store.backend, url)] == [7]
+
+
+def test_in_the_background(tmp_path, url):
+    """Any trainer's store: steps follow as they are saved, in order, and come back from there whole."""
+    store = CheckpointStore(tmp_path / "store")
+    with store.mirror(url, max_bytes_per_s=50e6) as mirroring:
+        assert mirroring.lag.newest_local_step is None
+        for step in (10, 20, 30):
+            saved(store, step, tmp_path / "state")
+        assert mirroring.lag.newest_local_step == 30
+        assert mirroring.wait(30)
+        lag = mirroring.lag
+        assert (lag.newest_safe_step, lag.waiting, lag.behind_steps, lag.problem) == (30, 0, 0, "")
+    remote = open_backend(url)
+    there = scan(remote)
+    assert [(c.step, c.status) for c in there.checkpoints] == [(n, Status.COMMITTED) for n in (10, 20, 30)]
+    assert store.prune(Keep(last=1))[0].keep is False
+    pull(remote, there.checkpoints[0], str(tmp_path / "back"))
+    back = CheckpointStore(tmp_path / "back")
+    assert verify(back.backend, back.get(10), Level.FULL).ok
+
+
+def test_an_outage_is_waited_out(tmp_path, monkeypatch, caplog):
+    """Nothing comes to the trainer; it is logged and told, and the next try goes on."""
+    from ckptstore import mirror as mirroring
+
+    monkeypatch.setattr(mirroring, "POLL_S", 0.05)
+    url = f"memory://outage-{tmp_path.name}-{os.getpid()}"
+    store = CheckpointStore(tmp_path / "store")
+    saved(store, 1, tmp_path / "state")
+    with store.mirror(url) as running:
+        assert running.wait(20)
+        with monkeypatch.context() as patch:
+            down(patch)
+            saved(store, 2, tmp_path / "state")
+            assert not running.wait(0.5)
+            assert running.lag.problem == "it is down"
+            assert [one.keep for one in store.prune(Keep(last=1), dry_run=True)] == [False, True]
+            saved(store, 3, tmp_path / "state")
+            assert [one.keep for one in store.prune(Keep(last=1), dry_run=True)] == [False, True, True]
+        assert running.wait(20)
+    assert "it is down" in caplog.text
+    assert [checkpoint.step for checkpoint in scan(open_backend(url)).checkpoints] == [1, 2, 3]
+
+
+def test_closing_does_not_wait_for_a_long_push(tmp_path, s3):
+    """It ends in the middle, nothing half is seen there, and the next one goes on."""
+    store = CheckpointStore(tmp_path / "store")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/model.bin").write_bytes(os.urandom(40 << 20))
+    store.save(1, tmp_path / "state")
+    running = store.mirror(s3, max_bytes_per_s=2e6)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not list(open_backend(s3).list()):
+        time.sleep(0.05)
+    began = time.monotonic()
+    running.close()
+    assert time.monotonic() - began < 6
+    assert all(checkpoint.status is not Status.COMMITTED for checkpoint in scan(open_backend(s3)).checkpoints)
+    assert [sent.step for sent in mirror(store.backend, s3)] == [1]

@@ -213,15 +213,6 @@ def test_command_line(url, tmp_path, capfd, monkeypatch):
     assert not (tmp_path / "damaged.json").exists()
 
 
-@pytest.mark.parametrize("words", [("seal", "46"), ("setup",), ("resume",), ("adopt",), ("status",)])
-def test_verbs_that_need_a_folder_say_so(words, capfd, tmp_path, monkeypatch):
-    commands.isolate(monkeypatch, tmp_path)
-    done = commands.invoke(capfd, *words, "--run", "memory://somewhere/run")
-    assert done.code == 2
-    assert "pull" in done.err
-    assert not list(tmp_path.iterdir())
-
-
 def test_no_such_place(url, capfd, tmp_path, monkeypatch):
     commands.isolate(monkeypatch, tmp_path)
     done = commands.invoke(capfd, "list", "--run", f"{url}/nowhere")

@@ -281,7 +281,7 @@ def test_stopped_at_every_operation(room: Path, how: str) -> None:
 def test_planted_deleting_in_place(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep finds a prune that deletes a step where it lies."""
 
-    def in_place(backend: Any, keep: Keep) -> list[retention.Decision]:
+    def in_place(backend: Any, keep: Keep, *, unmirrored: bool = False) -> list[retention.Decision]:
         decisions = retention.plan(backend, keep)
         for one in decisions:
             if not one.keep:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ckptstore.backends.bandwidth import Bandwidth
 from ckptstore.backends.base import Backend, Blob
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import UsageError
@@ -12,12 +13,19 @@ from ckptstore.errors import UsageError
 OBJECT_SCHEMES = ("s3", "gs", "az")
 
 
-def open_backend(location: str | Path) -> Backend:
+def open_backend(location: str | Path, *, bandwidth: Bandwidth | None = None) -> Backend:
     """The backend for a path or a URL: s3, gs and az by obstore, any other scheme by fsspec.
 
     Credentials and endpoints come from the environment or the cloud's own profile files; UsageError for a URL that has some
-    in it, and where the library that a scheme needs is not installed. Nothing is asked of the medium yet.
+    in it, and where the library that a scheme needs is not installed. Nothing is asked of the medium yet. `bandwidth` bounds
+    what goes over a network, for all backends together that are opened with it.
     """
+    backend = _open(location)
+    backend.bandwidth = bandwidth
+    return backend
+
+
+def _open(location: str | Path) -> Backend:
     text = str(location)
     if not is_url(text):
         return LocalBackend(text.removeprefix("file://"))
@@ -57,4 +65,4 @@ def normal_url(text: str) -> str:
     return text.rstrip("/")
 
 
-__all__ = ["OBJECT_SCHEMES", "Backend", "Blob", "LocalBackend", "is_url", "normal_url", "open_backend"]
+__all__ = ["OBJECT_SCHEMES", "Backend", "Bandwidth", "Blob", "LocalBackend", "is_url", "normal_url", "open_backend"]

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ckptstore.backends.bandwidth import Bandwidth
 from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError
 from ckptstore.native import Entry, Folder
 
@@ -34,6 +35,9 @@ class Backend(ABC):
 
     #: Keys are paths of a folder on this machine: times and inodes are the writer's own, and the engine can read it.
     is_folder: bool = False
+
+    #: Bounds the bytes a second that go through; backends that move bytes over a network pay for each request.
+    bandwidth: Bandwidth | None = None
 
     #: Of several that create one key at once, exactly one is told that it did.
     creates_atomically: bool = True
@@ -76,6 +80,17 @@ class Backend(ABC):
     def view(self, key: str, offset_bytes: int, length_bytes: int) -> Buffer:
         """The bytes of a range that is known to be there, copied as little as the medium allows. StorageError if shorter."""
         return self._exact(key, offset_bytes, length_bytes, self.get(key, offset_bytes=offset_bytes, length_bytes=length_bytes))
+
+    def _pay(self, count_bytes: int) -> None:
+        """Wait until so much may go."""
+        if self.bandwidth is not None:
+            self.bandwidth.take(count_bytes)
+
+    def _paid(self, parts: Iterable[Buffer]) -> Iterator[Buffer]:
+        """Each of `parts` when it may go."""
+        for part in parts:
+            self._pay(memoryview(part).nbytes)
+            yield part
 
     def _exact(self, key: str, offset_bytes: int, length_bytes: int, data: Buffer) -> Buffer:
         found = memoryview(data).nbytes

@@ -52,6 +52,7 @@ class FsspecBackend(Backend):
             end = size if length_bytes is None else min(size, offset_bytes + length_bytes)
             if end <= offset_bytes:
                 return b""
+            self._pay(end - offset_bytes)
             return bytes(self._files.cat_file(path, start=offset_bytes, end=end))
         except _FAILURES as error:
             raise self._error(error, "reading", key) from error
@@ -60,6 +61,7 @@ class FsspecBackend(Backend):
         """See Backend.list."""
         below = self._path(prefix) if prefix else self._root
         try:
+            self._files.invalidate_cache()  # what others wrote since must be seen
             found: dict[str, Any] = self._files.find(below, detail=True)
         except FileNotFoundError:
             return
@@ -77,6 +79,7 @@ class FsspecBackend(Backend):
             self._make_room(path)
             if if_absent and self._files.exists(path):
                 raise FileExistsError(path)
+            self._pay(memoryview(data).nbytes)
             self._files.pipe_file(path, bytes(data), mode="create" if if_absent else "overwrite")
         except FileExistsError:
             raise AlreadyExistsError(f"{self.location}/{key} exists already") from None
@@ -92,7 +95,7 @@ class FsspecBackend(Backend):
             self._make_room(path)
             try:
                 with self._files.open(draft, "wb", block_size=part_bytes) as file:
-                    for part in parts:
+                    for part in self._paid(parts):
                         file.write(part)
                 self._files.mv(draft, path)
             except BaseException:

@@ -80,15 +80,18 @@ class ObjectBackend(Backend):
         wanted: Any = {"offset": offset_bytes} if length_bytes is None else (offset_bytes, offset_bytes + length_bytes)
         options = {} if not offset_bytes and length_bytes is None else {"range": wanted}
         try:
-            return bytes(self._obstore.get(self._store, path, options=options).bytes())
+            data = bytes(self._obstore.get(self._store, path, options=options).bytes())
         except self._failures as error:
             # A range that begins behind the end is refused by most stores, each in words of its own.
             if options and not isinstance(error, self._missing) and self._size(key) <= offset_bytes:
                 return b""
             self._raise(error, "reading", key)
+        self._pay(len(data))  # afterwards: it may be less than was asked for
+        return data
 
     def view(self, key: str, offset_bytes: int, length_bytes: int) -> Buffer:
         """See Backend.view."""
+        self._pay(length_bytes)
         try:
             data = self._obstore.get_range(self._store, self.key_path(key), start=offset_bytes, length=length_bytes)
         except self._failures as error:
@@ -115,6 +118,7 @@ class ObjectBackend(Backend):
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """See Backend.put."""
         path = self.key_path(key)
+        self._pay(memoryview(data).nbytes)
         if if_absent:
             self._create(key, data)
             return
@@ -194,7 +198,7 @@ class ObjectBackend(Backend):
 
         def watched() -> Iterator[Buffer]:
             try:
-                yield from parts
+                yield from self._paid(parts)
             except BaseException as error:  # obstore would turn it into an error of its own
                 failed.append(error)
                 raise

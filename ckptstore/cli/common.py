@@ -19,18 +19,18 @@ from ckptstore import side as side_folders
 from ckptstore.backends import Backend, is_url, normal_url, open_backend
 from ckptstore.choose import STATE_WORTH_STEPS, Selection
 from ckptstore.cli.render import echo, field, note, safe
+from ckptstore.cli.urls import HERE, said_url
 from ckptstore.errors import BusyError, NotFoundError, NothingToResumeError, UsageError, from_os_error
 from ckptstore.frameworks import steps as steps_layout
 from ckptstore.frameworks.areal import layout
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.saving import first_saved
 from ckptstore.listing import Listing, scan
-from ckptstore.locate import Located, NoRunError, Where, locate, named_run
+from ckptstore.locate import Located, NoRunError, RemoteError, Where, locate, named_run
 from ckptstore.lock import busy
 from ckptstore.model import Checkpoint
 
 Function = Callable[..., Any]
-URL_VARIABLE = "CKPTSTORE_URL"
 
 
 class WhereOption(click.Option):
@@ -93,7 +93,7 @@ _LOCATION = _compose(
     _where("-e", "--experiment-name", "experiment", metavar="NAME", help="experiment_name of the YAML."),
     _where("-t", "--trial-name", "trial", metavar="NAME", help="trial_name of the YAML."),
     _where("--user", metavar="NAME", help="Whose run: the folder below checkpoints/."),
-    _where("--fileroot", metavar="DIR", help="cluster.fileroot of the YAML. [$CKPTSTORE_FILEROOT]"),
+    _where("--fileroot", metavar="DIR", help="cluster.fileroot of the YAML, or a URL. [$CKPTSTORE_FILEROOT]"),
     _where(
         "--config", metavar="YAML", help="The trainer's own YAML: names and fileroot are taken from it; KEY=VALUE overrides."
     ),
@@ -242,7 +242,7 @@ def open_run(
     What a crash interrupted there is finished first; with `read_only`, for a call that must not change anything,
     BusyError says that it is pending. With `remote` the run may be a URL, where nothing is ever pending.
     """
-    located = locate(where, ask=_ask if is_interactive() and not as_json else None, remote=remote)
+    located = find_run(where, as_json=as_json, remote=remote)
     if not as_json:
         field("run", f"{located.run.path}  ({located.how})")
     for warning in located.warnings:
@@ -273,15 +273,34 @@ def open_run(
     return located, open_backend(located.run.path)
 
 
+def find_run(where: Where, *, as_json: bool = False, remote: bool = False) -> Located:
+    """The run that is meant. Where a URL will do (`remote`), and nothing of it is here, the one that is named for it."""
+    try:
+        return locate(where, ask=_ask if is_interactive() and not as_json else None, remote=remote)
+    except RemoteError as error:
+        context = click.get_current_context(silent=True)
+        error.hint = HERE.get(context.info_name or "" if context else "", error.hint)
+        raise
+    except NoRunError:
+        url, said = said_url(where)
+        if not remote or where.run or not url:
+            raise
+        ref = layout.run_ref(normal_url(url))
+        if (where.experiment or ref.experiment, where.trial or ref.trial) != (ref.experiment, ref.trial):
+            raise  # another run than the one that was asked for
+        return Located(ref, f"it is not here: {said}")
+
+
 def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only: bool) -> tuple[Located, Backend, Selection]:
     """The run whose slot is to be filled. On a machine that lost its disk it is made, when what fills it comes from a URL.
 
-    Without --from, $CKPTSTORE_URL is that URL where the run is not here; where it is, its own checkpoints are meant.
+    Without --from, $CKPTSTORE_URL or the YAML's is that URL where the run is not here; where it is, its own checkpoints are
+    meant.
     """
     try:
         return *open_run(where, as_json=as_json, read_only=read_only), selection
     except NoRunError as error:
-        url = selection.url or os.environ.get(URL_VARIABLE, "")
+        url, said = said_url(where, selection.url)
         names = named_run(where)
         known = bool(where.run) or all((names.fileroot, names.experiment, names.trial))
         if not url or not known or os.path.lexists(names.path):
@@ -291,9 +310,9 @@ def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only
             raise
     if not selection.url:
         if selection.checkpoint_path:
-            raise UsageError(f"--checkpoint-path for a run that is not here, and ${URL_VARIABLE} is set: give one of them")
+            raise UsageError(f"--checkpoint-path for a run that is not here, and {said} names a URL: give one of them")
         selection = dataclasses.replace(selection, url=normal_url(url))
-        note(f"the run is not here: its checkpoints are taken from ${URL_VARIABLE}, {selection.url}")
+        note(f"the run is not here: its checkpoints are taken from {said}, {selection.url}")
     try:
         os.makedirs(names.path)
     except OSError as error:

@@ -9,12 +9,12 @@ import click
 
 from ckptstore import doctor
 from ckptstore.checks import Diagnosis, Severity
-from ckptstore.cli.common import JSON, OVERRIDES, TrainerOption, Verb, location_options
+from ckptstore.cli.common import JSON, OVERRIDES, TrainerOption, Verb, find_run, location_options
 from ckptstore.cli.render import done, echo, field, item, print_json, run_json
 from ckptstore.config import load
 from ckptstore.frameworks.areal.launch import find_installation
 from ckptstore.frameworks.areal.layout import run_ref
-from ckptstore.locate import FILEROOT_VARIABLE, Located, NoRunError, Where, current_user, locate
+from ckptstore.locate import FILEROOT_VARIABLE, Located, NoRunError, Where, current_user
 
 _MARKS = {Severity.OK: ("✓", "green"), Severity.WARN: ("!", "yellow"), Severity.BAD: ("✗", "red")}
 
@@ -74,7 +74,7 @@ def command(
 def _locate(where: Where) -> Located:
     """The run that is meant, one that does not exist yet included, where its names and its fileroot are said."""
     try:
-        return locate(where)
+        return find_run(where)
     except NoRunError:
         config = load(where.config, where.overrides) if where.config else None
         fileroot = (

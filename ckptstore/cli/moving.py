@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from ckptstore.backends import is_url
-from ckptstore.cli.common import URL_VARIABLE, WhichOption, pick
+from ckptstore.backends import Bandwidth, is_url
+from ckptstore.cli.common import WhichOption, pick
+from ckptstore.cli.urls import URL_VARIABLE
 from ckptstore.errors import NothingToResumeError, UsageError
 from ckptstore.listing import Listing
 from ckptstore.model import Checkpoint
@@ -22,6 +24,35 @@ def url_option(name: str, what: str) -> Callable[[Any], Any]:
     return click.option(
         name, "url", metavar="URL", envvar=URL_VARIABLE, default="", help=f"{what}. [${URL_VARIABLE}]".capitalize()
     )
+
+
+_RATE = re.compile(r"(?i)([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(i?)b?(?:/s)?")
+
+
+def _rate(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Bytes a second: 200MB/s, 0.5GiB/s, 1000000."""
+    if value is None:
+        return None
+    match = _RATE.fullmatch(value.strip())
+    number = float(match[1]) if match else 0.0
+    if match is None or number <= 0 or (match[3] and not match[2]):
+        raise click.BadParameter(f"{value!r} is no rate: say 200MB/s, 0.5GiB/s, or bytes a second")
+    return number * float(1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " ")
+
+
+MAX_BANDWIDTH = click.option(
+    "--max-bandwidth",
+    "bytes_per_s",
+    callback=_rate,
+    default=None,
+    metavar="RATE",
+    help="No more than this over all streams of this machine, 200MB/s say, to spare what else uses the network.",
+)
+
+
+def bounded(bytes_per_s: float | None, processes: int = 1) -> Bandwidth | None:
+    """The bound that --max-bandwidth says, for one of `processes` of this machine."""
+    return None if bytes_per_s is None else Bandwidth(bytes_per_s / processes)
 
 
 def url_or_usage(url: str, option: str) -> str:

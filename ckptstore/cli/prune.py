@@ -20,6 +20,7 @@ from ckptstore.locate import Where
 @click.option("--keep-best", type=click.IntRange(1), metavar="K", help="Keep the K best by --metric.")
 @click.option("--metric", default="", metavar="NAME", help="The metric, as it was given to save.")
 @click.option("--mode", type=click.Choice(["max", "min"]), default="max", show_default=True, help="Which end of it is good.")
+@click.option("--unmirrored", is_flag=True, help="Also what is not yet safe where the store is mirrored to.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted, and why the others stay.")
 @JSON
 @location_options
@@ -32,6 +33,7 @@ def command(
     keep_best: int | None,
     metric: str,
     mode: str,
+    unmirrored: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -58,7 +60,8 @@ def command(
             f"--config {where.config} has no retention: block, and no --keep option is given",
             hint="Say what to keep: --keep-last, --keep-every, --keep-every-hours, --keep-best.",
         )
-    decisions = retention.plan(backend, keep) if dry_run else retention.prune(backend, keep)
+    decide = retention.plan if dry_run else retention.prune
+    decisions = decide(backend, keep, unmirrored=unmirrored)
     doomed = [one for one in decisions if not one.keep]
     if as_json:
         shown = [

@@ -10,13 +10,15 @@ import click
 
 from ckptstore.backends import is_url, open_backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, read_words
-from ckptstore.cli.moving import EVERYTHING, LATEST, chosen, url_option, url_or_usage
+from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
 from ckptstore.errors import UsageError
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.pull import Fetched, pull
+from ckptstore.receiving import Bringing, bring
+from ckptstore.rendezvous import Rendezvous, launch
 
 
 @click.command("pull", cls=Verb, short_help="Checkpoints from an object store, every range verified.")
@@ -25,6 +27,7 @@ from ckptstore.pull import Fetched, pull
 @LOG_STEP
 @url_option("--from", "where the run is: its parts lie directly below")
 @click.option("--to", "run", metavar="DIR", required=True, help="The run's own folder here; made where it is missing.")
+@MAX_BANDWIDTH
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched; nothing is written.")
 @JSON
 @click.argument("words", nargs=-1, metavar="[STEP]...")
@@ -33,6 +36,7 @@ def command(
     everything: bool,
     log_steps: tuple[int, ...],
     url: str,
+    bytes_per_s: float | None,
     run: str,
     dry_run: bool,
     as_json: bool,
@@ -48,17 +52,36 @@ def command(
         raise UsageError(f"{where.overrides[0]!r} is no step")
     if is_url(run):
         raise UsageError("--to is a folder of this machine", hint="`ckptstore push --to URL` goes the other way.")
-    source = open_backend(url_or_usage(url, "--from"))
-    if not as_json:
+    told = launch()
+    bandwidth = bounded(bytes_per_s, told.local_world_size if told else 1)
+    source = open_backend(url_or_usage(url, "--from"), bandwidth=bandwidth)
+    if told is not None and told.local_rank and dry_run:
+        return
+    if not as_json and (told is None or not told.local_rank):
         field("from", source.location)
         field("to", run)
-    picked = chosen(scan(source), steps, latest=latest, everything=everything)
+    picked = chosen(scan(source), steps, latest=latest, everything=everything) if told is None or not told.local_rank else []
     results: list[Fetched] = []
     started = time.monotonic()
+
+    def bring_all(bringing: Bringing) -> None:
+        for checkpoint in picked:
+            results.extend(pull(source, checkpoint, run, dry_run=dry_run, bringing=bringing, notify=progress.notify))
+
     try:
-        with Progress(quiet=as_json) as progress:
-            for checkpoint in picked:
-                results += pull(source, checkpoint, run, dry_run=dry_run, notify=progress.notify)
+        with Progress(quiet=as_json or bool(told and told.local_rank)) as progress:
+            if told is None or dry_run:
+                bring_all(bring)
+            else:
+                from ckptstore import sharing
+
+                with Rendezvous(run, told) as group:
+                    if not group.leads:
+                        sharing.help_pull(group, source)
+                        return
+                    shared = sharing.Shared(group)
+                    bring_all(shared.bring)
+                    shared.end(results)
     except KeyboardInterrupt:
         note("stopped: nothing unfinished is visible. The same command goes on with the chunks that are here.")
         raise

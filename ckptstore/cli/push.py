@@ -9,12 +9,14 @@ import click
 
 from ckptstore.backends import open_backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words
-from ckptstore.cli.moving import EVERYTHING, LATEST, chosen, url_option, url_or_usage
+from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
+from ckptstore.cli.urls import said_url
 from ckptstore.listing import scan
 from ckptstore.locate import Where
-from ckptstore.push import Sent, push
+from ckptstore.push import Sending, Sent, push
+from ckptstore.rendezvous import Rendezvous, launch
 from ckptstore.stalls import StallWatch
 
 
@@ -24,6 +26,7 @@ from ckptstore.stalls import StallWatch
 @LOG_STEP
 @url_option("--to", "where the run shall be: its parts lie directly below")
 @click.option("--replace", is_flag=True, help="Take the place of what is committed there with other bytes, in one act.")
+@MAX_BANDWIDTH
 @click.option("--dry-run", is_flag=True, help="Say what would be sent; nothing is written.")
 @JSON
 @location_options
@@ -35,6 +38,7 @@ def command(
     log_steps: tuple[int, ...],
     url: str,
     replace: bool,
+    bytes_per_s: float | None,
     dry_run: bool,
     as_json: bool,
     words: tuple[str, ...],
@@ -45,16 +49,48 @@ def command(
     there already is not sent again: the same command goes on after a crash.
     """
     where, steps = read_words(where, words, log_steps)
-    target = open_backend(url_or_usage(url, "--to"))
-    _, backend = open_run(where, as_json=as_json, read_only=dry_run)
-    picked = chosen(scan(backend), steps, latest=latest, everything=everything)
+    told = launch()
+    bandwidth = bounded(bytes_per_s, told.local_world_size if told else 1)
+    target = open_backend(url_or_usage(said_url(where, url)[0], "--to"), bandwidth=bandwidth)
+    first = told is None or not told.rank
+    if dry_run and not first:
+        return
+    located, backend = open_run(where, as_json=as_json or not first, read_only=dry_run or not first)
+    picked = chosen(scan(backend), steps, latest=latest, everything=everything) if first else []
     results: list[Sent] = []
     started = time.monotonic()
     stalls = StallWatch()
+
+    def send_all(sending: Sending | None = None) -> None:
+        for checkpoint in picked:
+            results.extend(
+                push(
+                    backend,
+                    checkpoint,
+                    target,
+                    replace=replace,
+                    dry_run=dry_run,
+                    sending=sending,
+                    notify=progress.notify,
+                )
+            )
+
     try:
-        with Progress(quiet=as_json) as progress, stalls:
-            for checkpoint in picked:
-                results += push(backend, checkpoint, target, replace=replace, dry_run=dry_run, notify=progress.notify)
+        with Progress(quiet=as_json or not first) as progress, stalls:
+            if told is None or dry_run:
+                send_all()
+            else:
+                from ckptstore import sharing
+
+                with Rendezvous(located.run.path, told) as group:
+                    if not group.leads:
+                        sharing.help_push(group, backend, target)
+                        return
+                    shared = sharing.Shared(group, source=backend, target=target)
+                    send_all(shared.send)
+                    shared.end()
+                if not first:  # a machine with a disk of its own: what is here, rank 0's machine sends
+                    return
     except KeyboardInterrupt:
         note("stopped: nothing unfinished is visible there. The same command goes on with the files that arrived.")
         raise

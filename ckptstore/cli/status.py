@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckptstore import halt, health, importing, pins
+from ckptstore import halt, health, importing, mirrored, pins
 from ckptstore import ledger as ledgers
 from ckptstore import side as side_folders
 from ckptstore.cli import condition
@@ -19,6 +19,7 @@ from ckptstore.health import Health
 from ckptstore.ledger import Ledger, Writer
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
+from ckptstore.mirrored import Lag
 from ckptstore.model import Checkpoint
 
 _SHOWN = 6
@@ -132,9 +133,28 @@ def _print(listing: Listing, side: str, ledger: Ledger) -> None:
     else:
         field("good", f"global step {good.step} is the newest good one: {health.of(good, ledger).why}")
     _print_checkpoints(listing, ledger)
+    if (lag := _lag(listing, side)) is not None:
+        _print_mirror(lag)
     for pin in pins.read(side):
         field("pinned", f"step {pin.step}: {pin.why}")
     _print_metrics(ledger)
+
+
+def _lag(listing: Listing, side: str) -> Lag | None:
+    record = mirrored.read(side)
+    return None if record is None else mirrored.lag(record, mirrored.finished(listing))
+
+
+def _print_mirror(lag: Lag) -> None:
+    safe = "nothing is safe there yet" if lag.newest_safe_step is None else f"step {lag.newest_safe_step} is safe there"
+    behind = "" if lag.behind_steps is None else f", {lag.behind_steps} steps"
+    waits = (
+        f"; {lag.waiting} here are not, the oldest for {age(lag.behind_s)}{behind}" if lag.waiting else ", and all that is here"
+    )
+    looked = f" (as of {age(time.time() - lag.looked_at_s)} ago)" if lag.looked_at_s else ""
+    field("mirror", f"{lag.url}: {safe}{waits}{looked}")
+    if lag.problem:
+        item("✗", lag.problem)
 
 
 def _last_good(listing: Listing, ledger: Ledger) -> Checkpoint | None:
@@ -177,6 +197,7 @@ def _json(located: Located, listing: Listing, side: str, ledger: Ledger) -> dict
     trip = halt.read(side)
     line = ledger.line()
     good = _last_good(listing, ledger)
+    lag = _lag(listing, side)
     return {
         "run": run_json(located),
         "tripped": trip is not None,
@@ -194,6 +215,7 @@ def _json(located: Located, listing: Listing, side: str, ledger: Ledger) -> dict
             "at": trip.at_s,
         },
         "pins": [{"step": pin.step, "path": pin.path, "why": pin.why, "at": pin.at_s} for pin in pins.read(side)],
+        "mirror": None if lag is None else _mirror_json(lag),
         "last_good_step": None if good is None else good.step,
         "checkpoints": [
             {"step": checkpoint.step, "status": str(checkpoint.status)} | condition.verdict_json(health.of(checkpoint, ledger))
@@ -207,4 +229,17 @@ def _json(located: Located, listing: Listing, side: str, ledger: Ledger) -> dict
             else {},
             "damaged_lines": ledger.damaged_lines,
         },
+    }
+
+
+def _mirror_json(lag: Lag) -> dict[str, Any]:
+    return {
+        "url": lag.url,
+        "newest_local_step": lag.newest_local_step,
+        "newest_safe_step": lag.newest_safe_step,
+        "waiting": lag.waiting,
+        "behind_steps": lag.behind_steps,
+        "behind_seconds": round(lag.behind_s, 3),
+        "looked_at": lag.looked_at_s,
+        "problem": lag.problem,
     }

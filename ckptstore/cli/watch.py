@@ -9,13 +9,16 @@ from types import FrameType
 
 import click
 
-from ckptstore import adopt
+from ckptstore import adopt, mirrored
 from ckptstore.backends import is_url, normal_url
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
+from ckptstore.cli.moving import MAX_BANDWIDTH, bounded
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import checkpoint_json, done, echo, note, size, steps
 from ckptstore.errors import CkptStoreError
 from ckptstore.locate import Where
+from ckptstore.places import side_of
+from ckptstore.push import Sent
 from ckptstore.stalls import StallWatch
 
 
@@ -27,16 +30,17 @@ from ckptstore.stalls import StallWatch
     default="",
     help="Keep them below this folder, on another disk say, instead of beside the run; or push each to this URL too.",
 )
+@MAX_BANDWIDTH
 @click.option("--once", is_flag=True, help="Stop after the first.")
 @JSON
 @location_options
 @OVERRIDES
-def command(where: Where, keep: int, to: str, once: bool, as_json: bool) -> None:
+def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: bool, as_json: bool) -> None:
     """Keep the newest finished saves of a running trainer. Runs until Ctrl-C or SIGTERM; --json prints a line a save.
 
     Nothing of the trainer's is touched; a save in progress is waited for. `setup` takes them like any other checkpoint; those
-    that are kept elsewhere by --checkpoint-path DIR/EXPERIMENT/TRIAL/adopted/globalstepN, or by --from URL. What could not be
-    pushed is pushed after the next save, and is not removed here before.
+    that are kept elsewhere by --checkpoint-path DIR/EXPERIMENT/TRIAL/adopted/globalstepN, or by --from URL. With --to URL
+    finished exports are pushed too. What could not be pushed is pushed after the next save, and is not removed here before.
     """
     located, backend = open_run(where, as_json=as_json)
     stop = threading.Event()
@@ -49,20 +53,25 @@ def command(where: Where, keep: int, to: str, once: bool, as_json: bool) -> None
     if not as_json:
         echo(f"watching {located.run.path}, keeping the newest {keep}{f' in {to}' * bool(to)}", err=True)
     url = normal_url(to) if is_url(to) else ""
+    bandwidth = bounded(bytes_per_s)
+    record = mirrored.read(side_of(located.run.path))
+    if record is not None and not url:
+        note(f"this run was mirrored to {record.url}: what is not safe there yet is not removed here (see `ckptstore status`)")
     with Progress(quiet=as_json) as progress:
 
-        def kept() -> bool:
+        def kept() -> None:
+            if not url:
+                return
             from ckptstore.mirror import mirror
 
+            sent: list[Sent] = []
             try:
                 with StallWatch():
-                    sent = mirror(backend, url, notify=progress.notify) if url else []
+                    sent = mirror(backend, url, bandwidth=bandwidth, notify=progress.notify)
             except CkptStoreError as error:
                 note(f"not pushed to {url}, until the next save: {error}")
-                return False
             for step in sorted({one.step for one in sent}):
                 note(f"step {step} is committed in {url}")
-            return True
 
         watching = adopt.watch(
             backend, keep=keep, into="" if url else to, kept=kept, stop=stop.is_set, wait=stop.wait, notify=progress.notify

@@ -1,0 +1,168 @@
+"""What of a run is safe in an object store: written by whoever mirrors it, read by whoever is about to delete, and by `status`.
+
+`mirror.json` in the run's side folder: the URL, and by its folder's name a mark of each checkpoint of this machine that is
+COMMITTED there. The mark is of names, sizes and times: a step that is saved anew is not safe because the old one was. Where
+there is no such file the run is not mirrored. One that cannot be understood stops whoever wants to delete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ckptstore import side as side_folders
+from ckptstore.errors import StorageError, from_os_error
+from ckptstore.listing import Listing
+from ckptstore.model import Checkpoint, Status
+
+NAME = "mirror.json"
+MAX_BYTES = 64 << 20
+#: An export without a manifest is finished when nothing of it has changed for so long.
+SETTLED_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The state of a run's mirror. Times are Unix seconds."""
+
+    url: str
+    safe: Mapping[str, str] = field(default_factory=dict)  #: name → mark, of what is on this machine and safe there
+    newest_step: int = -1  #: the newest step that was ever seen safe there
+    looked_at_s: float = 0.0
+    problem: str = ""  #: why the last try ended early; empty where it did not
+
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Whether just this checkpoint is safe there."""
+        return self.safe.get(name_of(checkpoint)) == mark_of(checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """How far a mirror is behind."""
+
+    url: str
+    newest_local_step: int | None
+    newest_safe_step: int | None
+    waiting: int  #: checkpoints that are not safe there yet
+    behind_steps: int | None  #: global steps from the newest that is safe to the newest here; None where none is safe
+    behind_s: float  #: the age of the oldest that waits; 0 where none does
+    looked_at_s: float
+    problem: str
+
+
+def finished(listing: Listing, *, now_s: float | None = None) -> list[Checkpoint]:
+    """The checkpoints of a run that will not change any more, by step."""
+    now_s = time.time() if now_s is None else now_s
+    found = [*listing.checkpoints, *listing.adopted]
+    settled_ns = (now_s - SETTLED_S) * 1e9
+    return sorted(
+        (
+            checkpoint
+            for checkpoint in found
+            if checkpoint.status is Status.COMMITTED
+            or (
+                listing.framework == "areal"
+                and checkpoint.status is Status.COMPLETE
+                and all(part.mtime_ns < settled_ns for part in checkpoint.parts)
+            )
+        ),
+        key=lambda checkpoint: (checkpoint.step, checkpoint.kind),
+    )
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """Names a checkpoint among those of its run."""
+    return os.path.basename(checkpoint.store or checkpoint.parts[0].path)
+
+
+def mark_of(checkpoint: Checkpoint) -> str:
+    """Another one for other files: by names, sizes and times."""
+    lines = [
+        f"{part.name}/{file.name} {file.size_bytes} {file.mtime_ns}"
+        for part in sorted(checkpoint.parts, key=lambda part: part.name)
+        for file in sorted(part.files)
+    ]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def read(side: str) -> Record | None:
+    """The record of the run with this side folder; None where it is not mirrored. StorageError for one that is damaged."""
+    path = os.path.join(side, NAME)
+    try:
+        with open(path, "rb") as file:
+            document = json.loads(file.read(MAX_BYTES))
+        return Record(
+            str(document["url"]),
+            {str(name): str(mark) for name, mark in document["safe"].items()},
+            int(document["newest_step"]),
+            float(document["looked_at"]),
+            str(document["problem"]),
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise from_os_error(error, doing="reading", path=path) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise StorageError(
+            f"{path} is damaged ({error!r:.80})",
+            operation="read",
+            path=path,
+            hint="Remove it; the next mirroring makes it anew.",
+        ) from error
+
+
+def write(side: str, record: Record) -> None:
+    """Replace the record, durably: what is deleted afterwards must be known to be safe after a crash too."""
+    path = os.path.join(side, NAME)
+    draft = f"{path}.{secrets.token_hex(4)}"
+    document = {
+        "version": 1,
+        "url": record.url,
+        "safe": dict(record.safe),
+        "newest_step": record.newest_step,
+        "looked_at": round(record.looked_at_s, 3),
+        "problem": record.problem,
+    }
+    side_folders.make_side(side)
+    try:
+        side_folders.write_durably(draft, json.dumps(document, indent=1).encode() + b"\n")
+        side_folders.like(draft, os.stat(side), mode=0o644)
+        os.replace(draft, path)
+        side_folders.sync_folder(side)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise from_os_error(error, doing="writing", path=path) from error
+
+
+def unsafe(side: str, checkpoints: Iterable[Checkpoint]) -> dict[int, str]:
+    """The steps that are not safe yet, each with the URL that it is missing from; none where the run is not mirrored."""
+    record = read(side)
+    if record is None:
+        return {}
+    return {checkpoint.step: record.url for checkpoint in checkpoints if not record.holds(checkpoint)}
+
+
+def lag(record: Record, checkpoints: Iterable[Checkpoint]) -> Lag:
+    """How far the mirror is behind the finished `checkpoints` of this machine."""
+    here = list(checkpoints)
+    waiting = [checkpoint for checkpoint in here if not record.holds(checkpoint)]
+    newest = max((checkpoint.step for checkpoint in here), default=None)
+    safe = max([record.newest_step, *(c.step for c in here if c not in waiting)])
+    saved_s = [max((part.mtime_ns for part in checkpoint.parts), default=0) / 1e9 for checkpoint in waiting]
+    return Lag(
+        record.url,
+        newest,
+        safe if safe >= 0 else None,
+        len(waiting),
+        None if safe < 0 or newest is None else max(newest - safe, 0),
+        max(time.time() - min(saved_s), 0.0) if saved_s else 0.0,
+        record.looked_at_s,
+        record.problem,
+    )
