@@ -19,6 +19,25 @@ largest resident set of the process, for ckptstore Python included. Every run's 
 
 """
 
+#: What the page says first: a table, ours in it, and who it is set against.
+COMPARED = (
+    (
+        "copy, 16 shards, warm",
+        "ckptstore",
+        ("fio write", "cp -r, sync", "cp -r, sync, b3sum of both", "cp -r, sync, sha256sum of both", "rsync -a, sync",
+         "rclone copy, sync"),
+    ),
+    ("copy, 16 shards, cold", "ckptstore", ("fio read and write at once", "cp -r, sync", "cp -r, sync, b3sum of both")),
+    ("copy, small files, warm", "ckptstore", ("cp -r, sync",)),
+    ("digest, warm", "ckptstore", ("cat >/dev/null", "b3sum", "sha256sum")),
+    ("save from memory", "ckptstore.torch.save", ("fio write", "DCP", "DCP, 4 threads", "torch.save", "safetensors, fsync")),
+    ("load into memory, warm", "ckptstore.torch.load", ("dcp.load", "torch.load", "safetensors load_file")),
+    ("load into memory, cold", "ckptstore.torch.load", ("dcp.load", "torch.load", "safetensors load_file")),
+    ("what training waits for, of a save in the background", "ckptstore.torch.save_async", ("one memcpy", "dcp.async_save")),
+    ("to a bucket", "ckptstore", ("s5cmd", "rclone", "boto3", "aws s3 cp", "s3fs")),
+    ("from a bucket", "ckptstore", ("s5cmd", "rclone", "boto3", "aws s3 cp", "s3fs")),
+)  # fmt: skip
+
 
 @dataclass
 class Row:
@@ -104,6 +123,19 @@ def table(group: str, rows: list[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
+def in_short(tables: dict[str, list[Row]]) -> str:
+    """A line for each comparison that was measured."""
+    lines = []
+    for group, ours, peers in COMPARED:
+        rows = {row.name: row for row in tables.get(group, ())}
+        if ours not in rows:
+            continue
+        kind = " and ".join(word for word, so in (("digested", rows[ours].digested), ("durable", rows[ours].durable)) if so)
+        against = [f"{rows[ours].speed / rows[peer].speed:.2f}× {peer}" for peer in peers if peer in rows]
+        lines.append(f"- **{group[0].upper()}{group[1:]}** ({kind}): {rows[ours].speed:.2f} GB/s. " + " · ".join(against))
+    return "\n".join(lines) + "\n\n" if lines else ""
+
+
 def machine(figures: dict) -> str:
     info = figures["machine_info"]
     cpu = info.get("cpu", {})
@@ -175,4 +207,5 @@ def write(sources: list[Path], page: Path) -> None:
     drawing = page.with_suffix(".svg")
     if picture(tables, drawing):
         text += f"![Speeds of all contenders]({drawing.name})\n\n"
+    text += in_short(tables)
     page.write_text(text + "\n".join(table(group, rows) for group, rows in tables.items()))
