@@ -293,6 +293,7 @@ def test_a_store_that_ignores_versions_is_named(s3, run, tmp_path, monkeypatch):
     assert {key: blob for key, blob in state(s3).items() if key in before} == before
 
 
+@pytest.mark.soak
 def test_many_replace_at_once(s3):
     """Of many that have seen the same, one is told that it did; the content is its own."""
     backend = open_backend(s3)

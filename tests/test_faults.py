@@ -59,7 +59,10 @@ def test_the_proxy_itself(proxy, s3, run, tmp_path):
     assert proxy.hit == []
 
 
-@pytest.mark.parametrize("kind", faults.KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.soak] if kind == "stall" else []) for kind in faults.KINDS],  # it takes a while
+)
 def test_one_request_in_ten(proxy, seaweed, s3, run, tmp_path, monkeypatch, kind):
     """Push, verify and pull come through, or say what failed; in the end all is right there and here."""
     if kind == "stall":

@@ -153,7 +153,7 @@ def kill_pushes(run: Path, url: str, count: int, seed: int) -> Campaign:
         if ended or there or campaign.chance.random() < 0.1:  # begin anew; sometimes in the midst of it
             send(run, here)
             assert judge(here, [run], f"place {place} at its end")
-            for leftover in leftovers.look(open_backend(here), older_than_ns=time.time_ns() + 10**12):
+            for leftover in leftovers.look(open_backend(here), older_than_s=-1000).leftovers:
                 leftovers.remove(open_backend(here), leftover)
             assert judge(here, [run], f"place {place} cleaned")
             names = {blob.key.rpartition("/")[2] for blob in open_backend(here).list()}
@@ -213,7 +213,7 @@ def kill_two_pushers(run: Path, other: Path, url: str, count: int, seed: int) ->
         assert judge(here, [run, other], f"place {place} at its end")
         seen["places"] += 1
         seen["places of an attempt"] += bool(base)
-        for leftover in leftovers.look(open_backend(here), older_than_ns=time.time_ns() + 10**12):
+        for leftover in leftovers.look(open_backend(here), older_than_s=-1000).leftovers:
             leftovers.remove(open_backend(here), leftover)
         assert judge(here, [run, other], f"place {place} cleaned")
     return seen

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import awscrt.checksums
@@ -60,6 +61,15 @@ def faults(tmp_path_factory):
     library = tmp_path_factory.mktemp("faults") / "faults.so"
     subprocess.run([compiler, "-O2", "-Wall", "-shared", "-fPIC", HERE / "faults.c", "-o", library, "-ldl"], check=True)
     return library
+
+
+def state(threads=1):
+    """Descriptors and how many threads there are, once these are `threads`: one that was joined is listed for a moment."""
+    for _ in range(1000):
+        if len(os.listdir("/proc/self/task")) <= threads:
+            break
+        time.sleep(0.001)
+    return sorted(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 def run_python(code, *arguments, preload=None, prefix=(), env=(), **options):

@@ -15,7 +15,7 @@ import ctypes, os, shutil, sys, time
 from pathlib import Path
 import awscrt.checksums
 from ckptstore import errors, native
-from conftest import CHUNK, assert_same, independent_digest, make_tree, random_bytes
+from conftest import CHUNK, assert_same, independent_digest, make_tree, random_bytes, state
 
 library = ctypes.CDLL(sys.argv[1])
 top = Path(sys.argv[2])
@@ -39,12 +39,6 @@ def copy(specs=specs, **options):
     options = {"chunk_bytes": CHUNK, "block_bytes": 32 << 10, "threads": 2, **options}
     return native.copy_files(source, destination, specs, options=native.CopyOptions(**options))
 
-def state():
-    for _ in range(1000):  # a thread that was joined stays in the list for a moment
-        if len(os.listdir("/proc/self/task")) == 1:
-            break
-        time.sleep(0.001)
-    return sorted(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 """
 
 
