@@ -142,18 +142,23 @@ def in_short(tables: dict[str, list[Row]]) -> str:
     return "\n".join(lines) + "\n\n" if lines else ""
 
 
-def machine(figures: dict) -> str:
-    info = figures["machine_info"]
+def machine(runs: list[dict]) -> str:
+    """The machine, and when each run was made, of what, and how busy it was."""
+    info = runs[0]["machine_info"]
     cpu = info.get("cpu", {})
     facts = [
         f"{cpu.get('brand_raw', 'unknown processor')}, {info.get('cores', '?')} cores, AVX-512: "
         f"{'yes' if info.get('avx512') else 'no'}, CRC path: {info.get('crc64', '?')}",
         f"{info.get('memory_bytes', 0) / GB:.0f} GB memory, kernel {info.get('release', '?')}",
-        f"{info.get('file_system', '?')}; {info.get('size', '?')} a run; load average at the start "
-        + ", ".join(f"{load:.1f}" for load in info.get("load", [])),
-        f"{figures['datetime'][:16].replace('T', ' ')}, commit {figures['commit_info'].get('id', '?')[:12]}"
-        + (" with changes" if figures["commit_info"].get("dirty") else ""),
+        info.get("file_system", "?"),
     ]
+    for run in runs:
+        tables = ", ".join(dict.fromkeys(group.partition(",")[0] for group in tables_of(run)))
+        commit, load = run["commit_info"], run["machine_info"].get("load", [0])
+        facts.append(
+            f"{tables}: {run['machine_info'].get('size', '?')} a run, {run['datetime'][:16].replace('T', ' ')}, commit "
+            f"{commit.get('id', '?')[:12]}{' with changes' if commit.get('dirty') else ''}, load average then {load[0]:.1f}"
+        )
     return "\n".join(f"- {fact}" for fact in facts) + "\n\n"
 
 
@@ -202,13 +207,11 @@ def picture(tables: dict[str, list[Row]], path: Path) -> bool:
 
 def write(sources: list[Path], page: Path) -> None:
     """Write the page from one JSON, or from several of the same machine (tables that were run one by one)."""
-    figures, *others = (json.loads(source.read_text()) for source in sources)
-    for other in others:
-        figures["benchmarks"] += other["benchmarks"]
-    tables = tables_of(figures)
-    info = figures["machine_info"]
-    command = f"./run bench --size {info.get('size', '')}"
-    text = INTRODUCTION.format(command=command) + machine(figures)
+    runs = [json.loads(source.read_text()) for source in sources]
+    tables = tables_of({"benchmarks": [benchmark for run in runs for benchmark in run["benchmarks"]]})
+    info = runs[0]["machine_info"]
+    command = "./run bench" + (f" --size {info.get('size', '')}" if len(runs) == 1 else ", table by table")
+    text = INTRODUCTION.format(command=command) + machine(runs)
     page.parent.mkdir(parents=True, exist_ok=True)
     drawing = page.with_suffix(".svg")
     if picture(tables, drawing):
