@@ -186,6 +186,7 @@ class TestBack:
             if index.exists():
                 assert json.loads(index.read_text())["weight_map"].keys() == loaded.keys()
 
+    @pytest.mark.soak
     def test_tensors_sharded_along_other_dimensions(self, tmp_path):
         found = ranks("grid", 4, tmp_path / "slot", tmp_path / "answer.pt")
         result = to_hf(tmp_path / "slot", tmp_path / "out")

@@ -299,9 +299,11 @@ def test_ranks_save_and_other_numbers_of_ranks_load(store: CheckpointStore, tmp_
     ("rank", "where"),
     [
         (0, "before"),
-        (1, "after"),
         (1, "hang"),
-        *(pytest.param(rank, where, marks=pytest.mark.soak) for rank, where in ((0, "after"), (1, "before"), (1, "error"))),
+        *(
+            pytest.param(rank, where, marks=pytest.mark.soak)
+            for rank, where in ((0, "after"), (1, "after"), (1, "before"), (1, "error"))
+        ),
     ],
 )
 def test_a_rank_that_dies(store: CheckpointStore, rank: int, where: str) -> None:
