@@ -1,4 +1,4 @@
-"""What a store can do, found by trying, once a push: does create-only mean something, and do the store's own digests?
+"""What a store can do, found by trying, once for each backend: does create-only mean something, and do the store's own digests?
 
 A store may ignore a condition, keep no digest, or repeat the one that it was told. What it cannot do is named in the result.
 """

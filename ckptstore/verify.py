@@ -212,7 +212,7 @@ def _ask_server(
     listed = {entry.path: entry for entry in manifest.files} if manifest is not None and counts else {}
     files = [listed[file.name] for file in part.files if file.name in listed]
     tick = None if progress is None else lambda done: progress(done, part.size_bytes)
-    said = ask_all(store, folder_of(backend, part), files, tick=tick)
+    said = ask_all(store, files_folder_of(backend, part), files, tick=tick)
     unknown = [f"{part.name}/{f.name}" for f in part.files if said.get(f.name, Said.NOTHING) is Said.NOTHING]
     findings = [
         Finding(name, f"the store's own digest: {what.value}", Status.CORRUPT if what is Said.OTHER else Status.PARTIAL)

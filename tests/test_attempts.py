@@ -93,6 +93,32 @@ def test_a_second_writer_writes_beside_the_first(url, run, tmp_path, monkeypatch
     assert f"{sent.url}/" in commands.invoke(capfd, "push", "46", "--run", other, "--to", url).out
 
 
+def test_the_stores_own_word_follows_it_too(s3, run, tmp_path, monkeypatch):
+    """By HEADs of the keys that count, not of what another push left beside the manifest."""
+    other = other_content(run, tmp_path)
+    CheckpointStore(other).seal(46)
+    cut_short(run, s3, monkeypatch)
+    (sent,) = send(other, s3)
+    assert ATTEMPT_PREFIX in sent.url
+    backend = open_backend(s3)
+    report = verify(backend, listing.scan(backend).at_step(46)[0], Level.SERVER)
+    assert report.ok, report.findings
+
+
+def test_a_load_follows_it_too(url, tmp_path):
+    """A store of steps that was mirrored while somebody else had claimed its place."""
+    torch = pytest.importorskip("torch")
+    from ckptstore.mirror import mirror
+    from ckptstore.torch import load, save
+
+    store = CheckpointStore(tmp_path / "store")
+    save(store, 1, {"weight": torch.arange(5000)})
+    claims.make(open_backend(url), "step-1", claims.Claim("another", ()))
+    (sent,) = mirror(store.backend, url)
+    assert ATTEMPT_PREFIX in sent.url
+    assert torch.equal(load(CheckpointStore(url), 1)["weight"], torch.arange(5000))
+
+
 def test_setup_follows_it_too(s3, run, tmp_path, monkeypatch, capfd):
     commands.isolate(monkeypatch, tmp_path)
     other = other_content(run, tmp_path)

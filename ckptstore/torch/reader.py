@@ -32,7 +32,7 @@ from ckptstore.errors import IntegrityError, UsageError
 from ckptstore.formats import FormatError, dcp, torchzip
 from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.parts import folder_of
+from ckptstore.parts import files_folder_of
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.memory import bytes_of
 from ckptstore.torch.simple import find
@@ -61,7 +61,7 @@ class StoreReader(StorageReader):
         super().__init__()
         part, manifest = find(store, step)
         self._backend = store.backend
-        self._folder = folder_of(store.backend, part)
+        self._folder = files_folder_of(store.backend, part)
         self._path = part.path
         self._manifest: Manifest = manifest
         self._files: dict[str, FileEntry] = {entry.path: entry for entry in manifest.files}

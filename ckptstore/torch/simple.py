@@ -15,7 +15,7 @@ from ckptstore.frameworks.steps import STATE_NAME
 from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part
-from ckptstore.parts import folder_of, read_manifest, reader
+from ckptstore.parts import files_folder_of, folder_of, read_manifest, reader
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import memory
@@ -110,7 +110,7 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
             f"step {manifest.step} was not saved by ckptstore.torch.save ({part.format})",
             hint="A DCP checkpoint is loaded by dcp.load with StoreReader; any by CheckpointStore.restore.",
         )
-    folder = folder_of(store.backend, part)
+    folder = files_folder_of(store.backend, part)
     text = read_whole(store.backend, folder, files[STATE_NAME], chunk_bytes=manifest.chunk_bytes)
     document = json.loads(text)
     wanted = states.tensors_in(document)
