@@ -7,7 +7,7 @@ import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-# Hidden, and never -march=native: the fast paths are chosen at run time (csrc/crc64.cpp), one wheel serves every CPU.
+# Hidden, and never -march=native: the fast paths are chosen at run time (csrc/crc.cpp), one wheel serves every CPU.
 # -isystem: other people's headers are not ours to warn about.
 FLAGS = ["-O3", "-pthread", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-isystem", pybind11.get_include()]
 if os.environ.get("CKPTSTORE_WERROR"):

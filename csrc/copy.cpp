@@ -7,7 +7,7 @@
 #include <mutex>
 #include <set>
 
-#include "crc64.h"
+#include "crc.h"
 #include "error.h"
 
 namespace ckptstore {

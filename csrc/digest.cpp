@@ -4,7 +4,7 @@
 #include <limits>
 #include <mutex>
 
-#include "crc64.h"
+#include "crc.h"
 #include "error.h"
 
 namespace ckptstore {

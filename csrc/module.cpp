@@ -14,7 +14,7 @@
 
 #include "bind_weights.h"
 #include "copy.h"
-#include "crc64.h"
+#include "crc.h"
 #include "digest.h"
 #include "error.h"
 #include "file.h"
@@ -223,21 +223,32 @@ py::dict scan_binding(const std::string& root, int max_depth, const std::string&
   return result;
 }
 
-std::uint64_t crc64_binding(const py::object& data, std::uint64_t value, const std::string& name) {
-  const BufferView view(data);
-  Crc64Function function = name == "auto" ? crc64 : nullptr;
-  if (function == nullptr) {
-    for (const auto& implementation : usable_implementations()) {
-      if (implementation.name == name) function = implementation.function;
-    }
+CrcImplementation implementation_called(const std::string& name) {
+  for (const auto& usable : usable_implementations()) {
+    if (usable.name == name) return usable;
   }
-  if (function == nullptr)
-    throw py::value_error("no such implementation on this processor: " + name);
+  throw py::value_error("no such implementation on this processor: " + name);
+}
+
+template <typename Function, typename Value>
+Value crc_of(Function function, const py::object& data, Value value) {
+  const BufferView view(data);
   constexpr std::size_t kWorthReleasing =
       4096;  // bytes; below it the lock costs more than the digest
-  if (view.size() < kWorthReleasing) return function(value, view.data(), view.size());
+  if (view.size() < kWorthReleasing) {
+    return static_cast<Value>(function(value, view.data(), view.size()));
+  }
   const py::gil_scoped_release released;
-  return function(value, view.data(), view.size());
+  return static_cast<Value>(function(value, view.data(), view.size()));
+}
+
+std::uint64_t crc64_binding(const py::object& data, std::uint64_t value, const std::string& name) {
+  return crc_of(name == "auto" ? crc64 : implementation_called(name).crc64, data, value);
+}
+
+std::uint32_t crc32_binding(const py::object& data, std::uint32_t value, const std::string& name) {
+  if (name == "auto") return crc_of(crc32, data, value);
+  return crc_of(implementation_called(name).crc32, data, value);
 }
 
 void write_range_binding(const std::string& folder, const std::string& name, const py::object& data,
@@ -272,6 +283,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("entry_type"));
   module.def("crc64", crc64_binding, py::arg("data"), py::arg("value"), py::arg("implementation"));
   module.def("crc64_combine", crc64_combine, py::arg("a"), py::arg("b"), py::arg("b_bytes"));
+  module.def("crc32", crc32_binding, py::arg("data"), py::arg("value"), py::arg("implementation"));
+  module.def("crc32_combine", crc32_combine, py::arg("a"), py::arg("b"), py::arg("b_bytes"));
   module.def("implementations", [] {
     std::vector<std::string> names;
     for (const auto& usable : usable_implementations()) names.emplace_back(usable.name);

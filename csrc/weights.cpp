@@ -11,7 +11,7 @@
 #include <cstring>
 #include <limits>
 
-#include "crc64.h"
+#include "crc.h"
 #include "error.h"
 #include "file.h"
 #include "pool.h"

@@ -17,7 +17,7 @@ dcp = pytest.importorskip("torch.distributed.checkpoint")
 
 from ckptstore import native  # noqa: E402
 from ckptstore.errors import DigestMismatchError, SourceChangedError  # noqa: E402
-from ckptstore.formats import FormatError, check_structure, crc32, dcp_writer, inert, pickling, streaming, torchzip  # noqa: E402
+from ckptstore.formats import FormatError, check_structure, dcp_writer, inert, pickling, streaming, torchzip  # noqa: E402
 from ckptstore.formats import dcp as reader  # noqa: E402
 from ckptstore.formats.dcp_writer import ObjectItem, Origin, TensorItem  # noqa: E402
 from ckptstore.model import FileInfo  # noqa: E402
@@ -171,13 +171,6 @@ def test_persistent_ids_are_refused_unless_allowed():
     code = b"\x80\x02X\x01\x00\x00\x00aQ."
     with pytest.raises(FormatError, match="persistent"):
         inert.read(code, lambda name: False)
-
-
-def test_crc32_combines():
-    data = os.urandom(70_000)
-    for cut in (0, 1, 7, 4096, 69_999, 70_000):
-        a, b = data[:cut], data[cut:]
-        assert crc32.combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(data)
 
 
 def test_memo_refers_to_more_than_256_values():

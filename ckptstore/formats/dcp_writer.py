@@ -8,7 +8,6 @@ before the first byte moves, and the tensors' bytes stream from their sources in
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ def _write_rest(sink: int, placed: Iterable[_Placed], crcs: Mapping[Item, int]) 
             pending = item.layout.tail(crcs[item.item])
         else:
             zeros = bytes(item.layout.data_bytes)
-            pending += zeros + item.layout.tail(zlib.crc32(zeros))
+            pending += zeros + item.layout.tail(native.crc32(zeros))
     yield from streaming.write_at(sink, begin, pending)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import stat
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from typing import NamedTuple
 
 from ckptstore import native
 from ckptstore.errors import CkptStoreError, DigestMismatchError, RefusedError, SourceChangedError, from_os_error
-from ckptstore.formats import crc32
 from ckptstore.model import FileInfo
 
 BLOCK_BYTES = 8 << 20
@@ -76,7 +74,7 @@ class Job:
         """The CRC-32 of each range."""
         found = [0] * len(self.ranges)
         for piece in self.pieces:
-            found[piece.range] = crc32.combine(found[piece.range], piece.crc32, piece.length)
+            found[piece.range] = native.crc32_combine(found[piece.range], piece.crc32, piece.length)
         return found
 
     def written(self, sink: int) -> Iterator[tuple[int, int, int]]:
@@ -149,7 +147,7 @@ class _Run:
         source = self.job.sources[part.source]
         data = buffer[: piece.length]
         read_at(source.fd, part.offset + piece.begin, data, name=source.info.name)
-        piece = piece._replace(crc32=zlib.crc32(data), crc64=native.crc64(data))
+        piece = piece._replace(crc32=native.crc32(data), crc64=native.crc64(data))
         self.job.pieces[number] = piece
         if source.expected is not None:
             self.check(source, part, piece)

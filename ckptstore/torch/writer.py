@@ -13,7 +13,6 @@ import io
 import os
 import tempfile
 import weakref
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,4 +190,4 @@ def _archive(kind: WriteItemType, value: Any) -> _Archive:
         return _Archive((data,), len(data), stream)
     layout = torchzip.tensor(name, tensor.shape)
     data = bytes_of(tensor)
-    return _Archive((layout.head, data, layout.tail(zlib.crc32(data))), layout.length, tensor)
+    return _Archive((layout.head, data, layout.tail(native.crc32(data))), layout.length, tensor)

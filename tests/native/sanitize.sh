@@ -21,7 +21,7 @@ if [[ -n ${CKPTSTORE_PLANT:-} ]]; then
   case $kind in
     address)   sed -i 's/chunks\[chunk->index\]/chunks[chunk->index + 1]/' "$work/csrc/copy.cpp" ;;
     thread)    sed -i 's/std::atomic<std::uint64_t> reused_{0}/std::uint64_t reused_{0}/; s/done_.fetch_add(bytes, std::memory_order_relaxed)/reused_ += 1/' "$work/csrc/copy.cpp" ;;
-    undefined) sed -i 's/word >> (8 \* i)/word >> (64 + 8 * i)/' "$work/csrc/crc64.cpp" ;;
+    undefined) sed -i 's/word >> (8 \* i)/word >> (64 + 8 * i)/' "$work/csrc/crc.cpp" ;;
   esac
   if diff -rq "$root/csrc" "$work/csrc" >/dev/null; then echo "no bug was planted: the code has changed" >&2; exit 3; fi
 fi

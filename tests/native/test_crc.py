@@ -1,10 +1,11 @@
-"""CRC-64/NVME: every implementation against the published check value, awscrt's, and the laws of a CRC."""
+"""CRC-64/NVME and CRC-32: every implementation against the check values, awscrt's, zlib's, and the laws of a CRC."""
 
 import os
 import random
 import shutil
 import signal
 import subprocess
+import zlib
 from pathlib import Path
 
 import awscrt.checksums
@@ -17,6 +18,7 @@ from ckptstore import native
 from .conftest import HERE, random_bytes
 
 IMPLEMENTATIONS = native.implementations()
+OTHERS = {native.crc64: awscrt.checksums.crc64nvme, native.crc32: zlib.crc32}
 ROOT = HERE.parent.parent
 
 
@@ -41,29 +43,36 @@ def test_best_of_this_processor_is_used():
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_check_value(name):
     assert native.crc64(b"123456789", implementation=name) == 0xAE8B14860A799888
-    assert native.crc64(b"", implementation=name) == 0
+    assert native.crc32(b"123456789", implementation=name) == 0xCBF43926
+    assert native.crc64(b"", implementation=name) == native.crc32(b"", implementation=name) == 0
 
 
+@pytest.mark.parametrize("crc", OTHERS)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_agrees_with_awscrt_at_every_length_and_alignment(name):
+def test_agrees_with_others_at_every_length_and_alignment(crc, name):
     data = random_bytes(6000)
+    before = 0
     for size in [*range(1100), 2047, 2048, 2049, 4095, 4096, 4097, 5900]:
         piece = memoryview(data)[size % 67 : size % 67 + size]
-        assert native.crc64(piece, implementation=name) == awscrt.checksums.crc64nvme(piece.tobytes()), size
+        after = crc(piece, before, implementation=name)
+        assert after == OTHERS[crc](piece.tobytes(), before), size
+        before = after
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_agrees_with_awscrt_on_megabytes(name):
+@pytest.mark.parametrize("crc", OTHERS)
+@pytest.mark.parametrize("name", ["auto", *IMPLEMENTATIONS])
+def test_agrees_with_others_on_megabytes(crc, name):
     data = random_bytes(3_000_001)
-    assert native.crc64(data, implementation=name) == awscrt.checksums.crc64nvme(data)
+    assert crc(data, implementation=name) == OTHERS[crc](data)
 
 
 @given(data=st.binary(max_size=3000), cut=st.integers(0, 3000), name=st.sampled_from(IMPLEMENTATIONS))
 def test_continues_and_combines(data, cut, name):
-    whole = awscrt.checksums.crc64nvme(data)
     a, b = data[:cut], data[cut:]
-    assert native.crc64(b, native.crc64(a), implementation=name) == whole
-    assert native.crc64_combine(native.crc64(a), native.crc64(b), len(b)) == whole
+    for crc, combine in ((native.crc64, native.crc64_combine), (native.crc32, native.crc32_combine)):
+        whole = OTHERS[crc](data)
+        assert crc(b, crc(a), implementation=name) == whole
+        assert combine(crc(a), crc(b), len(b)) == whole
 
 
 def test_combines_lengths_that_no_memory_holds():
@@ -74,11 +83,18 @@ def test_combines_lengths_that_no_memory_holds():
         together = native.crc64_combine(native.crc64_combine(a, b, m), c, n)
         assert together == native.crc64_combine(a, native.crc64_combine(b, c, n), m + n)  # associative
         assert awscrt.checksums.combine_crc64nvme(a, b, m) == native.crc64_combine(a, b, m)
+        a, b, c = a >> 32, b >> 32, c >> 32
+        together = native.crc32_combine(native.crc32_combine(a, b, m), c, n)
+        assert together == native.crc32_combine(a, native.crc32_combine(b, c, n), m + n)
 
 
 def test_refuses_what_is_not_there():
     with pytest.raises(ValueError, match="no-such"):
         native.crc64(b"x", implementation="no-such")
+    with pytest.raises(ValueError, match="no-such"):
+        native.crc32(b"x", implementation="no-such")
+    with pytest.raises(TypeError):
+        native.crc32(b"x", 1 << 32)
     with pytest.raises(BufferError):
         native.crc64(memoryview(b"abcdef")[::2])
     with pytest.raises(TypeError):
@@ -96,7 +112,7 @@ def _selftest(tmp_path, compiler, *command):
     binary = tmp_path / "selftest"
     flags = ["-std=c++20", "-O2", "-static", "-I", ROOT / "csrc"]
     environment = {"PATH": os.environ["PATH"]}  # without a sanitizer's LD_PRELOAD
-    command_line = [compiler, *flags, HERE / "crc64_selftest.cpp", "-o", binary]
+    command_line = [compiler, *flags, HERE / "crc_selftest.cpp", "-o", binary]
     subprocess.run(command_line, check=True, env=environment)
     command = [binary if word == "{}" else word for word in command or ("{}",)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
