@@ -89,11 +89,12 @@ class Candidate:
     healthy: bool = True
     size_bytes: int = 0
     saved_at_s: float = 0.0  #: Unix seconds, by its manifest; 0: not known
+    whole: bool = True  #: whether all nodes of its set are known to have it
 
     @property
     def good(self) -> bool:
         """Whether it counts."""
-        return self.status is Status.COMMITTED and self.healthy
+        return self.status is Status.COMMITTED and self.healthy and self.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,8 @@ def decide(
             reasons.append(f"{one.status}: only committed steps are deleted")
         elif newest is None:
             reasons.append("no step is good")
+        elif not one.whole and one.step > newest:
+            reasons.append("not known to be on all of its nodes yet")
         if one.step in unsafe:
             reasons.append(f"not yet safe in {unsafe[one.step]}")
         if one.step == newest:
@@ -139,9 +142,15 @@ def decide(
             reasons.append(f"one in {keep.every_hours:g} h")
         if one.step in best:
             reasons.append(f"number {best[one.step]} by {keep.metric} ({one.metrics[keep.metric]:g})")
-        why = "; ".join(reasons) or ("no rule keeps it" if one.healthy else "training had gone bad; no rule counts it")
+        why = "; ".join(reasons) or _no_reason(one)
         decisions.append(Decision(one, bool(reasons), why))
     return decisions
+
+
+def _no_reason(one: Candidate) -> str:
+    if not one.healthy:
+        return "training had gone bad; no rule counts it"
+    return "no rule keeps it" if one.whole else "not on all of its nodes; no rule counts it"
 
 
 def _one_in(span_s: float, good: Iterable[Candidate]) -> set[int]:
@@ -210,6 +219,9 @@ def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Dec
                 side_folders.sync_folder(root)
         except OSError as error:
             raise from_os_error(error, doing="syncing", path=root) from error
+    for one in decisions:
+        if not one.keep:
+            steps.forget_whole(root, one.candidate.step)
     for name in trash:
         with contextlib.suppress(CkptStoreError):  # swept by the next save
             side_folders.discard(side, name)
@@ -230,6 +242,9 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
                 checkpoint.step in healthy,
                 checkpoint.size_bytes,
                 _saved_at_s(manifest),
+                manifest is None
+                or manifest.group is None
+                or steps.known_whole(listing.run.path, checkpoint.step, manifest.group),
             )
         )
     return found
