@@ -110,7 +110,7 @@ class StoreReader(StorageReader):
         if lacking and (group := self._manifest.group) is not None:
             shown = f"{', '.join(lacking[:5])}{' …' if len(lacking) > 5 else ''}"
             raise NotWholeError(
-                f"step {self.step} in {self._path} is that of {group.whose}, and this rank needs {shown}, which other nodes have",
+                f"step {self.step} in {self._path} is of {group.whose}, and this rank needs {shown}, which other nodes have",
                 files=tuple(lacking),
                 hint="It loads on as many ranks as saved it, each on its node. For any others copy the *.distcp files of all "
                 "nodes beside one node's .metadata, and load them by plain dcp.load.",
