@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, listing, native, uploading
+from ckptstore import CheckpointStore, claims, listing, native, uploading
+from ckptstore import push as pushing
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
 from ckptstore.errors import (
@@ -24,13 +25,19 @@ from ckptstore.errors import (
     RefusedError,
     SourceChangedError,
     StorageError,
+    TransitError,
     UsageError,
 )
 from ckptstore.frameworks.steps import generations_in
-from ckptstore.model import MANIFEST_NAME, Status
+from ckptstore.mirror import mirror
+from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, Status
+from ckptstore.parts import read_manifest
 from ckptstore.pull import pull
 from ckptstore.retention import Keep
+from ckptstore.server_digests import Said
 from tests import commands, faults, servers
+from tests.test_push_pull import send
+from tests.test_remote_looking import sealed_run
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -413,3 +420,41 @@ def test_kill_9(seaweed: servers.Server, s3: str) -> None:
 @pytest.mark.soak
 def test_kill_9_many_times(seaweed: servers.Server, s3: str) -> None:
     assert campaign(seaweed, s3, rounds=60, seed=int(time.time())) >= 30
+
+
+# --- where several have written ------------------------------------------------------------------------------------
+
+
+def test_dcp_load_follows_the_manifests_base(url: str, tmp_path: Path) -> None:
+    """A store of steps that was mirrored while somebody else had claimed its place: the files lie in an attempt."""
+    torch = pytest.importorskip("torch")
+    import torch.distributed.checkpoint as dcp
+
+    from ckptstore.torch import StoreReader, StoreWriter
+
+    store = CheckpointStore(tmp_path / "store")
+    dcp.save({"w": torch.arange(5000), "n": 3}, storage_writer=StoreWriter(store, 1), no_dist=True)
+    claims.make(open_backend(url), "step-1", claims.Claim("another", ()))
+    (sent,) = mirror(store.backend, url)
+    assert ATTEMPT_PREFIX in sent.url
+    state = {"w": torch.zeros(5000, dtype=torch.int64), "n": 0}
+    dcp.load(state, storage_reader=StoreReader(CheckpointStore(url), 1), no_dist=True)
+    assert torch.equal(state["w"], torch.arange(5000))
+    assert state["n"] == 3
+
+
+def test_a_rank_that_helps_a_push_deletes_nothing(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the store says that a key is not what was sent, who leads the push judges it: it may be of a committed part."""
+    run = sealed_run(tmp_path, (46,))
+    (sent,) = send(run, s3)
+    target = open_backend(s3)
+    folder = sent.url.removeprefix(f"{target.location}/")
+    manifest = read_manifest(target, folder)
+    before = {blob.key for blob in target.list(folder)}
+    monkeypatch.setattr(pushing.server_digests, "ask", lambda *args: Said.OTHER)
+    name = manifest.files[0].path
+    with pytest.raises(TransitError, match="is not what was sent there"):
+        pushing.send_share(
+            open_backend(run), target, manifest, [name], folder=folder, base="", crew=1, progress=lambda done, total: None
+        )
+    assert {blob.key for blob in target.list(folder)} == before
