@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from ckptstore import mirrored, pins, places, steps, verify
+from ckptstore import mirrored, pins, places, steps, uploading, verify
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
 from ckptstore.errors import CkptStoreError, RefusedError, UsageError, from_os_error
-from ckptstore.frameworks.steps import folder_name
+from ckptstore.frameworks.steps import folder_name, generations_in
 from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Status
@@ -90,6 +90,7 @@ class Candidate:
     size_bytes: int = 0
     saved_at_s: float = 0.0  #: Unix seconds, by its manifest; 0: not known
     whole: bool = True  #: whether all nodes of its set are known to have it
+    folder: str = ""  #: relative to the store
 
     @property
     def good(self) -> bool:
@@ -173,10 +174,16 @@ def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Deci
     """
     listing = scan(backend)
     if listing.framework != "steps":
-        raise UsageError(f"{listing.run.path} is no store of steps", hint="AReaL's saver keeps or deletes its own.")
-    side = places.side_of(listing.run.path)
-    pinned = {pin.step for pin in pins.read(side)}
-    unsafe = {} if unmirrored else mirrored.unsafe(side, listing.checkpoints)
+        raise UsageError(
+            f"{listing.run.path} is no store of steps",
+            hint="AReaL's saver keeps or deletes its own; in an object store, its lifecycle rules do.",
+        )
+    pinned: set[int] = set()
+    unsafe: dict[int, str] = {}
+    if backend.is_folder:  # pins, and what is known of a mirror, lie beside the trainer
+        side = places.side_of(listing.run.path)
+        pinned = {pin.step for pin in pins.read(side)}
+        unsafe = {} if unmirrored else mirrored.unsafe(side, listing.checkpoints)
     candidates = _candidates(backend, listing)
     checked: set[int] = set()
     while True:
@@ -195,9 +202,12 @@ def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Deci
 def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Decision]:
     """Delete what no rule keeps; the decisions. Interrupted anywhere, every step is there whole, or not there.
 
-    Step one, under the store's lock: each is renamed into the side folder, all of them durably. Step two deletes there;
-    what an interruption leaves, the next save or `clean` removes.
+    In a folder, step one, under the store's lock: each is renamed into the side folder, all of them durably. Step two deletes
+    there; what an interruption leaves, the next save or `clean` removes. At a URL each step's manifest goes first: from then
+    on it is none. Pins and the mirror's record are those of a store on this machine.
     """
+    if not backend.is_folder:
+        return _prune_there(backend, keep)
     root = os.path.realpath(backend.location)
     if not os.path.isdir(steps.side_of(root)):
         raise RefusedError(f"{root} has no {os.path.basename(steps.side_of(root))}/: nothing was saved there by ckptstore")
@@ -228,6 +238,19 @@ def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Dec
     return decisions
 
 
+def _prune_there(backend: Backend, keep: Keep) -> list[Decision]:
+    """`prune` at a URL: no lock, so that only what the listing showed is removed, and nothing that came since."""
+    decisions = plan(backend, keep)
+    doomed = {one.candidate.step: one.candidate.folder for one in decisions if not one.keep}
+    there = sorted(generations_in(backend.tree(max_depth=4))) if doomed else []
+    for step, folder in doomed.items():
+        counted = next((one.number for one in there if one.folder == folder), -1)
+        for one in there:  # older ones first, or they would count again; what is not committed is somebody's save
+            if one.step == step and one.number <= counted and (one.committed or one.folder == folder):
+                uploading.remove(backend, one.folder)
+    return decisions
+
+
 def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
     healthy = _healthy(listing)
     found = []
@@ -245,6 +268,7 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
                 manifest is None
                 or manifest.group is None
                 or steps.known_whole(listing.run.path, checkpoint.step, manifest.group),
+                folder_of(backend, checkpoint.parts[0]),
             )
         )
     return found

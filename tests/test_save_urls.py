@@ -176,8 +176,6 @@ def test_dead_drafts_go(url: str, source: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_refused(url: str, source: Path, tmp_path: Path) -> None:
     store = CheckpointStore(url)
-    with pytest.raises(UsageError, match="keep="):
-        store.save(1, source, keep=Keep(last=1))
     with pytest.raises(UsageError, match="whole number"):
         store.save(-1, source)
     (source / "link").symlink_to("small.json")
@@ -420,6 +418,72 @@ def test_kill_9(seaweed: servers.Server, s3: str) -> None:
 @pytest.mark.soak
 def test_kill_9_many_times(seaweed: servers.Server, s3: str) -> None:
     assert campaign(seaweed, s3, rounds=60, seed=int(time.time())) >= 30
+
+
+# --- retention -----------------------------------------------------------------------------------------------------
+
+
+def there(url: str) -> dict[int, bool]:
+    """Steps of which anything lies there, and whether they have a manifest."""
+    backend = open_backend(url)
+    found: dict[int, bool] = {}
+    for one in generations_in(backend.tree(max_depth=4)):
+        found[one.step] = found.get(one.step, False) or one.committed
+    return found
+
+
+def test_retention_at_a_url(url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the same rules; a dry run changes nothing; what is saved again goes with all its generations."""
+    store = CheckpointStore(url)
+    source = tmp_path / "small"
+    source.mkdir()
+    (source / "f.bin").write_bytes(b"x" * 1000)
+    for step in range(1, 6):
+        store.save(step, source, metrics={"loss": abs(step - 2)})
+    before = {blob.key for blob in open_backend(url).list()}
+    words = ("prune", "--run", url, "--keep-last", "1", "--keep-best", "1", "--metric", "loss", "--mode", "min", "--json")
+    done = commands.invoke(capfd, *words, "--dry-run")
+    assert done.code == 0, done.err
+    assert {one["step"]: one["keep"] for one in done.json["steps"]} == {1: False, 2: True, 3: False, 4: False, 5: True}
+    assert {blob.key for blob in open_backend(url).list()} == before
+    assert commands.invoke(capfd, *words).code == 0
+    assert there(url) == {2: True, 5: True}
+    store.save(6, source, keep=Keep(last=2))
+    assert there(url) == {5: True, 6: True}
+    assert store.verify(6).ok
+    store.prune(Keep(every=1000))
+    assert there(url) == {6: True}, "never the newest good one"
+
+
+def test_a_prune_at_a_url_that_is_cut_short(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its manifest goes first: what is left is no step, neither the one that was pruned nor one that it had replaced."""
+    store = CheckpointStore(url)
+    source = tmp_path / "small"
+    source.mkdir()
+    (source / "f.bin").write_bytes(b"old")
+    with monkeypatch.context() as planted:
+        planted.setattr(uploading, "remove", lambda target, folder: None)  # as if the old one could not be removed
+        store.save(1, source)
+        (source / "f.bin").write_bytes(b"newer")
+        store.save(1, source)
+    store.save(2, source)
+    assert [one.committed for one in generations_in(open_backend(url).tree(max_depth=4))] == [True] * 3
+    real, deleted = type(store.backend).delete, []
+
+    def delete(self: Any, key: str) -> None:
+        deleted.append(key)
+        if len(deleted) == 4:
+            raise StorageError("the network is gone")
+        real(self, key)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(type(store.backend), "delete", delete)
+        with pytest.raises(StorageError, match="network"):
+            store.prune(Keep(last=1))
+    assert deleted[0].endswith(MANIFEST_NAME)
+    assert deleted[2].endswith(MANIFEST_NAME)
+    assert there(url) == {1: False, 2: True}
+    assert [one.step for one in store.list()] == [2]
 
 
 # --- where several have written ------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class Waves:
 
         `staged` is called when all of the state has been copied.
         """
-        draft = saving.begin(store.backend, step, keep=keep)
+        draft = saving.begin(store.backend, step)
         try:
             written = self._write(saving.place(draft), buffers, staged, nice)
             written |= saving.write_buffers(store.backend, saving.place(draft), self._rest)
