@@ -167,10 +167,11 @@ def commit(channel: Channel, draft: Draft, shares: Sequence[Share], metrics: Map
             _await(channel, "prepared", others, deadline)
             steps.publish(draft, manifest, keep_old=True)
         except BaseException:
-            channel.tell("abort", {})
+            with contextlib.suppress(RuntimeError):  # the store is gone: then they hear nothing more, and give up
+                channel.tell("abort", {})
             raise
-        channel.tell("commit", {})
         try:
+            channel.tell("commit", {})
             _await(channel, "committed", others, deadline)
         except (CkptStoreError, RuntimeError) as error:
             raise CommitUncertain(
@@ -178,15 +179,15 @@ def commit(channel: Channel, draft: Draft, shares: Sequence[Share], metrics: Map
                 hint="ckptstore.torch.resume_step says which step all nodes have; a step that this one replaced is in "
                 ".ckptstore/old-step-…",
             ) from error
-        channel.tell("settle", {})
-        _settle(draft, group)
         try:
+            channel.tell("settle", {})
+            _settle(draft, group)
             _await(channel, "settled", others, time.monotonic() + SETTLE_S)
-        except CkptStoreError as error:  # all nodes have it: its retention there waits for the next resume_step
-            _log.warning("step %d is whole, and a node may not know: %s", draft.step, error)
-        for key in [f"{word}/{node}" for node in others for word in ("prepare", "prepared", "committed", "settled")]:
-            channel.forget(key)
-        channel.forget("commit")
+            for key in [f"{word}/{node}" for node in others for word in ("prepare", "prepared", "committed", "settled")]:
+                channel.forget(key)
+            channel.forget("commit")
+        except (CkptStoreError, RuntimeError) as error:  # all nodes have it; what retention knows waits for resume_step
+            _log.warning("step %d is whole on all nodes, and a node may not know: %s", draft.step, error)
     except (NotCommitted, CommitUncertain):
         raise
     except (CkptStoreError, RuntimeError) as error:
