@@ -16,6 +16,7 @@ CkptStoreError
 ├── TrainingHalted                           the circuit breaker stopped training, or keeps it from starting again
 ├── IntegrityError                           exit 3
 │   ├── ManifestError (ValueError)           a manifest that cannot be trusted
+│   ├── NotWholeError                        nodes with a disk each do not have the same of a step
 │   ├── DigestMismatchError                  bytes are not those that the manifest records
 │   └── SourceChangedError                   the source was written while it was read; retryable
 └── CommitError
@@ -42,6 +43,11 @@ class CkptStoreError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """As torch sends it to other ranks: what an error says beside its message goes with it."""
+        errno = {"errno": self.errno} if isinstance(self, OSError) else {}  # not in its __dict__
+        return _again, (type(self), self.args, self.__dict__ | errno)
 
 
 class UsageError(CkptStoreError, ValueError):
@@ -138,6 +144,18 @@ class ManifestError(IntegrityError, ValueError):
     """A manifest that cannot be parsed, or that says something that must not be trusted."""
 
 
+class NotWholeError(IntegrityError):
+    """The ranks do not see the same of a step, or lack files that lie on other nodes.
+
+    `usable_step`: the newest that is the same for all (-1: none, or not asked); `files`: those that are not here.
+    """
+
+    def __init__(self, message: str, *, usable_step: int = -1, files: tuple[str, ...] = (), hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.usable_step = usable_step
+        self.files = files
+
+
 class DigestMismatchError(IntegrityError):
     """Bytes differ from those that the manifest records. `path` is relative, `offset_bytes` the chunk's start."""
 
@@ -167,6 +185,13 @@ class NotCommitted(CommitError):
 
 class CommitUncertain(CommitError):
     """The new checkpoint is visible and whole, but the disk did not confirm that a power cut would keep it."""
+
+
+def _again(kind: type[CkptStoreError], arguments: tuple[object, ...], state: dict[str, object]) -> CkptStoreError:
+    error = kind.__new__(kind, *arguments)
+    for name, value in state.items():
+        setattr(error, name, value)
+    return error
 
 
 NO_SPACE = frozenset({_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG})

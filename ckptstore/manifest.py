@@ -30,11 +30,13 @@ MAX_FILES = 1_000_000
 MAX_CHUNKS = 16_000_000
 MAX_BRACKETS = 4_000_000  # bounds what json.loads can allocate before we see any of it
 MAX_NAME_CHARS = 1024
+MAX_NODES = 1_000_000
 
 _COMPONENT = r"(?!\.{1,2}(?:/|\Z))[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,255}"
 _SAFE_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _CRC = re.compile(r"[0-9A-F]{16}")
 _COMMIT = re.compile(r"[0-9a-f]{32}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _BASE = re.compile(rf"(?:{re.escape(ATTEMPT_PREFIX)}[0-9a-f]{{16}})?")
 
 
@@ -47,6 +49,20 @@ class FileEntry(NamedTuple):
     inode: int
     crc: int
     chunks: tuple[int, ...]
+
+
+class NodeSet(NamedTuple):
+    """A save of several nodes, each of which keeps its own ranks' files on its own disk."""
+
+    id: str  #: names this act of saving: 32 hex digits
+    node: int  #: whose files these are, from 0
+    nodes: int
+    digest: str  #: hex SHA-256 over what the files of all nodes hold, by node
+
+    @property
+    def whose(self) -> str:
+        """For people."""
+        return f"node {self.node + 1} of {self.nodes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,7 @@ class Manifest:
     tool: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     base: str = ""  #: in an object store: the folder beside the manifest that the files lie in; "": beside it themselves
+    group: NodeSet | None = None  #: the set of nodes that this is a part of; None: these are all files there are
 
     def to_bytes(self) -> bytes:
         """The canonical JSON."""
@@ -99,6 +116,8 @@ class Manifest:
         }
         if self.base:
             document["base"] = self.base
+        if self.group is not None:
+            document["group"] = self.group._asdict()
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
     @property
@@ -114,8 +133,7 @@ class Manifest:
     @property
     def content(self) -> str:
         """Hex SHA-256 of what the files hold, whenever and by whom they were written: equal for equal bytes of one step."""
-        lines = [f"{self.step} {self.part}", *sorted(f"{file.size_bytes} {file.crc:016X} {file.path}" for file in self.files)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return content_of(self.step, self.part, ((file.path, file.size_bytes, file.crc) for file in self.files))
 
     @property
     def size_bytes(self) -> int:
@@ -147,6 +165,12 @@ class Manifest:
         listed = {entry.path for entry in self.files}
         extra = [name for name in present if name not in listed and name != MANIFEST_NAME]
         return Inspection(tuple(missing), tuple(changed), tuple(extra), moved, tuple(torn))
+
+
+def content_of(step: int, part: str, files: Iterable[tuple[str, int, int]]) -> str:
+    """Manifest.content of files that have no manifest yet: path, bytes, CRC."""
+    lines = [f"{step} {part}", *sorted(f"{size_bytes} {crc:016X} {path}" for path, size_bytes, crc in files)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class Inspection(NamedTuple):
@@ -237,6 +261,7 @@ def parse(data: bytes) -> Manifest:
         tool=_str(document, "tool"),
         metrics=_metrics(document.get("metrics", {})),
         base=base,
+        group=_node_set(document.get("group")),
     )
 
 
@@ -368,6 +393,19 @@ def _entry(entry: Any, chunk_bytes: int) -> FileEntry:
         raise ManifestError(f"manifest: {path!r} is empty, and its CRC is not that of nothing")
     chunks = tuple(map(_crc, raw)) if raw else ((whole,) if expected else ())
     return FileEntry(path, size_bytes, mtime_ns, inode, whole, chunks)
+
+
+def _node_set(value: Any) -> NodeSet | None:
+    if value is None:
+        return None
+    try:
+        found = NodeSet(value["id"], value["node"], value["nodes"], value["digest"])
+        whole = type(found.node) is type(found.nodes) is int and 0 <= found.node < found.nodes <= MAX_NODES
+        if whole and _COMMIT.fullmatch(found.id) and _SHA256.fullmatch(found.digest):
+            return found
+    except (TypeError, KeyError):
+        pass
+    raise ManifestError(f"manifest: `group` is {value!r:.80}, which is no set of nodes")
 
 
 def _crc(value: Any) -> int:

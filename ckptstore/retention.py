@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from ckptstore import mirrored, pins, places, steps, verify
+from ckptstore import mirrored, pins, places, steps, uploading, verify
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
 from ckptstore.errors import CkptStoreError, RefusedError, UsageError, from_os_error
-from ckptstore.frameworks.steps import folder_name
+from ckptstore.frameworks.steps import folder_name, generations_in
 from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Status
@@ -89,11 +89,13 @@ class Candidate:
     healthy: bool = True
     size_bytes: int = 0
     saved_at_s: float = 0.0  #: Unix seconds, by its manifest; 0: not known
+    whole: bool = True  #: whether all nodes of its set are known to have it
+    folder: str = ""  #: relative to the store
 
     @property
     def good(self) -> bool:
         """Whether it counts."""
-        return self.status is Status.COMMITTED and self.healthy
+        return self.status is Status.COMMITTED and self.healthy and self.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,8 @@ def decide(
             reasons.append(f"{one.status}: only committed steps are deleted")
         elif newest is None:
             reasons.append("no step is good")
+        elif not one.whole and one.step > newest:
+            reasons.append("not known to be on all of its nodes yet")
         if one.step in unsafe:
             reasons.append(f"not yet safe in {unsafe[one.step]}")
         if one.step == newest:
@@ -139,9 +143,15 @@ def decide(
             reasons.append(f"one in {keep.every_hours:g} h")
         if one.step in best:
             reasons.append(f"number {best[one.step]} by {keep.metric} ({one.metrics[keep.metric]:g})")
-        why = "; ".join(reasons) or ("no rule keeps it" if one.healthy else "training had gone bad; no rule counts it")
+        why = "; ".join(reasons) or _no_reason(one)
         decisions.append(Decision(one, bool(reasons), why))
     return decisions
+
+
+def _no_reason(one: Candidate) -> str:
+    if not one.healthy:
+        return "training had gone bad; no rule counts it"
+    return "no rule keeps it" if one.whole else "not on all of its nodes; no rule counts it"
 
 
 def _one_in(span_s: float, good: Iterable[Candidate]) -> set[int]:
@@ -164,10 +174,16 @@ def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Deci
     """
     listing = scan(backend)
     if listing.framework != "steps":
-        raise UsageError(f"{listing.run.path} is no store of steps", hint="AReaL's saver keeps or deletes its own.")
-    side = places.side_of(listing.run.path)
-    pinned = {pin.step for pin in pins.read(side)}
-    unsafe = {} if unmirrored else mirrored.unsafe(side, listing.checkpoints)
+        raise UsageError(
+            f"{listing.run.path} is no store of steps",
+            hint="AReaL's saver keeps or deletes its own; in an object store, its lifecycle rules do.",
+        )
+    pinned: set[int] = set()
+    unsafe: dict[int, str] = {}
+    if backend.is_folder:  # pins, and what is known of a mirror, lie beside the trainer
+        side = places.side_of(listing.run.path)
+        pinned = {pin.step for pin in pins.read(side)}
+        unsafe = {} if unmirrored else mirrored.unsafe(side, listing.checkpoints)
     candidates = _candidates(backend, listing)
     checked: set[int] = set()
     while True:
@@ -186,9 +202,12 @@ def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Deci
 def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Decision]:
     """Delete what no rule keeps; the decisions. Interrupted anywhere, every step is there whole, or not there.
 
-    Step one, under the store's lock: each is renamed into the side folder, all of them durably. Step two deletes there;
-    what an interruption leaves, the next save or `clean` removes.
+    In a folder, step one, under the store's lock: each is renamed into the side folder, all of them durably. Step two deletes
+    there; what an interruption leaves, the next save or `clean` removes. At a URL each step's manifest goes first: from then
+    on it is none. Pins and the mirror's record are those of a store on this machine.
     """
+    if not backend.is_folder:
+        return _prune_there(backend, keep)
     root = os.path.realpath(backend.location)
     if not os.path.isdir(steps.side_of(root)):
         raise RefusedError(f"{root} has no {os.path.basename(steps.side_of(root))}/: nothing was saved there by ckptstore")
@@ -210,9 +229,25 @@ def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Dec
                 side_folders.sync_folder(root)
         except OSError as error:
             raise from_os_error(error, doing="syncing", path=root) from error
+    for one in decisions:
+        if not one.keep:
+            steps.forget_whole(root, one.candidate.step)
     for name in trash:
         with contextlib.suppress(CkptStoreError):  # swept by the next save
             side_folders.discard(side, name)
+    return decisions
+
+
+def _prune_there(backend: Backend, keep: Keep) -> list[Decision]:
+    """`prune` at a URL: no lock, so that only what the listing showed is removed, and nothing that came since."""
+    decisions = plan(backend, keep)
+    doomed = {one.candidate.step: one.candidate.folder for one in decisions if not one.keep}
+    there = sorted(generations_in(backend.tree(max_depth=4))) if doomed else []
+    for step, folder in doomed.items():
+        counted = next((one.number for one in there if one.folder == folder), -1)
+        for one in there:  # older ones first, or they would count again; what is not committed is somebody's save
+            if one.step == step and one.number <= counted and (one.committed or one.folder == folder):
+                uploading.remove(backend, one.folder)
     return decisions
 
 
@@ -230,6 +265,10 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
                 checkpoint.step in healthy,
                 checkpoint.size_bytes,
                 _saved_at_s(manifest),
+                manifest is None
+                or manifest.group is None
+                or steps.known_whole(listing.run.path, checkpoint.step, manifest.group),
+                folder_of(backend, checkpoint.parts[0]),
             )
         )
     return found

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 from ckptstore import native, steps, uploading
 from ckptstore.backends.base import Backend
-from ckptstore.errors import UsageError
 from ckptstore.manifest import Manifest
-from ckptstore.retention import Keep
 from ckptstore.uploading import Upload, Written
 
 if TYPE_CHECKING:
@@ -18,13 +16,9 @@ if TYPE_CHECKING:
 Draft = steps.Draft | Upload
 
 
-def begin(backend: Backend, step: int, *, keep: Keep | None = None) -> Draft:
-    """Begin a save. Errors as steps.begin and uploading.begin; UsageError for `keep` at a URL."""
-    if backend.is_folder:
-        return steps.begin(backend.location, step)
-    if keep is not None:
-        raise UsageError(f"keep= deletes folders, and {backend.location} is none", hint="Leave it out.")
-    return uploading.begin(backend, step)
+def begin(backend: Backend, step: int) -> Draft:
+    """Begin a save. Errors as steps.begin and uploading.begin."""
+    return steps.begin(backend.location, step) if backend.is_folder else uploading.begin(backend, step)
 
 
 def place(draft: Draft) -> str:

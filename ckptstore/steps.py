@@ -15,6 +15,7 @@ Steps 4 to 6 hold the store's lock; writing does not, so that saves of different
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import math
 import os
@@ -41,13 +42,15 @@ from ckptstore.errors import (
 from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE, files_of
 from ckptstore.lock import RunLock
-from ckptstore.manifest import FileEntry, Manifest, check_names
+from ckptstore.manifest import FileEntry, Manifest, NodeSet, check_names
 from ckptstore.model import MANIFEST_NAME
 
 OWNER = "owner"
+IDENTITY = "id"  #: names this store: random, made once
 PART = "default"
 LOCK_PATIENCE_S = 60.0
 _NEWBORN_S = 60.0  # what is younger may be alive though nothing is locked: a probe, a draft before its lock
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
 _ASIDE = re.compile(r"aside-([0-9]+)-[0-9a-f]+")
 
 
@@ -62,6 +65,11 @@ class Draft:
     process: int = field(default_factory=os.getpid, repr=False)
 
     @property
+    def name(self) -> str:
+        """What `home_of` makes its home of."""
+        return os.path.basename(self.home).removeprefix("save-")
+
+    @property
     def path(self) -> str:
         """The folder that becomes the step."""
         return os.path.join(self.home, "step")
@@ -72,8 +80,8 @@ def side_of(root: str) -> str:
     return os.path.join(root, SIDE)
 
 
-def begin(root: str, step: int) -> Draft:
-    """Make the store where there is none, and a draft in it.
+def begin(root: str, step: int, *, name: str = "") -> Draft:
+    """Make the store where there is none, and a draft in it; `name` (hex digits) says which, else it is random.
 
     RefusedError for a folder that is something else: AReaL's trainer takes every folder in its run for a model.
     """
@@ -83,8 +91,8 @@ def begin(root: str, step: int) -> Draft:
     if not os.path.isdir(side):
         _make_store(root)
     sweep(root)
-    name = secrets.token_hex(8)
-    home, unborn = os.path.join(side, f"save-{name}"), os.path.join(side, f"new-{name}")
+    name = name or secrets.token_hex(8)
+    home, unborn = home_of(root, name), os.path.join(side, f"new-{name}")
     try:
         os.makedirs(os.path.join(unborn, "step"), 0o700)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -95,6 +103,34 @@ def begin(root: str, step: int) -> Draft:
     except OSError as error:
         raise from_os_error(error, doing="beginning a save in", path=home) from error
     return Draft(root, step, home, descriptor)
+
+
+def home_of(root: str, name: str) -> str:
+    """The own folder of the draft of that name."""
+    return os.path.join(side_of(os.path.realpath(root)), f"save-{name}")
+
+
+def identity(root: str) -> str:
+    """32 hex digits that name a store: the same for all who see this folder, on whatever machine. Made where there are none."""
+    root = os.path.realpath(root)
+    if not os.path.isdir(side_of(root)):
+        _make_store(root)
+    path = os.path.join(side_of(root), IDENTITY)
+    draft = os.path.join(side_of(root), f"new-{secrets.token_hex(8)}")
+    try:
+        while True:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii", errors="replace") as file:
+                if not _IDENTITY.fullmatch(found := file.read(64)):
+                    raise RefusedError(f"{path} does not name a store: {found!r:.40}", hint="Remove this file.")
+                return found
+            side_folders.write_durably(draft, secrets.token_hex(16).encode())
+            side_folders.like(draft, os.stat(root), mode=0o644)
+            try:
+                side_folders.rename_in(draft, path)
+            except FileExistsError:  # another rank's
+                os.unlink(draft)
+    except OSError as error:
+        raise from_os_error(error, doing="naming the store by", path=path) from error
 
 
 def _make_store(root: str) -> None:
@@ -130,9 +166,8 @@ def commit(
     is as it was), CommitUncertain (the new one is in, the disk did not confirm it). The draft is gone afterwards.
     """
     try:
-        manifest = _describe(draft, digests, chunk_bytes, metrics or {}, source)
-        with locked(draft.root, f"save of step {draft.step}"):
-            _publish(draft, manifest)
+        manifest = describe(draft, digests, chunk_bytes=chunk_bytes, metrics=metrics or {}, source=source)
+        publish(draft, manifest)
     except (NotCommitted, CommitUncertain):
         raise
     except CkptStoreError as error:
@@ -140,6 +175,15 @@ def commit(
     finally:
         abandon(draft)
     return manifest
+
+
+def publish(draft: Draft, manifest: Manifest, *, keep_old: bool = False) -> None:
+    """Make a draft that was described its step. With `keep_old` what it replaces stays in the side folder: `discard_old`.
+
+    NotCommitted, CommitUncertain; BusyError and others where it was not tried.
+    """
+    with locked(draft.root, f"save of step {draft.step}"):
+        _publish(draft, manifest, keep_old=keep_old)
 
 
 def abandon(draft: Draft) -> None:
@@ -257,10 +301,20 @@ def _names(side: str) -> list[str]:
         return []
 
 
-def _describe(
-    draft: Draft, digests: Mapping[str, native.Digest], chunk_bytes: int, metrics: Mapping[str, float], source: str
+def describe(
+    draft: Draft,
+    digests: Mapping[str, native.Digest],
+    *,
+    chunk_bytes: int = native.CHUNK_BYTES,
+    metrics: Mapping[str, float],
+    source: str = "",
+    group: NodeSet | None = None,
+    created_at: str = "",
 ) -> Manifest:
-    """Give the files the store's mode and owner, and write the manifest that makes them a checkpoint."""
+    """Give the files the store's mode and owner, and write the manifest that will make them a checkpoint. All is durable then.
+
+    A part of a set was saved when the coordinator says (`created_at`), so that retention decides alike on all nodes.
+    """
     check_names(digests)
     try:
         model = os.stat(draft.root)
@@ -270,6 +324,8 @@ def _describe(
     except OSError as error:
         raise from_os_error(error, doing="preparing", path=error.filename or draft.path) from error
     manifest = manifest_of(draft.step, entries, metrics=metrics, source=source, chunk_bytes=chunk_bytes)
+    if group is not None:
+        manifest = dataclasses.replace(manifest, group=group, created_at=created_at)
     side_folders.write_manifest(draft.path, manifest, model=model)
     return manifest
 
@@ -298,17 +354,24 @@ def manifest_of(
     )
 
 
-def _publish(draft: Draft, manifest: Manifest) -> None:
+def _publish(draft: Draft, manifest: Manifest, *, keep_old: bool) -> None:
     target = os.path.join(draft.root, layout.folder_name(draft.step))
     side = side_of(draft.root)
     replaces = os.path.lexists(target)
+    old = f"old-step-{draft.step}-{secrets.token_hex(4)}" if replaces and keep_old else ""
     try:
         if not replaces:
             side_folders.rename_in(draft.path, target)
         elif probe.probe(side).exchange:
-            native.rename_exchange(draft.path, target)
+            place = draft.path
+            if old:  # nobody sweeps this name, whichever of the two a crash leaves under it
+                place = os.path.join(side, old)
+                os.rename(draft.path, place)
+            native.rename_exchange(place, target)
         else:
-            _replace_by_two_renames(draft, target)
+            aside = _replace_by_two_renames(draft, target)
+            if old:
+                os.rename(aside, os.path.join(side, old))
     except OSError as error:
         if not _is_in(target, manifest):  # a network file system may report a failure, and have done it
             raise NotCommitted(
@@ -320,7 +383,7 @@ def _publish(draft: Draft, manifest: Manifest) -> None:
         side_folders.sync_folder(draft.home)
         side_folders.sync_folder(side)
     except OSError as error:
-        if replaces:  # the old one is kept, beside
+        if replaces and not old:  # the old one is kept, beside
             with contextlib.suppress(OSError):
                 os.rename(draft.path, os.path.join(side, f"old-step-{draft.step}-{secrets.token_hex(4)}"))
         raise CommitUncertain(
@@ -339,7 +402,7 @@ def _is_in(target: str, manifest: Manifest) -> bool:
         return False
 
 
-def _replace_by_two_renames(draft: Draft, target: str) -> None:
+def _replace_by_two_renames(draft: Draft, target: str) -> str:
     side = side_of(draft.root)
     aside = os.path.join(side, f"aside-{draft.step}-{secrets.token_hex(4)}")
     os.rename(target, aside)
@@ -350,3 +413,39 @@ def _replace_by_two_renames(draft: Draft, target: str) -> None:
         if not os.path.lexists(target):
             os.rename(aside, target)
         raise
+    return aside
+
+
+def discard_old(root: str, step: int) -> None:
+    """Remove what was kept of a step that was replaced."""
+    side = side_of(os.path.realpath(root))
+    for name in _names(side):
+        if name.startswith(f"old-step-{step}-"):
+            side_folders.discard(side, name)
+
+
+def note_whole(root: str, step: int, group: NodeSet) -> None:
+    """Remember that all nodes of a set have the step: from then on it counts for retention here."""
+    side = side_of(os.path.realpath(root))
+    name = f"whole-{step}-{group.id}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            side_folders.write_durably(os.path.join(side, name), b"")
+            side_folders.sync_folder(side)
+    except OSError as error:
+        raise from_os_error(error, doing="noting", path=os.path.join(side, name)) from error
+    forget_whole(root, step, but=name)
+
+
+def known_whole(root: str, step: int, group: NodeSet) -> bool:
+    """Whether all nodes of the set are known to have the step."""
+    return os.path.lexists(os.path.join(side_of(os.path.realpath(root)), f"whole-{step}-{group.id}"))
+
+
+def forget_whole(root: str, step: int, *, but: str = "") -> None:
+    """Remove what was noted of a step that is gone, or of those before it."""
+    side = side_of(os.path.realpath(root))
+    for name in _names(side):
+        if name.startswith(f"whole-{step}-") and name != but:
+            with contextlib.suppress(OSError):  # says nothing of any other step
+                os.unlink(os.path.join(side, name))

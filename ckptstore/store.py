@@ -73,7 +73,7 @@ class CheckpointStore:
         A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
         retention (best K); those that are not finite are left out. `keep` prunes afterwards. Errors: NotCommitted and
         CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
-        SourceChangedError. At a URL it is sent there, as docs/object-stores.md says; `keep` is for folders (UsageError).
+        SourceChangedError. At a URL it is sent there, as docs/object-stores.md says.
         """
         source = os.path.abspath(directory)
         return self._save(step, source, steps.files_in(source), metrics=metrics, keep=keep, progress=progress)
@@ -119,7 +119,7 @@ class CheckpointStore:
         progress: native.Progress | None = None,
         copied: Callable[[], None] = lambda: None,
     ) -> Manifest:
-        draft = saving.begin(self.backend, step, keep=keep)
+        draft = saving.begin(self.backend, step)
         try:
             written = saving.write_folder(draft, source, files, options=options, progress=progress)
             copied()

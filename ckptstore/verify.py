@@ -27,7 +27,7 @@ from ckptstore.errors import (
     StorageError,
 )
 from ckptstore.fetching import Wanted, fetch
-from ckptstore.formats import check_structure
+from ckptstore.formats import check_structure, dcp
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import backend_for
 from ckptstore.manifest import Manifest
@@ -93,7 +93,7 @@ def verify(
         if level is not Level.QUICK or not backend.is_folder:  # a listing of a store has not read it
             part = _check_manifest(backend, checkpoint, part, manifest)
         if level in (Level.STRUCTURE, Level.FULL):
-            part = _worsen(part, check_part_structure(backend, part))
+            part = _worsen(part, check_part_structure(backend, part, manifest))
         if level is Level.SERVER:
             part, unknown = _ask_server(backend, part, manifest, progress)
             unchecked += unknown
@@ -131,11 +131,18 @@ def verify_all(backend: Backend, checkpoints: list[Checkpoint], level: Level, no
     return results
 
 
-def check_part_structure(backend: Backend, part: Part) -> list[Finding]:
-    """What the formats of the part's files prove to be wrong. A file that went away meanwhile is a finding."""
+def check_part_structure(backend: Backend, part: Part, manifest: Manifest | None = None) -> list[Finding]:
+    """What the formats of the part's files prove to be wrong. A file that went away meanwhile is a finding.
+
+    Of one node's part of a save, its `manifest` says what is here: `.metadata` names the other nodes' files too.
+    """
     files = {file.name: file for file in part.files}
     try:
-        return check_structure(reader(backend, part), files)
+        findings = check_structure(reader(backend, part), files)
+        if manifest is None or manifest.group is None:
+            return findings
+        here = {entry.path for entry in manifest.files}
+        return [finding for finding in findings if finding.problem != dcp.MISSING_SHARD or finding.path in here]
     except NotFoundError as error:
         return [Finding("", f"changed while it was read: {error}", Status.PARTIAL)]
     except CkptStoreError as error:

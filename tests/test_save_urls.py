@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, listing, native, uploading
+from ckptstore import CheckpointStore, claims, listing, native, uploading
+from ckptstore import push as pushing
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
 from ckptstore.errors import (
@@ -24,13 +25,19 @@ from ckptstore.errors import (
     RefusedError,
     SourceChangedError,
     StorageError,
+    TransitError,
     UsageError,
 )
 from ckptstore.frameworks.steps import generations_in
-from ckptstore.model import MANIFEST_NAME, Status
+from ckptstore.mirror import mirror
+from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, Status
+from ckptstore.parts import read_manifest
 from ckptstore.pull import pull
 from ckptstore.retention import Keep
+from ckptstore.server_digests import Said
 from tests import commands, faults, servers
+from tests.test_push_pull import send
+from tests.test_remote_looking import sealed_run
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -169,8 +176,6 @@ def test_dead_drafts_go(url: str, source: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_refused(url: str, source: Path, tmp_path: Path) -> None:
     store = CheckpointStore(url)
-    with pytest.raises(UsageError, match="keep="):
-        store.save(1, source, keep=Keep(last=1))
     with pytest.raises(UsageError, match="whole number"):
         store.save(-1, source)
     (source / "link").symlink_to("small.json")
@@ -413,3 +418,107 @@ def test_kill_9(seaweed: servers.Server, s3: str) -> None:
 @pytest.mark.soak
 def test_kill_9_many_times(seaweed: servers.Server, s3: str) -> None:
     assert campaign(seaweed, s3, rounds=60, seed=int(time.time())) >= 30
+
+
+# --- retention -----------------------------------------------------------------------------------------------------
+
+
+def there(url: str) -> dict[int, bool]:
+    """Steps of which anything lies there, and whether they have a manifest."""
+    backend = open_backend(url)
+    found: dict[int, bool] = {}
+    for one in generations_in(backend.tree(max_depth=4)):
+        found[one.step] = found.get(one.step, False) or one.committed
+    return found
+
+
+def test_retention_at_a_url(url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the same rules; a dry run changes nothing; what is saved again goes with all its generations."""
+    store = CheckpointStore(url)
+    source = tmp_path / "small"
+    source.mkdir()
+    (source / "f.bin").write_bytes(b"x" * 1000)
+    for step in range(1, 6):
+        store.save(step, source, metrics={"loss": abs(step - 2)})
+    before = {blob.key for blob in open_backend(url).list()}
+    words = ("prune", "--run", url, "--keep-last", "1", "--keep-best", "1", "--metric", "loss", "--mode", "min", "--json")
+    done = commands.invoke(capfd, *words, "--dry-run")
+    assert done.code == 0, done.err
+    assert {one["step"]: one["keep"] for one in done.json["steps"]} == {1: False, 2: True, 3: False, 4: False, 5: True}
+    assert {blob.key for blob in open_backend(url).list()} == before
+    assert commands.invoke(capfd, *words).code == 0
+    assert there(url) == {2: True, 5: True}
+    store.save(6, source, keep=Keep(last=2))
+    assert there(url) == {5: True, 6: True}
+    assert store.verify(6).ok
+    store.prune(Keep(every=1000))
+    assert there(url) == {6: True}, "never the newest good one"
+
+
+def test_a_prune_at_a_url_that_is_cut_short(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its manifest goes first: what is left is no step, neither the one that was pruned nor one that it had replaced."""
+    store = CheckpointStore(url)
+    source = tmp_path / "small"
+    source.mkdir()
+    (source / "f.bin").write_bytes(b"old")
+    with monkeypatch.context() as planted:
+        planted.setattr(uploading, "remove", lambda target, folder: None)  # as if the old one could not be removed
+        store.save(1, source)
+        (source / "f.bin").write_bytes(b"newer")
+        store.save(1, source)
+    store.save(2, source)
+    assert [one.committed for one in generations_in(open_backend(url).tree(max_depth=4))] == [True] * 3
+    real, deleted = type(store.backend).delete, []
+
+    def delete(self: Any, key: str) -> None:
+        deleted.append(key)
+        if len(deleted) == 4:
+            raise StorageError("the network is gone")
+        real(self, key)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(type(store.backend), "delete", delete)
+        with pytest.raises(StorageError, match="network"):
+            store.prune(Keep(last=1))
+    assert deleted[0].endswith(MANIFEST_NAME)
+    assert deleted[2].endswith(MANIFEST_NAME)
+    assert there(url) == {1: False, 2: True}
+    assert [one.step for one in store.list()] == [2]
+
+
+# --- where several have written ------------------------------------------------------------------------------------
+
+
+def test_dcp_load_follows_the_manifests_base(url: str, tmp_path: Path) -> None:
+    """A store of steps that was mirrored while somebody else had claimed its place: the files lie in an attempt."""
+    torch = pytest.importorskip("torch")
+    import torch.distributed.checkpoint as dcp
+
+    from ckptstore.torch import StoreReader, StoreWriter
+
+    store = CheckpointStore(tmp_path / "store")
+    dcp.save({"w": torch.arange(5000), "n": 3}, storage_writer=StoreWriter(store, 1), no_dist=True)
+    claims.make(open_backend(url), "step-1", claims.Claim("another", ()))
+    (sent,) = mirror(store.backend, url)
+    assert ATTEMPT_PREFIX in sent.url
+    state = {"w": torch.zeros(5000, dtype=torch.int64), "n": 0}
+    dcp.load(state, storage_reader=StoreReader(CheckpointStore(url), 1), no_dist=True)
+    assert torch.equal(state["w"], torch.arange(5000))
+    assert state["n"] == 3
+
+
+def test_a_rank_that_helps_a_push_deletes_nothing(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the store says that a key is not what was sent, who leads the push judges it: it may be of a committed part."""
+    run = sealed_run(tmp_path, (46,))
+    (sent,) = send(run, s3)
+    target = open_backend(s3)
+    folder = sent.url.removeprefix(f"{target.location}/")
+    manifest = read_manifest(target, folder)
+    before = {blob.key for blob in target.list(folder)}
+    monkeypatch.setattr(pushing.server_digests, "ask", lambda *args: Said.OTHER)
+    name = manifest.files[0].path
+    with pytest.raises(TransitError, match="is not what was sent there"):
+        pushing.send_share(
+            open_backend(run), target, manifest, [name], folder=folder, base="", crew=1, progress=lambda done, total: None
+        )
+    assert {blob.key for blob in target.list(folder)} == before

@@ -287,7 +287,7 @@ def test_stopped_at_every_operation(room: Path, step: int, how: str, exchange: b
 def test_the_sweep_sees_a_commit_that_copies_in_place(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a writer that fills the step's own folder, as most tools do."""
 
-    def in_place(draft: steps.Draft, manifest: Manifest) -> None:
+    def in_place(draft: steps.Draft, manifest: Manifest, *, keep_old: bool) -> None:
         target = step_folder_of(draft)
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(draft.path, target)

@@ -212,7 +212,7 @@ def test_a_save_that_fails_leaves_nothing(store: CheckpointStore, monkeypatch: p
     with pytest.raises(dcp.CheckpointException, match="No space left"):
         save(store, 2, state)
     assert [one.step for one in store.list()] == [1]
-    assert sorted(path.name for path in Path(steps.side_of(store.folder)).iterdir()) == ["lock"]
+    assert sorted(path.name for path in Path(steps.side_of(store.folder)).iterdir()) == ["id", "lock"]
 
 
 def test_usage(store: CheckpointStore, tmp_path: Path) -> None:

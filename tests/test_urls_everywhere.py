@@ -25,10 +25,9 @@ REFUSES = {
     "status": ([], "list --run URL"),
     "plot": ([], "list --run URL"),
     "doctor": ([], "verify --run URL"),
-    "prune": (["--keep-last", "1"], "lifecycle rules"),
 }
 NO_RUN = {"pull"}  #: says where by --from and --to
-CHANGES = {"clean", "repair"}  #: work on a run at a URL too: test_leftovers.py, test_repair.py
+CHANGES = {"clean", "repair", "prune"}  #: work at a URL too: test_leftovers.py, test_repair.py, test_save_urls.py
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def command(
             "max" if mode == "max" else "min",
             every_hours=keep_every_hours or 0.0,
         )
-    located, backend = open_run(where, as_json=as_json, read_only=dry_run, steps_too=True)
+    located, backend = open_run(where, as_json=as_json, read_only=dry_run, remote=True, steps_too=True)
     if keep is None and located.config is not None:
         keep = retention.Keep.from_config(located.config)
     if keep is None:

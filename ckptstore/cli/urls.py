@@ -29,5 +29,4 @@ HERE = {
     "status": "Metrics, pins and trips are kept beside the trainer; `ckptstore list --run URL` shows the checkpoints.",
     "plot": "Metrics are kept beside the trainer; `ckptstore list --run URL` shows the checkpoints.",
     "doctor": "It examines the machine that trains; `ckptstore verify --run URL` examines checkpoints there.",
-    "prune": "Checkpoints in an object store are not pruned; its lifecycle rules, or its own tools, do that.",
 }

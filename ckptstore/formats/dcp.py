@@ -20,6 +20,7 @@ from ckptstore.model import FileInfo, Finding, ReadAt, Status
 
 METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 64 << 20
+MISSING_SHARD = "missing shard, named by .metadata"
 
 _DCP = "torch.distributed.checkpoint"
 _METADATA = {f"{_DCP}.metadata.Metadata", "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata"}
@@ -210,7 +211,7 @@ def check_folder(read_at: ReadAt, files: Mapping[str, FileInfo]) -> list[Finding
     for name, needed_bytes in metadata.shard_bytes.items():
         shard = files.get(name)
         if shard is None:
-            findings.append(Finding(name, "missing shard, named by .metadata", Status.PARTIAL))
+            findings.append(Finding(name, MISSING_SHARD, Status.PARTIAL))
         elif (problem := not_regular(shard)) is not None:
             findings.append(problem)
         elif shard.size_bytes == 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ckptstore.background import SaveHandle, wait_all
 from ckptstore.torch.background import save_async
+from ckptstore.torch.nodes import resume_step
 from ckptstore.torch.reader import StoreReader
 from ckptstore.torch.signals import Emergency, install_signal_handlers
 from ckptstore.torch.simple import load, save
@@ -22,6 +23,7 @@ __all__ = [
     "StoreWriter",
     "install_signal_handlers",
     "load",
+    "resume_step",
     "save",
     "save_async",
     "wait_all",

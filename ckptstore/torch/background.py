@@ -18,13 +18,17 @@ from ckptstore.background import OnBusy, SaveHandle
 from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
-from ckptstore.torch import simple
+from ckptstore.torch import memory, simple
 from ckptstore.torch.waves import Waves
 
 
 @dataclass(slots=True)
 class _Buffers:
-    """Host memory for one state, used again and again. The n-th tensor finds the n-th buffer."""
+    """Host memory for one state, used again and again. The n-th tensor finds the n-th buffer.
+
+    What comes from a device is copied on the caller's current stream there, so after all that is in it: `finish` waits for
+    these streams alone. Until then the state's owner holds what is copied.
+    """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
     next: int = 0
@@ -34,25 +38,26 @@ class _Buffers:
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         source = tensor.detach().resolve_conj().resolve_neg()
         pinned = source.is_cuda
+        if pinned and source.device not in self.devices:
+            memory.refuse_capture(source.device)
+            self.devices.add(source.device)
         at = self.next
         self.next += 1
         kept = self.tensors[at] if at < len(self.tensors) else None
-        if kept is None or kept.dtype != source.dtype or kept.shape != source.shape or kept.is_pinned() != pinned:
-            kept = torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned)
+        if kept is None or kept.dtype != source.dtype or kept.shape != source.shape or memory.pinned(kept) != pinned:
+            kept = memory.host(source.shape, source.dtype, pinned=pinned)
             self.tensors[at : at + 1] = [kept]
         kept.copy_(source, non_blocking=pinned)
-        if pinned:
-            self.devices.add(source.device)
         return kept
 
     def begin(self) -> None:
         self.next = 0
+        self.devices.clear()
 
     def finish(self) -> None:
         del self.tensors[self.next :]
         for device in self.devices:
-            torch.cuda.synchronize(device)
-        self.devices.clear()
+            torch.cuda.current_stream(device).synchronize()
 
 
 _buffers: dict[str, _Buffers] = {}  # by the store's folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
     }.items()
     if hasattr(torch, known)
 }
+_log = logging.getLogger("ckptstore")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -48,6 +50,31 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     if size == 0:
         return memoryview(bytearray())
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")  # ctypes' own format takes no slices
+
+
+def host(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    """New host memory. Where no more can be pinned (a container's limit) it is pageable: slower to copy to, and as right."""
+    if pinned:
+        try:
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+        except RuntimeError as error:  # torch has no narrower one for this
+            _log.warning("no pinned host memory for staging, the copy is slower: %s", error)
+            found = torch.empty(tuple(shape), dtype=dtype)
+            found.pageable = True  # type: ignore[attr-defined]
+            return found
+    return torch.empty(tuple(shape), dtype=dtype)
+
+
+def pinned(tensor: torch.Tensor) -> bool:
+    """Whether `host` made it as pinned memory, or would have."""
+    return getattr(tensor, "pageable", False) or tensor.is_pinned()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """UsageError while the caller captures a CUDA graph: what it stages would be recorded, not copied."""
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise UsageError("a save inside of the capture of a CUDA graph", hint="Save before or after the capture.")
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ torch's planner, which unpickles them: their digests have been checked by then.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -28,12 +29,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckptstore.errors import IntegrityError, UsageError
+from ckptstore.errors import IntegrityError, NotWholeError, UsageError
 from ckptstore.formats import FormatError, dcp, torchzip
 from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.parts import files_folder_of
 from ckptstore.store import CheckpointStore
+from ckptstore.torch import nodes
 from ckptstore.torch.memory import bytes_of
 from ckptstore.torch.simple import find
 
@@ -50,16 +52,28 @@ class _Stored:
     requests: list[ReadItem] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a rank tells the coordinator of its store: nodes.identity of the step, and of all others in a set of nodes."""
+
+    step: int
+    identity: str
+    others: Mapping[int, str]
+
+
 class StoreReader(StorageReader):
     """A storage reader for `dcp.load`: the step of the store, or with None the newest whole one (name it where others save).
 
-    Only what the plan asks for is read, in whole chunks of the manifest. DigestMismatchError for damage, inside the
+    Only what the plan asks for is read, in whole chunks of the manifest. All ranks must see the same save, on a shared disk
+    or on their own: else NotWholeError, which names the newest step that is the same for all (`resume_step` does so before),
+    and so it is where files are needed that lie on other nodes. DigestMismatchError for damage. All of them inside the
     CheckpointException that torch raises on every rank. Not thread-safe.
     """
 
     def __init__(self, store: CheckpointStore, step: int | None = None) -> None:
         super().__init__()
         part, manifest = find(store, step)
+        self._store = store
         self._backend = store.backend
         self._folder = files_folder_of(store.backend, part)
         self._path = part.path
@@ -91,12 +105,38 @@ class StoreReader(StorageReader):
         """Nothing more to do."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is."""
-        return plan
+        """Say what this rank sees, and refuse what it cannot read."""
+        lacking = sorted({stored.item.file for stored in self._wanted(plan.items)} - self._files.keys())
+        if lacking and (group := self._manifest.group) is not None:
+            shown = f"{', '.join(lacking[:5])}{' …' if len(lacking) > 5 else ''}"
+            raise NotWholeError(
+                f"step {self.step} in {self._path} is of {group.whose}, and this rank needs {shown}, which other nodes have",
+                files=tuple(lacking),
+                hint="It loads on as many ranks as saved it, each on its node. For any others copy the *.distcp files of all "
+                "nodes beside one node's .metadata, and load them by plain dcp.load.",
+            )
+        if lacking:
+            raise IntegrityError(
+                f"step {self.step}: {lacking[0]} is named by .metadata, and missing", hint="Load another step."
+            )
+        others = nodes.held(self._store) if self._manifest.group is not None else {}
+        seen = _Seen(self.step, nodes.identity(self._manifest), {step: name for step, (name, _) in others.items()})
+        return dataclasses.replace(plan, storage_data=seen)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
-        return plans
+        """As they are, where all ranks see the same save."""
+        seen = [plan.storage_data for plan in plans if isinstance(plan.storage_data, _Seen)]
+        for rank, other in enumerate(seen):
+            if (other.step, other.identity) != (seen[0].step, seen[0].identity):
+                usable = nodes.newest_on_all([one.others for one in seen])
+                raise NotWholeError(
+                    f"rank {rank} sees another save of step {other.step} than rank 0 sees of step {seen[0].step}",
+                    usable_step=usable,
+                    hint=f"Load step {usable}, the newest that all ranks have."
+                    if usable >= 0
+                    else "No step is the same for all.",
+                )
+        return [dataclasses.replace(plan, storage_data=None) for plan in plans]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read and check what the plan asks for."""
@@ -114,7 +154,7 @@ class StoreReader(StorageReader):
             index = request.storage_index
             chunk = None if index.offset is None else tuple(index.offset)
             item = items.get((index.fqn, chunk)) or items.get((index.fqn, None))
-            if item is None or item.file not in self._files:
+            if item is None:
                 raise IntegrityError(f"step {self.step}: {index.fqn} has no place in its files", hint="Load another step.")
             dtype, shape = "", tuple[int, ...]()
             if request.type == LoadItemType.TENSOR:

@@ -86,7 +86,7 @@ def write(
     options: native.CopyOptions | None = None,
 ) -> Manifest:
     """Write files from memory as `step`, commit it, and prune."""
-    draft = saving.begin(store.backend, step, keep=keep)
+    draft = saving.begin(store.backend, step)
     try:
         written = saving.write_buffers(store.backend, saving.place(draft), files, options=options)
         manifest = saving.commit(draft, written, metrics=metrics)

@@ -62,7 +62,10 @@ class Waves:
             for name, tensor in tensors.items()
         ]
         devices = {tensor.device for _, tensor, _ in self._versions if tensor.is_cuda}
+        for device in devices:
+            memory.refuse_capture(device)
         self._ready = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+        self._streams: dict[torch.device, list[Any]] = {}
         self._count = max_host_bytes // PIECE_BYTES
         self.fits = sum(file.size_bytes for file in self._files.values()) <= max_host_bytes
 
@@ -81,7 +84,7 @@ class Waves:
 
         `staged` is called when all of the state has been copied.
         """
-        draft = saving.begin(store.backend, step, keep=keep)
+        draft = saving.begin(store.backend, step)
         try:
             written = self._write(saving.place(draft), buffers, staged, nice)
             written |= saving.write_buffers(store.backend, saving.place(draft), self._rest)
@@ -94,10 +97,11 @@ class Waves:
 
     def _write(self, folder: str, buffers: list[torch.Tensor], staged: Callable[[], None], nice: int) -> dict[str, Written]:
         pinned = bool(self._ready)
-        if not buffers or buffers[0].is_pinned() != pinned:
+        if not buffers or memory.pinned(buffers[0]) != pinned:
             buffers.clear()
         del buffers[self._count :]
-        buffers += [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(self._count - len(buffers))]
+        lacking = self._count - len(buffers)
+        buffers += [memory.host((PIECE_BYTES,), torch.uint8, pinned=pinned) for _ in range(lacking)]
         free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for buffer in buffers:
             free.put(buffer)
@@ -143,15 +147,15 @@ class Waves:
     def _pieces(self) -> Iterator[tuple[str, int, torch.Tensor, Any]]:
         """(file, offset in it, bytes of a tensor, the stream to copy them on) in order; none crosses a buffer's size."""
         new: Any = torch.cuda.Stream  # torch gives it no types
-        streams = {device: [new(device) for _ in range(_STREAMS)] for device in self._ready}
-        for device, ours in streams.items():
+        self._streams = {device: [new(device) for _ in range(_STREAMS)] for device in self._ready}
+        for device, ours in self._streams.items():
             for one in ours:
                 one.wait_event(self._ready[device])
         number = 0
         for name, file in self._files.items():
             offset = len(file.head)
             for tensor in file.tensors:
-                stream: Any = streams[tensor.device][number % _STREAMS] if tensor.is_cuda else None
+                stream: Any = self._streams[tensor.device][number % _STREAMS] if tensor.is_cuda else None
                 number += 1
                 with torch.cuda.stream(stream):
                     flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
@@ -160,8 +164,9 @@ class Waves:
                 offset += flat.numel()
 
     def _end_staging(self) -> None:
-        for device in self._ready:
-            torch.cuda.synchronize(device)
+        for ours in self._streams.values():
+            for one in ours:  # not the device: the trainer may have much work waiting on it
+                one.synchronize()
         for name, tensor, version in self._versions:
             if version != _version(tensor):
                 raise SourceChangedError(

@@ -4,12 +4,17 @@ The files are torch's own: `__{rank}_0.distcp` with one torch.save archive an it
 the draft and tells all ranks where it is; each rank lays its archives out around its tensors' own memory and hands them to
 the engine (or sends them to the store's URL), durable and digested; the coordinator commits once, when all have written.
 Nothing is visible before that.
+
+Ranks that do not see the coordinator's folder have a disk of their own (steps.identity tells): the first rank of each such
+node begins a draft there, and all nodes commit together (nodes.py). torch writes what several ranks hold alike once; a node
+that would lack it writes it once more, and its own `.metadata` says so: each node has all that its own ranks need.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import os
 import tempfile
 import weakref
@@ -20,16 +25,17 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckptstore import native, saving
-from ckptstore.errors import UsageError
+from ckptstore import native, saving, steps
+from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.formats import dcp, torchzip
 from ckptstore.manifest import Manifest
 from ckptstore.store import CheckpointStore
+from ckptstore.torch import nodes
 from ckptstore.torch.memory import bytes_of, plain
 from ckptstore.uploading import Written
 
@@ -38,15 +44,29 @@ from ckptstore.uploading import Written
 class _Place:
     """What the coordinator tells a rank: where the draft is (saving.place), and the rank's own file in it."""
 
-    draft: str
+    draft: str  #: with several nodes the draft's name: each node has its own
     file: str
+    node: int = 0
+    nodes: int = 1
+    leads: bool = False  #: whether it begins its node's draft
+    again: Sequence[MetadataIndex] = ()  #: of its own items, to be written once more for its node
+
+
+@dataclasses.dataclass(frozen=True)
+class _Offer:
+    """What a rank tells the coordinator: which store it sees (steps.identity), and all that it holds."""
+
+    store: str
+    items: Sequence[MetadataIndex]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Written(WriteResult):
-    """A result that also says what the rank's file is: on its first item only."""
+    """A result that also says what the rank's file is (on its first item only), and on which node."""
 
     files: Mapping[str, Written] | None = None
+    node: int = 0
+    again: bool = False  #: whether it lies on another node too
 
 
 class _MetadataFile(FileSystemWriter):
@@ -60,8 +80,10 @@ class _MetadataFile(FileSystemWriter):
 class StoreWriter(StorageWriter):
     """A storage writer for `dcp.save` and `dcp.async_save`: saves `step` into the store, visible only when all ranks are done.
 
-    Construct it on every rank, with the same store and step; all ranks see the same folder, or URL. One save each. A rank
-    that fails or dies means an error on the others (at the latest after the process group's timeout) and no commit.
+    Construct it on every rank, with its store and the same step. Ranks that see the same folder, or URL, save one checkpoint
+    there; where nodes have a disk each, it is found out, and each node gets the files of its own ranks (docs/saving.md). One
+    save each. A rank that fails or dies means an error on the others (at the latest after the process group's timeout) and no
+    commit.
     `metrics` are recorded by the coordinator. `nice` lowers the priority of the writing threads. After the save, `manifest`
     is the coordinator's. Not thread-safe.
     """
@@ -73,6 +95,9 @@ class StoreWriter(StorageWriter):
         self._metrics = dict(metrics or {})
         self._options = native.CopyOptions(nice=nice)
         self._draft: saving.Draft | None = None
+        self._follower: nodes.Follower | None = None
+        self._items: Mapping[MetadataIndex, WriteItem] = {}
+        self._nodes = 1  #: that have a disk of their own
         self.manifest: Manifest | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -83,48 +108,99 @@ class StoreWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Begin the draft, on the coordinator."""
+        self.close()
         if kwargs.get("use_collectives", True) is False:
             raise UsageError("StoreWriter commits once for all ranks", hint="Leave use_collectives as it is.")
-        if self._draft is not None:
-            saving.abandon(self._draft)
-            self._draft = None
         if is_coordinator:
             self._draft = saving.begin(self._store.backend, self._step)
             # A save that fails on another rank ends without a word to us: then the draft goes with the writer.
             weakref.finalize(self, saving.abandon, self._draft)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As it is."""
-        return plan
+        """Say which store this rank sees, and what it holds."""
+        if not getattr(plan, "usable", True):
+            raise UsageError("every save has a place of its own", hint="Leave the planner's enable_plan_caching out.")
+        backend = self._store.backend
+        self._items = {item.index: item for item in plan.items}
+        offer = _Offer(steps.identity(backend.location) if backend.is_folder else "", tuple(self._items))
+        return dataclasses.replace(plan, storage_data=offer)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tell each rank where to write."""
         assert self._draft is not None
-        where = saving.place(self._draft)
-        return [dataclasses.replace(plan, storage_data=_Place(where, f"__{rank}_0.distcp")) for rank, plan in enumerate(plans)]
+        here = steps.identity(self._draft.root) if isinstance(self._draft, steps.Draft) else ""
+        offers = [plan.storage_data if isinstance(plan.storage_data, _Offer) else _Offer(here, ()) for plan in plans]
+        places = [_Place(saving.place(self._draft), f"__{rank}_0.distcp") for rank in range(len(plans))]
+        stores = list(dict.fromkeys([here, *(offer.store for offer in offers)]))
+        self._nodes = len(stores)
+        if self._nodes > 1:
+            assert isinstance(self._draft, steps.Draft)
+            found = [stores.index(offer.store) for offer in offers]
+            lacking = _lacking(found, offers, plans)
+            places = [
+                dataclasses.replace(
+                    place, draft=self._draft.name, node=node, nodes=self._nodes, leads=node > 0 and rank == found.index(node),
+                    again=lacking[rank],
+                )
+                for rank, (place, node) in enumerate(zip(places, found, strict=True))
+            ]  # fmt: skip
+        return [dataclasses.replace(plan, storage_data=place) for plan, place in zip(plans, places, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file, durable."""
+        """Write this rank's file, durable. The first rank of a node then waits for the coordinator's word, in a thread."""
         place: _Place = plan.storage_data
         done: Future[list[WriteResult]] = Future()
         try:
-            done.set_result(self._write(place, plan.items, planner) if plan.items else [])
+            channel = nodes.Channel(place.draft) if place.nodes > 1 else None
+            if place.leads:
+                self._draft = steps.begin(self._store.backend.location, self._step, name=place.draft)
+            items = [*plan.items, *(self._items[index] for index in place.again)]
+            done.set_result(self._write(place, self._folder(place, channel), items, planner) if items else [])
+            if place.leads:
+                assert channel is not None
+                assert isinstance(self._draft, steps.Draft)
+                draft, self._draft = self._draft, None
+                self._follower = nodes.Follower(channel, place.node, draft)
+                weakref.finalize(self, self._follower.stop)
         except BaseException:
             self.close()
             raise
         return done
 
-    def _write(self, place: _Place, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    def _folder(self, place: _Place, channel: nodes.Channel | None) -> str:
+        """Where this rank writes: the coordinator's draft, or that of its node."""
+        backend = self._store.backend
+        if not backend.is_folder:
+            return place.draft
+        folder = place.draft
+        if channel is not None:
+            root = backend.location
+            folder = os.path.join(steps.home_of(root, place.draft), "step")
+            if place.node and not place.leads:
+                nodes.await_draft(folder, min(channel.timeout_s, nodes.BEGIN_S))
+        if not os.path.isdir(folder):
+            identity = os.path.join(steps.side_of(backend.location), steps.IDENTITY)
+            raise NotFoundError(
+                f"{folder}, where the coordinator has begun to save, is not here, though this is the same store by {identity}",
+                hint=f"Was the store copied from another node's disk? Then remove {identity} here.",
+            )
+        return folder
+
+    def _write(self, place: _Place, folder: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         values = [planner.resolve_data(item) for item in items]
+        for device in {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()  # the pool's threads copy on another stream
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), thread_name_prefix="ckptstore-crc32") as pool:
             pieces = list(pool.map(_archive, (item.type for item in items), values))
         buffers = [buffer for piece in pieces for buffer in piece.buffers]
-        written = saving.write_buffers(self._store.backend, place.draft, {place.file: buffers}, options=self._options)
+        written = saving.write_buffers(self._store.backend, folder, {place.file: buffers}, options=self._options)
+        again = set(place.again)
         results: list[WriteResult] = []
         offset = 0
         for item, piece in zip(items, pieces, strict=True):
             info = _StorageInfo(place.file, offset, piece.length)
-            results.append(_Written(item.index, piece.length, info, None if results else written))
+            files = None if results else written
+            results.append(_Written(item.index, piece.length, info, files, place.node, item.index in again))
             offset += piece.length
         return results
 
@@ -132,20 +208,22 @@ class StoreWriter(StorageWriter):
         """Write `.metadata` and commit, on the coordinator."""
         draft = self._draft
         assert draft is not None
-        written: dict[str, Written] = {}
-        plain = []
-        for ranks in results:
-            for result in ranks:
-                if isinstance(result, _Written) and result.files:
-                    written.update(result.files)
-            plain.append([WriteResult(result.index, result.size_in_bytes, result.storage_data) for result in ranks])
-        with tempfile.TemporaryDirectory(prefix="ckptstore-") as scratch:  # torch writes it to a path, and nowhere else
-            _MetadataFile(scratch, sync_files=False).finish(metadata, plain)
-            content = Path(scratch, dcp.METADATA_NAME).read_bytes()
-        written |= saving.write_buffers(self._store.backend, saving.place(draft), {dcp.METADATA_NAME: [content]})
+        written: list[dict[str, Written]] = [{} for _ in range(self._nodes)]
+        for result in itertools.chain(*results):
+            if isinstance(result, _Written) and result.files:
+                written[result.node].update(result.files)
+        contents = [_metadata_of(metadata, results, node) for node in range(self._nodes)]
         self._draft = None
         try:
-            self.manifest = saving.commit(draft, written, metrics=self._metrics)
+            if self._nodes > 1:
+                assert isinstance(draft, steps.Draft)
+                shares = [nodes.Share(content, files) for content, files in zip(contents, written, strict=True)]
+                self.manifest = nodes.commit(nodes.Channel(draft.name), draft, shares, self._metrics)
+            else:
+                files = written[0] | saving.write_buffers(
+                    self._store.backend, saving.place(draft), {dcp.METADATA_NAME: contents}
+                )
+                self.manifest = saving.commit(draft, files, metrics=self._metrics)
         finally:
             saving.abandon(draft)
 
@@ -154,9 +232,12 @@ class StoreWriter(StorageWriter):
         if self._draft is not None:
             saving.abandon(self._draft)
             self._draft = None
+        if self._follower is not None:
+            self._follower.stop()
+            self._follower = None
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_draft": None}  # another process begins its own
+        return self.__dict__ | {"_draft": None, "_follower": None}  # another process begins its own
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -166,6 +247,35 @@ class StoreWriter(StorageWriter):
     def storage_meta(self) -> StorageMeta | None:
         """None: the step is in the manifest."""
         return None
+
+
+def _lacking(nodes_of: Sequence[int], offers: Sequence[_Offer], plans: Sequence[SavePlan]) -> list[list[MetadataIndex]]:
+    """By rank, what it is to write for its node beside its plan: what the node's ranks hold, and ranks elsewhere write."""
+    there: dict[int, set[MetadataIndex]] = {node: set() for node in nodes_of}
+    for node, plan in zip(nodes_of, plans, strict=True):
+        there[node].update(item.index for item in plan.items)
+    lacking = []
+    for node, offer in zip(nodes_of, offers, strict=True):
+        lacking.append([index for index in offer.items if index not in there[node]])
+        there[node].update(lacking[-1])
+    return lacking
+
+
+def _counts(result: WriteResult, node: int) -> bool:
+    return not isinstance(result, _Written) or not result.again or result.node == node
+
+
+def _metadata_of(metadata: Metadata, results: Sequence[Sequence[WriteResult]], node: int) -> bytes:
+    """`.metadata` for a node: of what lies on several nodes, where it lies on this one."""
+    plain = [
+        [WriteResult(result.index, result.size_in_bytes, result.storage_data) for result in chosen]
+        for again in (False, True)  # what comes later counts
+        for ranks in results
+        if (chosen := [result for result in ranks if _counts(result, node) and getattr(result, "again", False) == again])
+    ]
+    with tempfile.TemporaryDirectory(prefix="ckptstore-") as scratch:  # torch writes it to a path, and nowhere else
+        _MetadataFile(scratch, sync_files=False).finish(metadata, plain)
+        return Path(scratch, dcp.METADATA_NAME).read_bytes()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

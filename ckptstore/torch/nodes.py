@@ -1,0 +1,304 @@
+"""A save by several nodes that have a disk each: every node commits the files of its own ranks, or none does.
+
+In two phases. The first rank of each node leads it; the coordinator leads its own. They talk through the key-value store that
+the process group met by: no collectives, so that the leaders can answer from a thread while torch waits for the coordinator.
+
+    1  prepare    the coordinator tells each leader its node's `.metadata`, and the digests of its ranks' files
+       prepared   the leader has written the manifest, and all of the draft is durable; it can still be given up
+    2  commit     once all are prepared. The coordinator has published its own by then; each leader publishes, then says so.
+                  A step that was there before stays in `.ckptstore/old-step-…` on every node
+    3  settle     once all have committed: the step is known to be whole on all nodes, and what it replaced may go
+
+What ends one ends all that have not committed yet. A crash in phase 2 leaves a step that not all nodes have: `resume_step`
+and StoreReader pass over it, and retention does not count it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import _get_default_store
+
+from ckptstore import native, steps
+from ckptstore.errors import CkptStoreError, CommitUncertain, IntegrityError, NotCommitted, NothingToResumeError, RankError
+from ckptstore.formats import dcp
+from ckptstore.manifest import Manifest, NodeSet, content_of
+from ckptstore.native import Digest
+from ckptstore.parts import find_manifest, folder_of
+from ckptstore.steps import Draft
+from ckptstore.store import CheckpointStore
+from ckptstore.uploading import Written
+
+POLL_S = 0.02
+BEGIN_S = 60.0  #: so long a node's ranks wait for the first of them to begin its draft
+SETTLE_S = 10.0
+_VALUE_BYTES = 4 << 20  # torch's TCPStore takes 8 MiB at once
+
+_log = logging.getLogger("ckptstore")
+
+
+class _GivenUpError(Exception):
+    """The save does not go on."""
+
+
+class Channel:
+    """What the leaders of one save tell each other. Any failure of the store itself is a RuntimeError of torch's."""
+
+    def __init__(self, name: str) -> None:
+        store: Any = _get_default_store()
+        self._store = PrefixStore(f"ckptstore/{name}", store)
+        self.timeout_s: float = store.timeout.total_seconds()
+
+    def tell(self, key: str, document: Mapping[str, Any]) -> None:
+        """Once a key."""
+        data = json.dumps(document)
+        count = -(-len(data) // _VALUE_BYTES)
+        for number in range(count):
+            self._store.set(f"{key}/{number}", data[number * _VALUE_BYTES : (number + 1) * _VALUE_BYTES])
+        self._store.set(key, str(count))
+
+    def told(self, key: str) -> Any:
+        """What was told under the key; None where nothing was, yet."""
+        if not self._store.check([key]):
+            return None
+        return json.loads(b"".join(self._store.get(f"{key}/{number}") for number in range(int(self._store.get(key)))))
+
+    def forget(self, key: str) -> None:
+        """Free what a key takes on the store's host."""
+        if self._store.check([key]):
+            for number in range(int(self._store.get(key))):
+                self._store.delete_key(f"{key}/{number}")
+            self._store.delete_key(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A node's part of a save: `.metadata` and what its ranks have written, `.metadata` not among it."""
+
+    metadata: bytes
+    written: Mapping[str, Written]
+
+    def content(self, step: int) -> str:
+        """As Manifest.content."""
+        files = [(name, file.size_bytes, file.digest.crc) for name, file in self.written.items()]
+        return content_of(step, steps.PART, [*files, (dcp.METADATA_NAME, len(self.metadata), native.crc64(self.metadata))])
+
+
+class Follower:
+    """Leads a node that is not the coordinator's: does what the coordinator says, in a thread. `stop` gives up what it may."""
+
+    def __init__(self, channel: Channel, node: int, draft: Draft) -> None:
+        self._stop = threading.Event()
+        arguments = (channel, node, draft, self._stop)
+        self._thread = threading.Thread(target=_follow, args=arguments, name="ckptstore-node", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up, unless it has been told to commit; the draft is gone then. Waits for that."""
+        self._stop.set()
+        self._thread.join(SETTLE_S)
+
+
+def _follow(channel: Channel, node: int, draft: Draft, stop: threading.Event) -> None:
+    try:
+        order = _wait(channel, "prepare", node, stop)
+        share = Share(base64.b64decode(order["metadata"]), {name: _read(file) for name, file in order["written"].items()})
+        group = NodeSet(order["id"], node, order["nodes"], order["digest"])
+        manifest = _stage(draft, share, group, order["metrics"], order["created_at"])
+        channel.tell(f"prepared/{node}", {})
+        _wait(channel, "commit", None, stop)
+        steps.publish(draft, manifest, keep_old=True)
+        channel.tell(f"committed/{node}", {})
+        _wait(channel, "settle", None, threading.Event())
+        _settle(draft, group)
+        channel.tell(f"settled/{node}", {})
+    except _GivenUpError as error:
+        _log.info("step %d: this node gives up: %s", draft.step, error)
+    except (CkptStoreError, OSError, RuntimeError) as error:  # RuntimeError: torch's, of the key-value store
+        _log.error("step %d: this node's part of the save failed: %s", draft.step, error)
+        with contextlib.suppress(RuntimeError):  # nobody is there to be told
+            channel.tell(f"failed/{node}", {"why": str(error)})
+    finally:
+        steps.abandon(draft)
+
+
+def _wait(channel: Channel, key: str, node: int | None, stop: threading.Event) -> Any:
+    deadline = time.monotonic() + channel.timeout_s
+    key = key if node is None else f"{key}/{node}"
+    while (found := channel.told(key)) is None:
+        if channel.told("abort") is not None:
+            raise _GivenUpError("the coordinator says so")
+        if time.monotonic() > deadline:
+            raise _GivenUpError(f"no word from the coordinator for {channel.timeout_s:.0f} s")
+        if stop.wait(POLL_S):
+            raise _GivenUpError("the save has failed here")
+    return found
+
+
+def commit(channel: Channel, draft: Draft, shares: Sequence[Share], metrics: Mapping[str, float]) -> Manifest:
+    """All three phases, by the coordinator, whose own node is the first. Its manifest.
+
+    NotCommitted where no node has the step, CommitUncertain where not all of them may have it.
+    """
+    name, nodes = secrets.token_hex(16), len(shares)
+    whole = "\n".join(share.content(draft.step) for share in shares)
+    group = NodeSet(name, 0, nodes, hashlib.sha256(whole.encode()).hexdigest())
+    others = range(1, nodes)
+    deadline = time.monotonic() + channel.timeout_s
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    try:
+        try:
+            for node in others:
+                channel.tell(f"prepare/{node}", _order(shares[node], group, metrics, now))
+            manifest = _stage(draft, shares[0], group, metrics, now)
+            _await(channel, "prepared", others, deadline)
+            steps.publish(draft, manifest, keep_old=True)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the store is gone: then they hear nothing more, and give up
+                channel.tell("abort", {})
+            raise
+        try:
+            channel.tell("commit", {})
+            _await(channel, "committed", others, deadline)
+        except (CkptStoreError, RuntimeError) as error:
+            raise CommitUncertain(
+                f"step {draft.step} is on this node, and not surely on all {nodes}: {error}",
+                hint="ckptstore.torch.resume_step says which step all nodes have; a step that this one replaced is in "
+                ".ckptstore/old-step-…",
+            ) from error
+        try:
+            channel.tell("settle", {})
+            _settle(draft, group)
+            _await(channel, "settled", others, time.monotonic() + SETTLE_S)
+            for key in [f"{word}/{node}" for node in others for word in ("prepare", "prepared", "committed", "settled")]:
+                channel.forget(key)
+            channel.forget("commit")
+        except (CkptStoreError, RuntimeError) as error:  # all nodes have it; what retention knows waits for resume_step
+            _log.warning("step %d is whole on all nodes, and a node may not know: %s", draft.step, error)
+    except (NotCommitted, CommitUncertain):
+        raise
+    except (CkptStoreError, RuntimeError) as error:
+        hint = error.hint if isinstance(error, CkptStoreError) else "Is the host of torch's key-value store still there?"
+        raise NotCommitted(f"step {draft.step} was not saved on any node: {error}", hint=hint) from error
+    finally:
+        steps.abandon(draft)
+    return manifest
+
+
+def _await(channel: Channel, word: str, nodes: Sequence[int], deadline: float) -> None:
+    for node in nodes:
+        while channel.told(f"{word}/{node}") is None:
+            if (failed := channel.told(f"failed/{node}")) is not None:
+                raise RankError(f"node {node} failed: {failed['why']}", rank=node)
+            if time.monotonic() > deadline:
+                raise RankError(f"no word from node {node} in time", rank=node)
+            time.sleep(POLL_S)
+
+
+def _order(share: Share, group: NodeSet, metrics: Mapping[str, float], now: str) -> dict[str, Any]:
+    return {
+        "id": group.id,
+        "nodes": group.nodes,
+        "digest": group.digest,
+        "metadata": base64.b64encode(share.metadata).decode(),
+        "written": {name: [*file.digest, file.size_bytes, file.mtime_ns] for name, file in share.written.items()},
+        "metrics": dict(metrics),
+        "created_at": now,
+    }
+
+
+def _read(file: Sequence[Any]) -> Written:
+    crc, chunks, size_bytes, mtime_ns = file
+    return Written(Digest(crc, tuple(chunks)), size_bytes, mtime_ns)
+
+
+def _stage(draft: Draft, share: Share, group: NodeSet, metrics: Mapping[str, float], now: str) -> Manifest:
+    """Write what the ranks have not, and check what they have: all is durable then."""
+    digests = {name: file.digest for name, file in share.written.items()}
+    digests |= native.write_files(draft.path, {dcp.METADATA_NAME: [share.metadata]}).digests
+    manifest = steps.describe(draft, digests, metrics=metrics, group=group, created_at=now)
+    for entry in manifest.files:
+        file = share.written.get(entry.path)
+        if file is not None and file.size_bytes != entry.size_bytes:
+            raise IntegrityError(f"{entry.path} has {entry.size_bytes:,} bytes, and {file.size_bytes:,} were written")
+    return manifest
+
+
+def _settle(draft: Draft, group: NodeSet) -> None:
+    steps.note_whole(draft.root, draft.step, group)
+    steps.discard_old(draft.root, draft.step)
+
+
+def await_draft(folder: str, timeout_s: float) -> None:
+    """Wait for the folder of a draft that another rank of this node begins; for so long at most."""
+    deadline = time.monotonic() + timeout_s
+    while not os.path.isdir(folder) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
+def identity(manifest: Manifest) -> str:
+    """Equal for manifests on several disks that are of one save, or of the same bytes."""
+    return f"{manifest.group.id} {manifest.group.digest}" if manifest.group else manifest.content
+
+
+def held(store: CheckpointStore) -> dict[int, tuple[str, NodeSet | None]]:
+    """What is committed in a store, by step: its identity, and the set that it is of."""
+    try:
+        checkpoints = store.list()
+    except FileNotFoundError:  # nothing was saved there yet
+        return {}
+    found = {}
+    for checkpoint in checkpoints:
+        manifest = find_manifest(store.backend, folder_of(store.backend, checkpoint.parts[0]))
+        if checkpoint.status.usable and manifest is not None:
+            found[checkpoint.step] = (identity(manifest), manifest.group)
+    return found
+
+
+def newest_on_all(ranks: Sequence[Mapping[int, str]]) -> int:
+    """The newest step that is the same for all; -1 where there is none."""
+    common = set.intersection(*(set(rank.items()) for rank in ranks))
+    return max((step for step, _ in common), default=-1)
+
+
+def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None = None) -> int:
+    """The newest step that all ranks see, and see the same of: where each node has a disk of its own, one that all nodes have.
+
+    A collective: every rank of the group calls it, with its own store. NothingToResumeError on all where there is no such
+    step, RankError on all where one cannot look. What is whole on all nodes counts for retention from then on.
+    """
+    problem = ""
+    own: dict[int, tuple[str, NodeSet | None]] = {}
+    try:
+        own = held(store)
+    except CkptStoreError as error:
+        problem = str(error)
+    gathered: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(gathered, (own, problem), group=process_group)
+    for rank, (_, why) in enumerate(gathered):
+        if why:
+            raise RankError(f"rank {rank} cannot look into its store: {why}", rank=rank)
+    step = newest_on_all([{step: name for step, (name, _) in steps_of.items()} for steps_of, _ in gathered])
+    if step < 0:
+        raise NothingToResumeError(
+            f"no step is the same for all ranks; in {store.backend.location} there are {sorted(own)[-20:]}",
+            hint="Is the store of one node new? What a node lacks must be copied there.",
+        )
+    group = own[step][1]
+    if group is not None and {steps_of[step][1].node for steps_of, _ in gathered} == set(range(group.nodes)):
+        with contextlib.suppress(CkptStoreError):  # a full disk: it is for retention only
+            steps.note_whole(store.folder, step, group)
+    return step

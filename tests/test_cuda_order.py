@@ -1,0 +1,283 @@
+"""The order of CUDA calls while a state is staged, on a fake device that copies as late as CUDA may.
+
+No GPU here: a copy or a kernel on a fake stream happens when somebody waits for it, and not before. What is read too early,
+or changed too early, shows in what was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptstore import CheckpointStore
+from ckptstore.errors import UsageError
+
+torch = pytest.importorskip("torch")
+ckpt = pytest.importorskip("ckptstore.torch")
+dcp = pytest.importorskip("torch.distributed.checkpoint")
+from ckptstore.torch import StoreWriter, background, memory, waves  # noqa: E402
+
+CARD = torch.device("cuda", 1)
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+class Stream:
+    """Work in order, done when it is waited for."""
+
+    def __init__(self, device: Any = CARD) -> None:
+        self.device = device
+        self.work: list[Callable[[], object]] = []
+        self.done = 0
+        self.lock = threading.RLock()
+
+    def add(self, job: Callable[[], object]) -> None:
+        with self.lock:
+            self.work.append(job)
+
+    def run(self, until: int) -> None:
+        with self.lock:
+            while self.done < until:
+                self.work[self.done]()
+                self.done += 1
+
+    def record_event(self) -> Event:
+        return Event(self, len(self.work))
+
+    def wait_event(self, event: Event) -> None:
+        self.add(event.synchronize)
+
+    def synchronize(self) -> None:
+        self.run(len(self.work))
+
+
+class Event:
+    def __init__(self, stream: Stream, at: int) -> None:
+        self.stream, self.at = stream, at
+
+    def synchronize(self) -> None:
+        self.stream.run(self.at)
+
+
+class OnCard(torch.Tensor):  # type: ignore[misc]
+    """A tensor that says that it is on a device."""
+
+    is_cuda = True
+    device = CARD
+
+    @classmethod
+    def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.Tensor.copy_ and not isinstance(args[0], OnCard):
+            target, source = args[0], args[1].as_subclass(torch.Tensor)
+            stream = torch.cuda.current_stream(CARD)
+            stream.add(lambda: target.copy_(source))
+            if not kwargs.get("non_blocking"):
+                stream.synchronize()
+            return target
+        if function is torch.Tensor.cpu:
+            target = torch.empty(args[0].shape, dtype=args[0].dtype)
+            target.copy_(args[0])
+            return target
+        return super().__torch_function__(function, kinds, args, kwargs)
+
+
+class Card:
+    """torch.cuda, as far as staging uses it. Every thread has a current stream of its own."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.default = Stream()
+        self.local = threading.local()
+        self.capturing = False
+        self.pinned: set[int] = set()
+        self.pinnable = True
+        self.allocated = 0
+        real = torch.empty
+
+        def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+            if pin_memory and not self.pinnable:
+                raise RuntimeError("CUDA error: out of memory")
+            made = real(*args, **kwargs)
+            self.allocated += 1
+            if pin_memory:
+                self.pinned.add(made.data_ptr())
+            return made
+
+        patch.setattr(torch, "empty", empty)
+        patch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in self.pinned)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: getattr(self.local, "stream", self.default))
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "stream", self.stream)
+        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        patch.setattr(torch.cuda, "synchronize", self.refuse)
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream | None) -> Iterator[None]:
+        before = getattr(self.local, "stream", self.default)
+        self.local.stream = stream or before
+        try:
+            yield
+        finally:
+            self.local.stream = before
+
+    def refuse(self, device: object = None) -> None:
+        raise AssertionError("waits for all that anybody does on the device")
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    return Card(monkeypatch)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "store")
+
+
+def weights(stream: Stream, value: float, items: int = 1000) -> tuple[Any, Any]:
+    """A tensor on the device whose value a kernel in `stream` has still to write, and its memory."""
+    under = torch.zeros(items)
+    stream.add(lambda: under.data.fill_(value))
+    return under.as_subclass(OnCard), under
+
+
+def saved(store: CheckpointStore, step: int) -> list[float]:
+    found: list[float] = ckpt.load(store, step)["model"]["w"].unique().tolist()
+    return found
+
+
+def test_staging_follows_the_trainers_stream(card: Card, store: CheckpointStore) -> None:
+    """Copied after the work on the current stream, staged when the copies have ended; buffers are used again."""
+    side = Stream()
+    with card.stream(side):
+        for step in (1, 2, 3):
+            tensor, under = weights(side, float(step))
+            before = card.allocated
+            handle = ckpt.save_async(store, step, {"model": {"w": tensor}})
+            assert handle.staged
+            assert side.done == len(side.work), "nothing is under way once it is staged"
+            under.data.fill_(-1.0)
+            handle.wait(30)
+            assert saved(store, step) == [float(step)]
+            assert step == 1 or card.allocated == before + 1, "nothing but what the load made"
+    assert not card.default.work, "no other stream was used"
+
+
+@pytest.mark.parametrize("stream", ["default", "trainer"])
+def test_planted_a_copy_that_nobody_waits_for(
+    card: Card, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    side = Stream()
+    if stream == "trainer":  # staged at once
+        monkeypatch.setattr(background._Buffers, "finish", lambda self: None)
+    else:  # on a stream that does not wait for the trainer's
+        real = background._Buffers.take
+
+        def take(self: Any, tensor: Any) -> Any:
+            with card.stream(card.default):
+                kept = real(self, tensor)
+            card.default.synchronize()
+            return kept
+
+        monkeypatch.setattr(background._Buffers, "take", take)
+    with card.stream(side):
+        tensor, _ = weights(side, 5.0)
+        ckpt.save_async(store, 1, {"model": {"w": tensor}}).wait(30)
+    assert saved(store, 1) != [5.0]
+
+
+def test_no_buffer_is_filled_while_it_is_written(card: Card, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second save waits for the first one's write before the first copy into its buffers."""
+    from ckptstore import native
+
+    real, entered, go = native.write_files, threading.Event(), threading.Event()
+
+    def write_files(*args: Any, **kwargs: Any) -> Any:
+        entered.set()
+        assert go.wait(30)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(native, "write_files", write_files)
+    first = ckpt.save_async(store, 1, {"model": {"w": weights(card.default, 1.0)[0]}})
+    assert entered.wait(30)
+    enqueued = len(card.default.work)
+    second: list[Any] = []
+    tensor, _ = weights(card.default, 2.0)
+    thread = threading.Thread(target=lambda: second.append(ckpt.save_async(store, 2, {"model": {"w": tensor}})))
+    thread.start()
+    thread.join(0.3)
+    assert len(card.default.work) == enqueued + 1, "the trainer's kernel, and no copy"
+    go.set()
+    thread.join(30)
+    first.wait(30)
+    second[0].wait(30)
+    assert (saved(store, 1), saved(store, 2)) == ([1.0], [2.0])
+
+
+def test_waves_follow_it_too(card: Card, store: CheckpointStore) -> None:
+    side = Stream()
+    items = 3 * waves.PIECE_BYTES // 4
+    with card.stream(side):
+        tensor, under = weights(side, 3.0, items)
+        later = len(side.work)
+        handle = ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * waves.PIECE_BYTES)
+        side.add(lambda: None)  # what the trainer does meanwhile is not waited for
+        handle.wait_staged(30)
+        assert side.done == later
+        under.data.fill_(-1.0)
+        handle.wait(30)
+    assert saved(store, 1) == [3.0]
+
+
+def test_planted_waves_that_do_not_wait(card: Card, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
+    side = Stream()
+    with card.stream(side):
+        tensor, _ = weights(side, 3.0, 3 * waves.PIECE_BYTES // 4)
+        ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * waves.PIECE_BYTES).wait(30)
+    assert saved(store, 1) != [3.0]
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_dcp_save_waits_for_the_trainers_stream(
+    card: Card, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, planted: bool
+) -> None:
+    """Its threads copy on a stream of their own: the trainer's must have ended before."""
+    side = Stream()
+    if planted:
+        monkeypatch.setattr(side, "synchronize", lambda: None)
+    with card.stream(side):
+        tensor, _ = weights(side, 4.0)
+        dcp.save({"w": tensor}, storage_writer=StoreWriter(store, 1), no_dist=True)
+    found = {"w": torch.zeros(1000)}
+    dcp.load(found, checkpoint_id=str(Path(store.folder, "step-1")), no_dist=True)
+    assert (found["w"].unique().tolist() == [4.0]) is not planted
+
+
+def test_no_pinned_memory(card: Card, store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+    """A container's limit: slower, and right; the buffers are used again all the same."""
+    card.pinnable = False
+    for step in (1, 2):
+        tensor, _ = weights(card.default, float(step))
+        before = card.allocated
+        ckpt.save_async(store, step, {"model": {"w": tensor}}).wait(30)
+        assert step == 1 or card.allocated == before
+        assert saved(store, step) == [float(step)]
+    assert caplog.text.count("no pinned host memory") == 1
+    kept = background._buffers[os.path.realpath(store.folder)].tensors
+    assert memory.pinned(kept[0])
+
+
+def test_a_graph_that_is_captured(card: Card, store: CheckpointStore) -> None:
+    card.capturing = True
+    tensor, _ = weights(card.default, 1.0)
+    for more in ({}, {"max_host_bytes": 2 * waves.PIECE_BYTES}):
+        with pytest.raises(UsageError, match="capture"):
+            ckpt.save_async(store, 1, {"model": {"w": tensor}}, **more)
+    assert not card.default.work[1:], "no copy became a part of the graph"

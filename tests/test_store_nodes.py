@@ -1,0 +1,224 @@
+"""Saves by nodes that have a disk each: what each keeps, what is loaded, kills, retention, and a store that was copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptstore import CheckpointStore, errors, manifest, retention, steps
+from ckptstore.cli import run as command
+from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
+from ckptstore.manifest import Manifest, NodeSet
+from ckptstore.model import Status
+from ckptstore.retention import Candidate, Keep
+
+torch = pytest.importorskip("torch")
+dcp = pytest.importorskip("torch.distributed.checkpoint")
+from ckptstore.torch import StoreWriter  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def run(*words: object, timeout_s: float = 120) -> Any:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-m", "tests.node_ranks", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_saves_and_loads_of_two_nodes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Four ranks, two a node: each node has its ranks' files and all that they need, and nothing else is ever loaded."""
+    seen = run("look", tmp_path)
+    mine = [{".metadata", "ckptstore.manifest.json", f"__{2 * node}_0.distcp", f"__{2 * node + 1}_0.distcp"} for node in (0, 1)]
+    assert list(map(set, seen["files"])) == [mine[0], mine[0], mine[1], mine[1]]
+    assert seen["loaded"] == [[5]] * 4, "objects and what is the same on all ranks, too"
+    assert seen["saved again"] == [[7]] * 4
+    for side in seen["side"]:
+        assert not [name for name in side if name.startswith(("save-", "old-", "trash-", "new-"))], side
+        assert len([name for name in side if name.startswith("whole-")]) == 2
+    # Other ranks than saved it: a typed error, with the files' names, on all.
+    for doing, files in (("elsewhere", [["__2_0.distcp"], ["__3_0.distcp"]]), ("fewer", [["__2_0.distcp", "__3_0.distcp"]])):
+        for found in seen[doing]:
+            assert [failure[0] for failure in found] == ["NotWholeError"] * len(files), found
+            assert [failure[3] for failure in found] == files
+    # One node has the step of an earlier save.
+    assert {found[0][0] for found in seen["a mix"]} == {"NotWholeError"}
+    assert {found[0][2] for found in seen["a mix"]} == {5}, "the step that all have"
+    assert (seen["resume"], seen["resume beside a mix"]) == ([6] * 4, [5] * 4)
+    assert seen["planted"] == [[7], [7], [6], [6]], "without the check: two saves in one state"
+
+    # For itself, each node's part is whole, and says what it is.
+    for node in (0, 1):
+        store = CheckpointStore(tmp_path / f"node{node}")
+        assert store.get(5).status is Status.COMMITTED
+        report = store.verify(5)
+        assert report.ok
+        assert f"node {node + 1} of 2: the files of that node's ranks" in report.notes
+    assert command(["show", "5", "--run", str(tmp_path / "node1")]) == 0
+    assert "node 2 of 2" in capfd.readouterr().out
+    (tmp_path / f"node1/step-5/{'__2_0.distcp'}").unlink()
+    assert not CheckpointStore(tmp_path / "node1").verify(5).ok, "a file of its own is missed"
+
+
+@pytest.mark.parametrize(
+    ("who", "where", "first", "found"),
+    [
+        (0, "publish:after", 1001, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.soak)
+            for case in (
+                (1, "stage:before", 1000, 0),
+                (1, "publish:before", 1000, 0),
+                (1, "publish:after", 1000, 2),
+                (0, "publish:after", 1000, 0),
+                (0, "commit:after", 1000, 0),
+                (1, "publish:before", 1001, 1),
+                (1, "publish:after", 1001, 1),
+            )
+        ),
+    ],
+)
+def test_a_leader_dies_in_the_commit(tmp_path: Path, who: int, where: str, first: int, found: int) -> None:
+    """The other rank fails in time, and all resume from the newest step that both nodes have; what was replaced is kept."""
+    seen = run("at", tmp_path, who, where, first)
+    assert seen["returned"] == 2
+    assert seen["found"] == found
+    assert seen["seconds"] < 25
+
+
+@pytest.mark.parametrize(
+    ("world", "times"), [(2, 2), pytest.param(2, 50, marks=pytest.mark.soak), pytest.param(4, 50, marks=pytest.mark.soak)]
+)
+def test_ranks_and_nodes_killed_at_any_moment(tmp_path: Path, world: int, times: int) -> None:
+    seen = run("kill", tmp_path, world, times, random.getrandbits(30), timeout_s=60 + 40 * times)
+    print(f"\n{world} ranks on two nodes: {seen}")
+    assert sum(seen["kills"].values()) == times
+
+
+# --- the pieces ----------------------------------------------------------------------------------------------------
+
+
+def a_manifest(group: NodeSet | None) -> Manifest:
+    return dataclasses.replace(steps.manifest_of(3, (), metrics={}, source=""), group=group)
+
+
+def test_the_set_in_the_manifest() -> None:
+    group = NodeSet("ab" * 16, 1, 4, "cd" * 32)
+    data = a_manifest(group).to_bytes()
+    assert manifest.parse(data).group == group
+    assert group.whose == "node 2 of 4"
+    assert b"group" not in a_manifest(None).to_bytes(), "others' manifests have the bytes that they had"
+    assert manifest.parse(data.replace(b'"group"', b'"crowd"')) == dataclasses.replace(manifest.parse(data), group=None)
+    for wrong in (b'"node":4', b'"node":-1', b'"node":true', b'"node":"1"', b'"knot":1'):
+        with pytest.raises(ManifestError, match="no set of nodes"):
+            manifest.parse(data.replace(b'"node":1', wrong))
+
+
+def test_retention_counts_what_all_nodes_have() -> None:
+    """The step before stays while the newest is not known to be whole; what never became whole goes."""
+    steps_there = [Candidate(step, Status.COMMITTED, whole=step in (1, 3)) for step in range(5)]
+    decisions = retention.decide(steps_there, Keep(last=1))
+    assert {one.candidate.step: one.keep for one in decisions} == {0: False, 1: False, 2: False, 3: True, 4: True}
+    assert decisions[4].why == "not known to be on all of its nodes yet"
+    assert decisions[2].why == "not on all of its nodes; no rule counts it"
+    planted = [dataclasses.replace(one, whole=True) for one in steps_there]
+    assert not retention.decide(planted, Keep(last=1))[3].keep
+
+
+def test_retention_of_a_node(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2, 3):
+        draft = steps.begin(store.folder, step)
+        Path(draft.path, "f").write_bytes(b"")
+        group = NodeSet(f"{step:032x}", 0, 2, "0" * 64)
+        found = steps.describe(draft, {"f": _nothing()}, metrics={}, group=group, created_at="2026-01-01T00:00:00Z")
+        steps.publish(draft, found)
+        steps.abandon(draft)
+        if step < 3:
+            steps.note_whole(store.folder, step, group)
+    store.prune(Keep(last=1))
+    assert [one.step for one in store.list()] == [2, 3]
+    assert [name for name in os.listdir(steps.side_of(store.folder)) if name.startswith("whole-")] == [f"whole-2-{2:032x}"]
+
+
+def _nothing() -> Any:
+    from ckptstore.native import Digest
+
+    return Digest(0, ())
+
+
+def test_a_store_that_was_copied_to_another_node(tmp_path: Path) -> None:
+    """Two disks with one identity: an error that says so, before anything is written."""
+    here, there = CheckpointStore(tmp_path / "a"), CheckpointStore(tmp_path / "b")
+    assert steps.identity(here.folder) == steps.identity(here.folder) != steps.identity(there.folder)
+    shutil.copy(tmp_path / "a/.ckptstore/id", tmp_path / "b/.ckptstore/id")
+    writer, other = StoreWriter(here, 1), StoreWriter(there, 1)
+    writer.set_up_storage_writer(True)
+    plan = other.prepare_local_plan(_a_plan())
+    (plan,) = writer.prepare_global_plan([plan])
+    shutil.move(tmp_path / "a", tmp_path / "not here")
+    with pytest.raises(NotFoundError, match="this is the same store by") as caught:
+        other.write_data(plan, _a_planner())
+    assert "Remove" in str(caught.value.hint) or "remove" in caught.value.hint
+
+
+def _a_planner() -> Any:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({"w": torch.ones(4)}, is_coordinator=True)
+    return planner
+
+
+def _a_plan() -> Any:
+    return _a_planner().create_local_plan()
+
+
+def test_plan_caching_is_refused(tmp_path: Path) -> None:
+    writer = StoreWriter(CheckpointStore(tmp_path), 1)
+    with pytest.raises(errors.UsageError, match="place of its own"):
+        writer.prepare_local_plan(dataclasses.replace(_a_plan(), usable=False))
+
+
+def _kinds(kind: type[CkptStoreError]) -> list[type[CkptStoreError]]:
+    return [kind, *(below for one in kind.__subclasses__() for below in _kinds(one))]
+
+
+@pytest.mark.parametrize("kind", _kinds(CkptStoreError))
+def test_errors_travel_between_ranks(kind: type[CkptStoreError]) -> None:
+    """torch pickles what a rank raises for the others."""
+    if kind.__module__ != errors.__name__:
+        pytest.skip("not of the tree")
+    more: dict[str, Any] = {"hint": "try"}
+    more |= {name: value for name, value in _MORE.items() if name in _names(kind)}
+    error = kind("what", **more)
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 (its own)
+    assert type(again) is kind
+    assert (str(again), again.hint) == ("what", "try")
+    for name, value in more.items():
+        assert getattr(again, name) == value
+
+
+_MORE: dict[str, Any] = {
+    "rank": 3, "path": "p", "offset_bytes": 8, "errno": 5, "operation": "op", "usable_step": 7, "files": ("f",), "step": 9,
+}  # fmt: skip
+
+
+def _names(kind: type) -> set[str]:
+    return {name for one in kind.__mro__ if "__init__" in vars(one) for name in _arguments(one)}
+
+
+def _arguments(kind: type) -> tuple[str, ...]:
+    code = getattr(vars(kind)["__init__"], "__code__", None)
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code is not None else ()
