@@ -56,6 +56,7 @@ def each(
     errors: list[BaseException] = []
     working = 0
     over = False  #: no job is left to begin
+    wake = threading.Event()  #: something is to be done before the next tick
 
     def wanted() -> int:
         return max(threads() if callable(threads) else threads, 1)
@@ -70,11 +71,16 @@ def each(
                     if job is _NONE or job is _LAST:
                         working -= 1
                         over = over or job is _LAST
+                        if not working:
+                            wake.set()
                         return
                 work(job, stop)  # type: ignore[arg-type]
+                if working < wanted() and not over:
+                    wake.set()
         except BaseException as error:
             errors.append(error)
             stop.set()
+            wake.set()
             if not isinstance(error, Exception):
                 raise
 
@@ -91,14 +97,14 @@ def each(
 
     try:
         fill()
-        for thread in crew:  # also those that come to it meanwhile
-            while thread.is_alive() and not errors:
-                thread.join(TICK_S)
-                if errors:
-                    break
-                fill()
-                if tick is not None:
-                    tick()
+        while working and not errors:
+            wake.wait(TICK_S)
+            wake.clear()
+            if errors:
+                break
+            fill()
+            if tick is not None:
+                tick()
     finally:
         stop.set()
         deadline = time.monotonic() + PATIENCE_S

@@ -1,21 +1,21 @@
 """How many requests to have under way at once: as many as still make it faster. Pure logic; callers bring the time.
 
-    one round    as many requests as are under way, begun since the last change; their bytes, and how long each took
+    one round    as many requests as are under way, made for the most part since the last change; their bytes, and how long
+                 each took
     its rate     requests under way × bytes / time that they took together: what came in a second
     faster       by GAIN since there are twice as many: twice as many again, up to the bound
     not faster   back, for HOLD_S: the line, the disk or this machine is what is slow
     slower       than half as many were: back too. So a store that says SlowDown is spared, since requests that it sends
                  away wait, and take longer
 
-One request may come from whoever limits a connection (a line of long delay, a store's quota), all of them together from the
-line: the first is what more of them help against, and nobody can know which it is without trying.
+What limits each connection (a long way, a store's quota) more of them help against; what limits all of them together (the line,
+a disk) they do not. Which of both it is shows only by trying.
 """
 
 from __future__ import annotations
 
 GAIN = 1.25  #: of twice as many requests; noise of one round is below it
 HOLD_S = 30.0
-SETTLE_S = 0.2  #: after a change, until as many are under way as shall be
 
 
 class Tuner:
@@ -25,13 +25,13 @@ class Tuner:
         self.limit = start
         self._most = most
         self._below: list[tuple[int, float]] = []  #: (limit, bytes a second) of each step that was taken up
-        self._trying = False
+        self._trying = self._fell = False
         self._again_s = float("-inf")
         self._begin(float("-inf"))
 
     def done(self, begun_s: float, ended_s: float, size_bytes: int) -> None:
         """A request brought `size_bytes` between these two moments of a monotonic clock, all waiting for it included."""
-        if begun_s < self._since_s:
+        if (begun_s if self._fell else (begun_s + ended_s) / 2) < self._since_s:
             return
         self._count += 1
         self._bytes += size_bytes
@@ -44,14 +44,13 @@ class Tuner:
         self._count, self._bytes, self._busy_s = 0, 0, 0.0
 
     def _judge(self, bytes_per_s: float, now_s: float) -> None:
-        before = self.limit
         if self._below and bytes_per_s < self._below[-1][1] * (GAIN if self._trying else 1):
             self.limit, _ = self._below.pop()
-            self._trying, self._again_s = False, now_s + HOLD_S
+            self._trying, self._fell, self._again_s = False, True, now_s + HOLD_S
         elif self.limit < self._most and now_s >= self._again_s:
             self._below.append((self.limit, bytes_per_s))
             self.limit = min(2 * self.limit, self._most)
-            self._trying = True
+            self._trying, self._fell = True, False
         else:
             self._trying = False
-        self._begin(now_s + SETTLE_S if self.limit != before else now_s)
+        self._begin(now_s)

@@ -202,7 +202,7 @@ class Pace:
 class Meter:
     """Passes TCP to a port and counts the bytes of each way, headers and all: what really went over the wire.
 
-    As slow as a line that gives each connection so much, or all of them together. `most` connections brought bytes at once.
+    As slow as a line that gives each connection so much, or all of them together.
     """
 
     server_port: int
@@ -210,14 +210,12 @@ class Meter:
     together_bytes_per_s: float = math.inf
     up_bytes: int = 0
     down_bytes: int = 0
-    most: int = 0
 
     def __post_init__(self) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._lock = threading.Lock()
         self._all = Pace(self.together_bytes_per_s)
-        self._busy: dict[socket.socket, float] = {}
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -240,7 +238,7 @@ class Meter:
 
     def _pass(self, source: socket.socket, target: socket.socket, *, up: bool) -> None:
         mine = Pace(self.each_bytes_per_s)
-        slow = math.isfinite(self.each_bytes_per_s + self.together_bytes_per_s)
+        slow = math.isfinite(min(self.each_bytes_per_s, self.together_bytes_per_s))
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 15 if slow else 1 << 18):
                 with self._lock:
@@ -248,8 +246,6 @@ class Meter:
                         self.up_bytes += len(data)
                     else:
                         self.down_bytes += len(data)
-                        self._busy[source] = now = time.monotonic()
-                        self.most = max(self.most, sum(at > now - 0.2 for at in self._busy.values()))
                 mine.wait(len(data))
                 self._all.wait(len(data))
                 target.sendall(data)
