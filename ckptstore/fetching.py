@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RANGE_BYTES = 16 << 20
 THREADS = 8
 MOST_THREADS = 32
-BUDGET_BYTES = 256 << 20  #: of ranges under way: more of them are smaller ones. The library holds them twice at most
+BUDGET_BYTES = RANGE_BYTES * THREADS  #: of ranges under way: more of them are smaller ones, of a chunk at least
 #: A range that differs each time it is asked for: the way is damaged, not the medium.
 READS = 4
 
@@ -78,7 +78,7 @@ def fetch(
     done = total - sum(job.length for job in _ranges(files, chunk_bytes, unit))
     budget = BUDGET_BYTES // crew
     start = max(THREADS // crew, min(THREADS, 2))
-    tuner = Tuner(start, max(min(MOST_THREADS // crew, budget // unit), start))
+    tuner = Tuner(start, max(min(MOST_THREADS // crew, 2 * budget // unit), start))
 
     def read(job: _Range, stop: parallel.Stop) -> None:
         nonlocal done

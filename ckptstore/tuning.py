@@ -15,7 +15,8 @@ a disk) they do not. Which of both it is shows only by trying.
 from __future__ import annotations
 
 GAIN = 1.25  #: of twice as many requests; noise of one round is below it
-HOLD_S = 30.0
+WARM_S = 3.0  #: nothing is tried before: connections are being made, and a short transfer gains nothing
+HOLD_S = 30.0  #: until it is tried again
 
 
 class Tuner:
@@ -26,11 +27,13 @@ class Tuner:
         self._most = most
         self._below: list[tuple[int, float]] = []  #: (limit, bytes a second) of each step that was taken up
         self._trying = self._fell = False
-        self._again_s = float("-inf")
+        self._again_s: float | None = None  #: nothing is tried before this moment; None before the first request
         self._begin(float("-inf"))
 
     def done(self, begun_s: float, ended_s: float, size_bytes: int) -> None:
         """A request brought `size_bytes` between these two moments of a monotonic clock, all waiting for it included."""
+        if self._again_s is None:
+            self._again_s = begun_s + WARM_S
         if (begun_s if self._fell else (begun_s + ended_s) / 2) < self._since_s:
             return
         self._count += 1
@@ -47,7 +50,7 @@ class Tuner:
         if self._below and bytes_per_s < self._below[-1][1] * (GAIN if self._trying else 1):
             self.limit, _ = self._below.pop()
             self._trying, self._fell, self._again_s = False, True, now_s + HOLD_S
-        elif self.limit < self._most and now_s >= self._again_s:
+        elif self.limit < self._most and self._again_s is not None and now_s >= self._again_s:
             self._below.append((self.limit, bytes_per_s))
             self.limit = min(2 * self.limit, self._most)
             self._trying, self._fell = True, False

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptstore import fetching, native, parallel
+from ckptstore import fetching, native, parallel, tuning
 from ckptstore.backends import open_backend
 from ckptstore.fetching import Wanted, fetch
-from ckptstore.tuning import HOLD_S, Tuner
+from ckptstore.tuning import HOLD_S, WARM_S, Tuner
 from tests.faults import Meter
 
 MIB = 1 << 20
@@ -51,15 +51,15 @@ def slow_line(under_way: int, now: float) -> float:
 
 def test_it_grows_where_each_connection_is_slow():
     seen = play(slow_connections, until_s=20)
-    assert limits(seen, 3) == {32}
-    assert len(seen) * SIZE / 20 > 2.8 * 8 * 20e6
+    assert limits(seen, 6) == {32}
+    assert len(seen) * SIZE / 20 > 2.5 * 8 * 20e6
 
 
 def test_it_stays_where_the_line_is_slow():
     """One try, and none again for a while."""
     seen = play(slow_line, until_s=HOLD_S)
     assert limits(seen) == {8, 16}
-    assert limits(seen, 6) == {8}
+    assert limits(seen, WARM_S + 4) == {8}
     assert limits(play(slow_line, until_s=3 * HOLD_S), HOLD_S + 1) == {8, 16}
 
 
@@ -125,9 +125,10 @@ def test_threads_come_and_go():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Ranges of 512 KiB, 1 MiB where few are under way: a line that is slow for them is slow enough for a test."""
+    """Ranges of 512 KiB, 1 MiB where few are under way, and a short while before more are tried: for a short test."""
+    monkeypatch.setattr(tuning, "WARM_S", 0.4)
     monkeypatch.setattr(fetching, "RANGE_BYTES", MIB)
-    monkeypatch.setattr(fetching, "BUDGET_BYTES", 16 * MIB)
+    monkeypatch.setattr(fetching, "BUDGET_BYTES", 8 * MIB)
 
 
 def through(url: str, size: int) -> tuple[float, int]:
