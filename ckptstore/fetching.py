@@ -1,12 +1,14 @@
 """Read files of any backend in parallel ranges, and digest them on the way: what `verify` reads and `pull` writes.
 
 Every range is checked against the manifest's chunk digests as soon as it is there. One that differs is asked for once more: a
-second answer that is the same is what the medium holds, any other was damaged on its way.
+second answer that is the same is what the medium holds, any other was damaged on its way. How many ranges are under way at once
+is tuned to what they bring (tuning.py).
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,13 +17,16 @@ from ckptstore import native, parallel
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError
 from ckptstore.formats.streaming import mismatch
+from ckptstore.tuning import Tuner
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-#: One request's bytes, and how many are under way at once: with the library's own copy below 300 MiB of memory.
+#: One request's bytes at most, and how many are under way at once: to begin with, and where that makes it faster.
 RANGE_BYTES = 16 << 20
 THREADS = 8
+MOST_THREADS = 32
+BUDGET_BYTES = RANGE_BYTES * THREADS  #: of ranges under way: more of them are smaller ones, of a chunk at least
 #: A range that differs each time it is asked for: the way is damaged, not the medium.
 READS = 4
 
@@ -55,9 +60,11 @@ def fetch(
     sink: Sink | None = None,
     stop_at_error: bool = False,
     progress: native.Progress | None = None,
-    threads: int = THREADS,
+    crew: int = 1,
 ) -> dict[str, native.Digest | CkptStoreError]:
     """Read `files`, hand their bytes to `sink` in no order, and digest them. Thread-safe; memory is bounded.
+
+    `crew`: processes of this machine that read at once, and share its memory.
 
     Where a file fails (DigestMismatchError at its first different chunk, NotFoundError, StorageError), its error stands in the
     result and the others go on, or it is raised with `stop_at_error`. What `sink` raises is raised.
@@ -69,11 +76,15 @@ def fetch(
     errors: dict[str, CkptStoreError] = {}
     total = sum(file.size_bytes for file in files)
     done = total - sum(job.length for job in _ranges(files, chunk_bytes, unit))
+    budget = BUDGET_BYTES // crew
+    start = max(THREADS // crew, min(THREADS, 2))
+    tuner = Tuner(start, max(min(MOST_THREADS // crew, 2 * budget // unit), start))
 
     def read(job: _Range, stop: parallel.Stop) -> None:
         nonlocal done
         if job.file.name in errors:
             return
+        begun_s = time.monotonic()
         try:
             data, crcs = _read(backend, job, unit, chunk_bytes)
         except CkptStoreError as error:
@@ -90,9 +101,11 @@ def fetch(
         with lock:
             pieces[job.file.name].update(crcs)
             done += job.length
+            tuner.done(begun_s, time.monotonic(), job.length)
 
     tick = None if progress is None else lambda: progress(done, total)
-    parallel.each(_ranges(files, chunk_bytes, unit), read, threads=threads, tick=tick)
+    ranges = _ranges(files, chunk_bytes, unit, lambda: budget // tuner.limit)
+    parallel.each(ranges, read, threads=lambda: tuner.limit, tick=tick)
     results: dict[str, native.Digest | CkptStoreError] = {}
     for file in files:
         results[file.name] = errors.get(file.name) or _digest(file, pieces[file.name], chunk_bytes, unit)
@@ -106,12 +119,14 @@ def _divisor(chunk_bytes: int) -> int:
     return next(size for size in range(RANGE_BYTES, 0, -4096) if not chunk_bytes % size)
 
 
-def _ranges(files: Iterable[Wanted], chunk_bytes: int, unit: int) -> Iterator[_Range]:
-    """What is missing of `files`, in requests of whole units."""
-    step = max(RANGE_BYTES // unit, 1) * unit
+def _ranges(
+    files: Iterable[Wanted], chunk_bytes: int, unit: int, at_most: Callable[[], int] = lambda: RANGE_BYTES
+) -> Iterator[_Range]:
+    """What is missing of `files`, in requests of whole units, each of what `at_most` says when it is begun."""
     for file in files:
         start = 0
         while start < file.size_bytes:
+            step = max(min(RANGE_BYTES, at_most()) // unit, 1) * unit
             if start // chunk_bytes in file.have:
                 start = (start // chunk_bytes + 1) * chunk_bytes
                 continue

@@ -5,6 +5,7 @@
 - a folder that is claimed, with no manifest, or one whose files lie in an attempt: the claim, and the files that it names
 - an attempt that no manifest names: all of it
 - a claim beside files that count: the claim alone
+- what somebody who removed them has left of these, and his mark
 - scratch keys with which a push tried what the store can do
 - multipart uploads that were never finished (unfinished.py): no key shows them, and they cost money
 
@@ -23,7 +24,8 @@ from ckptstore.backends.base import Backend, Blob
 from ckptstore.backends.s3control import Upload
 from ckptstore.conditions import PROBE
 from ckptstore.errors import ManifestError, NotFoundError
-from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME
+from ckptstore.manifest import parse
+from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME, REMOVING_PREFIX
 from ckptstore.parts import read_manifest
 
 THREADS = 8
@@ -44,7 +46,7 @@ class Leftover(NamedTuple):
     @property
     def name(self) -> str:
         """Its one key, or a prefix with a `/` at its end."""
-        lone = not self.folder or self.keys == (f"{self.files_folder}/{CLAIM_NAME}",)
+        lone = not self.folder or (len(self.keys) == 1 and _is_sign(self.keys[0]))
         return self.keys[0] if lone else f"{self.files_folder}/"
 
 
@@ -97,7 +99,8 @@ def find(
             continue
         files_folder = f"{folder}/{attempt}" if attempt else folder
         counts = folder in committed and bases[folder] == attempt
-        claim = [blob for blob in group if blob.key == f"{files_folder}/{CLAIM_NAME}"]
+        claim = [blob for blob in group if _is_sign(blob.key) and blob.key.rpartition("/")[0] == files_folder]
+        claim.sort(key=lambda blob: blob.key.endswith(CLAIM_NAME))
         files = [blob for blob in group if blob not in claim]
         ours = {f"{folder}/{name}" for name in named.get(folder, ())}
         others = [] if attempt or counts else [blob.key for blob in files if blob.key not in ours]
@@ -156,7 +159,8 @@ def look(target: Backend, *, older_than_s: float) -> Found:
 def remove(target: Backend, leftover: Leftover) -> bool:
     """Remove one that `look` found, unless somebody has come back to it since; whether it is gone.
 
-    A push that comes now finds the claim of somebody who removes, and keeps out. A kill leaves the claim, to be found again.
+    A push that comes now finds the mark of somebody who removes, and keeps out (claims.py). A kill leaves claim and mark, to
+    be found again.
     """
     if leftover.upload is not None:
         unfinished.abort(target, leftover.upload)
@@ -165,29 +169,57 @@ def remove(target: Backend, leftover: Leftover) -> bool:
         target.delete(leftover.keys[0])
         return True
     folder = leftover.files_folder
-    if any(blob.mtime_ns > leftover.newest_ns for blob in target.list(folder)):
+    signs = [key for key in leftover.keys if _is_sign(key) and key.rpartition("/")[0] == folder]
+    files = [key for key in leftover.keys if key not in signs]
+    if _newer(target, leftover):
         return False
-    claim = f"{folder}/{CLAIM_NAME}"
-    if leftover.keys == (claim,) and _counts(target, leftover):
-        target.delete(claim)
+    if not files and _counts(leftover, _manifest(target, leftover)):
+        for key in signs:
+            target.delete(key)
         return True
-    files = [key for key in leftover.keys if key != claim]
-    names = tuple(key.removeprefix(f"{folder}/") for key in files)
-    claims.renew(target, folder, claims.Claim(claims.CLEANING, names))
-    if _counts(target, leftover):  # committed while we looked
-        target.delete(claim)
+    mark = claims.mark(target, folder)
+    before = _manifest(target, leftover)
+    if _newer(target, leftover) or _counts(leftover, before):  # somebody came back while we looked
+        target.delete(mark)
         return False
     parallel.each(files, lambda key, _: target.delete(key), threads=THREADS)
-    target.delete(claim)
+    now = _manifest(target, leftover)
+    if _counts(leftover, now):  # who committed it looks for our mark; here it is done for one that died before
+        claims.take_back(target, f"{leftover.folder}/{MANIFEST_NAME}", now, before=before)
+    for key in (*signs, mark):
+        target.delete(key)
     return True
 
 
-def _counts(target: Backend, leftover: Leftover) -> bool:
+def _newer(target: Backend, leftover: Leftover) -> bool:
+    """Whether something came there since it was looked at."""
+    found = target.list(leftover.files_folder)
+    return any(blob.mtime_ns > leftover.newest_ns and not _is_mark(blob.key) for blob in found)
+
+
+def _manifest(target: Backend, leftover: Leftover) -> bytes:
+    """The manifest of the folder; nothing where there is none."""
     try:
-        base = read_manifest(target, leftover.folder).base
+        return target.get(f"{leftover.folder}/{MANIFEST_NAME}")
     except NotFoundError:
+        return b""
+
+
+def _counts(leftover: Leftover, manifest: bytes) -> bool:
+    """Whether the manifest names these files."""
+    if not manifest:
         return False
+    base = parse(manifest).base
     return leftover.files_folder == (f"{leftover.folder}/{base}" if base else leftover.folder)
+
+
+def _is_sign(key: str) -> bool:
+    """A claim, or a mark of somebody who removes."""
+    return key.rpartition("/")[2] == CLAIM_NAME or _is_mark(key)
+
+
+def _is_mark(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(REMOVING_PREFIX)
 
 
 def _place(key: str) -> tuple[str, str]:
@@ -196,7 +228,7 @@ def _place(key: str) -> tuple[str, str]:
     for depth, name in enumerate(names[:-1]):
         if name.startswith(ATTEMPT_PREFIX):
             return "/".join(names[:depth]), name
-    return ("/".join(names[:-1]), "") if names[-1] == CLAIM_NAME else ("", "")
+    return ("/".join(names[:-1]), "") if _is_sign(key) else ("", "")
 
 
 def _above(key: str, name: str) -> str | None:

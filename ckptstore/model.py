@@ -12,6 +12,7 @@ MANIFEST_NAME = "ckptstore.manifest.json"
 DRAFT_PREFIX = ".ckptstore.manifest."  #: of a manifest being written; a crash may leave one, it counts as nothing
 ATTEMPT_PREFIX = ".ckptstore.attempt-"  #: of a folder in an object store: the files of one writer among several
 CLAIM_NAME = f"{DRAFT_PREFIX}claim"  #: of an object that says who writes beside it
+REMOVING_PREFIX = f"{DRAFT_PREFIX}removing-"  #: of an object that says that what is beside it is being removed
 OURS = (DRAFT_PREFIX, ATTEMPT_PREFIX)  #: names of these are no files of a checkpoint
 
 FRESH_OPTIMIZER = "fresh optimizer"  #: what a slot holds that was made from weights alone: moments of zeros

@@ -40,10 +40,12 @@ def each(
     jobs: Iterable[T],
     work: Callable[[T, Stop], None],
     *,
-    threads: int,
+    threads: int | Callable[[], int],
     tick: Callable[[], None] | None = None,
 ) -> None:
     """Call `work` for every job on `threads` threads, `tick` about ten times a second in the calling one.
+
+    Where `threads` is a function, it says how many there shall be now; it is called on any thread, often.
 
     Raises the first error of any of them. When this returns or raises after an error, no thread begins anything new; one
     that sits in a request ends with it (at most PATIENCE_S is waited for it).
@@ -52,33 +54,57 @@ def each(
     lock = threading.Lock()
     waiting = iter(jobs)
     errors: list[BaseException] = []
+    working = 0
+    over = False  #: no job is left to begin
+    wake = threading.Event()  #: something is to be done before the next tick
+
+    def wanted() -> int:
+        return max(threads() if callable(threads) else threads, 1)
 
     def run() -> None:
+        nonlocal working, over
         try:
             while True:
                 stop.check()
                 with lock:
-                    job = next(waiting, _NONE)
-                if job is _NONE:
-                    return
+                    job = _NONE if working > wanted() else next(waiting, _LAST)
+                    if job is _NONE or job is _LAST:
+                        working -= 1
+                        over = over or job is _LAST
+                        if not working:
+                            wake.set()
+                        return
                 work(job, stop)  # type: ignore[arg-type]
+                if working < wanted() and not over:
+                    wake.set()
         except BaseException as error:
             errors.append(error)
             stop.set()
+            wake.set()
             if not isinstance(error, Exception):
                 raise
 
-    crew = [threading.Thread(target=run, daemon=True, name=f"ckptstore-{number}") for number in range(max(threads, 1))]
+    crew: list[threading.Thread] = []
+
+    def fill() -> None:
+        """Start those that are missing."""
+        nonlocal working
+        while not over and working < wanted():
+            with lock:
+                working += 1
+            crew.append(threading.Thread(target=run, daemon=True, name=f"ckptstore-{len(crew)}"))
+            _start(crew[-1])
+
     try:
-        for thread in crew:
-            _start(thread)
-        for thread in crew:
-            while thread.is_alive():
-                thread.join(TICK_S)
-                if errors:
-                    break
-                if tick is not None:
-                    tick()
+        fill()
+        while working and not errors:
+            wake.wait(TICK_S)
+            wake.clear()
+            if errors:
+                break
+            fill()
+            if tick is not None:
+                tick()
     finally:
         stop.set()
         deadline = time.monotonic() + PATIENCE_S
@@ -101,4 +127,4 @@ def _start(thread: threading.Thread) -> None:
         raise
 
 
-_NONE = object()
+_NONE, _LAST = object(), object()

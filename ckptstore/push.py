@@ -12,7 +12,8 @@ Each part of a checkpoint, into `URL/{part}/{export}/`, the main model last:
                   each file's is compared with the manifest's, also where it was there already: what differs is sent again
     4  look again all keys with the right sizes, and no others; the claim still ours
     5  manifest   create-only, or for a replacement only over the one that was seen; its `base` names the attempt. From here on
-                  it is COMMITTED. Who loses this race is told, and has touched no key of the winner's
+                  it is COMMITTED. Who loses this race is told, and has touched no key of the winner's. Then 4 once more: where
+                  `clean` removed the files in this very moment, the manifest is taken back
     6  claim away
 
 A crash leaves a claim and whole files, which no reader takes for a checkpoint; the same push goes on with them, and
@@ -36,7 +37,6 @@ from ckptstore.errors import (
     NotFoundError,
     RefusedError,
     SourceChangedError,
-    StorageError,
     TransitError,
     UsageError,
 )
@@ -44,7 +44,7 @@ from ckptstore.formats.streaming import mismatch
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import scan
 from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import ATTEMPT_PREFIX, DRAFT_PREFIX, MANIFEST_NAME, Checkpoint, Part
+from ckptstore.model import ATTEMPT_PREFIX, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
 from ckptstore.sending import Outgoing, send
@@ -304,19 +304,7 @@ class _Push:
 
     def _look_again(self) -> None:
         """Step 4."""
-        present = self._present()
-        wrong = [file.path for file in self.manifest.files if present.get(file.path) != file.size_bytes]
-        listed = {file.path for file in self.manifest.files} | {MANIFEST_NAME}
-        extra = [name for name in present if name not in listed and not name.rpartition("/")[2].startswith(DRAFT_PREFIX)]
-        if wrong or extra:
-            name = (wrong or extra)[0]
-            raise StorageError(
-                f"{self.target.location}/{self._key(name)} is not what was sent there: "
-                + ("another size, or missing" if wrong else "nothing of this name was"),
-                operation="looking again",
-                path=self._key(name),
-                hint="Does anybody else write there? Nothing was committed.",
-            )
+        self.place.look_again(committed=self.committed)
 
 
 def send_share(

@@ -13,7 +13,7 @@ from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, from_os_error
-from ckptstore.fetching import THREADS, Wanted, fetch
+from ckptstore.fetching import Wanted, fetch
 from ckptstore.manifest import Manifest
 from ckptstore.model import Part
 from ckptstore.parts import files_folder_of
@@ -49,9 +49,12 @@ def bring(
     *,
     chunk_bytes: int,
     progress: native.Progress | None,
-    threads: int = THREADS,
+    crew: int = 1,
 ) -> Mapping[str, native.Digest]:
-    """Bringing by this process alone. The files are there, as long as they shall be; the first error is raised."""
+    """Bringing by this process alone, or by one of `crew` of this machine.
+
+    The files are there, as long as they shall be; the first error is raised.
+    """
     fetched = fetch(
         source,
         wanted,
@@ -59,7 +62,7 @@ def bring(
         sink=functools.partial(native.write_range, target),
         stop_at_error=True,
         progress=progress,
-        threads=threads,
+        crew=crew,
     )
     return {name: digest for name, digest in fetched.items() if isinstance(digest, native.Digest)}
 

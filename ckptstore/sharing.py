@@ -23,7 +23,7 @@ from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, IntegrityError, from_os_error
-from ckptstore.fetching import THREADS, Wanted
+from ckptstore.fetching import Wanted
 from ckptstore.manifest import FileEntry, Manifest, check_name, check_names
 from ckptstore.model import Status
 from ckptstore.parts import find_manifest, read_part
@@ -72,7 +72,7 @@ class Shared:
             done = unshared + done_bytes
             self._look(number, done - others, total, progress)
 
-        digests = bring(source, mine, target, chunk_bytes=chunk_bytes, progress=told, threads=threads_for(self._group))
+        digests = bring(source, mine, target, chunk_bytes=chunk_bytes, progress=told, crew=self._group.neighbours)
         _sync(target, mine)
         self._finish(number, lambda: self._look(number, done - others, total, progress))
         return digests
@@ -145,7 +145,7 @@ def help_pull(group: Rendezvous, source: Backend) -> None:
             target,
             chunk_bytes=job["chunk_bytes"],
             progress=lambda done, total: told(done - there, total),
-            threads=threads_for(group),
+            crew=group.neighbours,
         )
         _sync(target, mine)
 
@@ -204,11 +204,6 @@ def _see(group: Rendezvous, folder: str, sha256: str) -> None:
                 hint="Is it the same folder on all machines? `ckptstore verify` reads every byte.",
             )
         time.sleep(0.2)
-
-
-def threads_for(group: Rendezvous) -> int:
-    """Streams of one rank: those of a machine together are as many as one process has, two each at least."""
-    return max(THREADS // group.neighbours, 2)
 
 
 def share_of(wanted: Sequence[Wanted], index: int, size: int, *, chunk_bytes: int) -> list[Wanted]:

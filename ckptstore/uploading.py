@@ -3,7 +3,8 @@
 An object store has no rename, so that each save writes below a prefix of its own, which counts from its manifest on:
 
     1  begin       one LIST: the next generation of the step, `step-N.G.<random>/`. Nobody else ever writes there
-    2  write       every file under its final key, in parts, digested on the way (several ranks may write below one prefix)
+    2  write       every file under its final key, in parts, digested on the way (several ranks may write below one prefix).
+                   Where the store computes digests of its own, each file's is compared with ours; what differs is sent again
     3  look again  all keys are there, with the sizes that were written, and no others
     4  manifest    create-only: from here on the step is this one. A generation before it was untouched until now
     5  discard     what the step was before, its manifest first
@@ -14,6 +15,7 @@ A crash leaves a prefix without a manifest: the next save of that step removes i
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +23,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ckptstore import native
+from ckptstore import conditions, native, server_digests
 from ckptstore.backends.base import Backend
 from ckptstore.errors import (
+    AccessError,
     CkptStoreError,
     CommitUncertain,
     IntegrityError,
     NotCommitted,
     NotFoundError,
     RefusedError,
+    TransitError,
 )
 from ckptstore.formats import streaming
 from ckptstore.frameworks import steps as layout
@@ -38,10 +42,13 @@ from ckptstore.model import MANIFEST_NAME, FileInfo
 from ckptstore.native import Folder
 from ckptstore.parts import read_manifest
 from ckptstore.sending import Outgoing, send
+from ckptstore.server_digests import Said
 from ckptstore.steps import manifest_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from ckptstore.backends.s3control import S3Control
 
 STALE_S = 24 * 3600.0  #: a prefix without a manifest, on which nothing has come for so long, is nobody's
 
@@ -153,8 +160,12 @@ class File:
 def write(
     target: Backend, prefix: str, contents: Mapping[str, Content], *, progress: native.Progress | None = None
 ) -> dict[str, Written]:
-    """Write files below a prefix, by any rank; digested as they are sent. StorageError, AccessError, SourceChangedError."""
+    """Write files below a prefix, by any rank; digested as they are sent. StorageError, AccessError, SourceChangedError.
+
+    TransitError for one that arrives damaged each time that it is sent, where the store tells (S3 with the extra `[s3]`).
+    """
     written: dict[str, Written] = {}
+    control = _control(target)
 
     def parts(name: str, part_bytes: int) -> Iterator[Buffer]:
         whole, chunks = 0, []
@@ -167,9 +178,45 @@ def write(
             yield data
         written[name] = Written(native.Digest(whole, tuple(chunks)), contents[name].size_bytes, contents[name].mtime_ns)
 
-    files = [Outgoing(f"{prefix}/{name}", file.size_bytes, partial(parts, name)) for name, file in contents.items()]
+    def arrived(name: str) -> None:
+        if control is not None:
+            _compare(target, control, f"{prefix}/{name}", _entry(name, written[name]))
+
+    files = [
+        Outgoing(f"{prefix}/{name}", file.size_bytes, partial(parts, name), partial(arrived, name))
+        for name, file in contents.items()
+    ]
     send(target, files, progress=progress)
     return written
+
+
+@functools.lru_cache(maxsize=16)
+def _control(target: Backend) -> S3Control | None:
+    """Asks for the store's own digests; None where there are none, or who saves may not find out."""
+    if conditions.look(target).control is None:
+        return None
+    try:
+        return conditions.find_out(target).control
+    except AccessError:  # whoever may write may not remove: the scratch key of this one try stays
+        return None
+
+
+def _compare(target: Backend, control: S3Control, key: str, file: FileEntry) -> None:
+    """What arrived, by the store's own digest. What differs goes."""
+    said = server_digests.ask(control, key, file)
+    if said is Said.OTHER:
+        target.delete(key)
+    if said in (Said.OTHER, Said.MISSING):
+        raise TransitError(
+            f"{target.location}/{key} is not what was sent there: the store says, {said.value}",
+            operation="comparing digests",
+            path=key,
+            hint="The way there, the memory here, or the store damages data; or somebody else writes there.",
+        )
+
+
+def _entry(name: str, file: Written) -> FileEntry:
+    return FileEntry(name, file.size_bytes, file.mtime_ns, 0, file.digest.crc, file.digest.chunks)
 
 
 def publish(
@@ -181,10 +228,7 @@ def publish(
         _look_again(upload, written)
     except CkptStoreError as error:
         raise NotCommitted(f"step {upload.step} was not saved: {error}", hint=error.hint) from error
-    entries = tuple(
-        FileEntry(name, file.size_bytes, file.mtime_ns, 0, file.digest.crc, file.digest.chunks)
-        for name, file in sorted(written.items())
-    )
+    entries = tuple(_entry(name, file) for name, file in sorted(written.items()))
     manifest = manifest_of(upload.step, entries, metrics=metrics or {}, source=source)
     try:
         upload.target.put(f"{upload.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), if_absent=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -179,11 +181,33 @@ def _reset(client: socket.socket) -> None:
     client.close()
 
 
+class Pace:
+    """So many bytes a second, and no more."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._due_s = 0.0
+
+    def wait(self, count_bytes: int) -> None:
+        with self._lock:
+            now_s = time.monotonic()
+            self._due_s = max(self._due_s, now_s) + count_bytes / self._bytes_per_s
+            left_s = self._due_s - now_s
+        if left_s > 0.001:
+            time.sleep(left_s)
+
+
 @dataclass
 class Meter:
-    """Passes TCP to a port and counts the bytes of each way, headers and all: what really went over the wire."""
+    """Passes TCP to a port and counts the bytes of each way, headers and all: what really went over the wire.
+
+    As slow as a line that gives each connection so much, or all of them together.
+    """
 
     server_port: int
+    each_bytes_per_s: float = math.inf
+    together_bytes_per_s: float = math.inf
     up_bytes: int = 0
     down_bytes: int = 0
 
@@ -191,6 +215,7 @@ class Meter:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self._lock = threading.Lock()
+        self._all = Pace(self.together_bytes_per_s)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -212,13 +237,17 @@ class Meter:
             back.join()
 
     def _pass(self, source: socket.socket, target: socket.socket, *, up: bool) -> None:
+        mine = Pace(self.each_bytes_per_s)
+        slow = math.isfinite(min(self.each_bytes_per_s, self.together_bytes_per_s))
         with contextlib.suppress(OSError):
-            while data := source.recv(1 << 18):
+            while data := source.recv(1 << 15 if slow else 1 << 18):
                 with self._lock:
                     if up:
                         self.up_bytes += len(data)
                     else:
                         self.down_bytes += len(data)
+                mine.wait(len(data))
+                self._all.wait(len(data))
                 target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):

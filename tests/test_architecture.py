@@ -19,7 +19,7 @@ ROOT = Path(ckptstore.__file__).parent
 #: new subject) lies above them all: it may import what it likes, and nothing here may import it.
 LAYERS = (
     ("errors", "model"),
-    ("manifest", "native", "config", "rules", "streak", "ranks", "parallel", "stalls"),
+    ("manifest", "native", "config", "rules", "streak", "ranks", "parallel", "stalls", "tuning"),
     ("backends", "backends.*", "formats", "formats.*"),
     ("fetching", "sending", "server_digests", "conditions"),
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),

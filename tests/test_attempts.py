@@ -86,6 +86,7 @@ def test_a_second_writer_writes_beside_the_first(url, run, tmp_path, monkeypatch
     assert {file["path"] for file in shown["parts"][0]["files"]} == {p.name for p in (other / EXPORT).iterdir()} - {
         MANIFEST_NAME
     }
+    assert f"below {sent.url}/" in " ".join(commands.invoke(capfd, "list", "--run", url).out.split())
     done = commands.invoke(capfd, "verify", "46", "--run", url, "--json", "--expect-digest", sent.manifest_sha256)
     assert (done.code, done.json["pinned"]) == (0, True)
     again = send(other, url)[0]

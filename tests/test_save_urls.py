@@ -38,6 +38,7 @@ from ckptstore.server_digests import Said
 from tests import commands, faults, servers
 from tests.test_push_pull import send
 from tests.test_remote_looking import sealed_run
+from tests.test_server_digests import damaging
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -221,6 +222,30 @@ def test_one_request_in_ten(proxy: faults.Proxy, s3: str, source: Path, tmp_path
     proxy.choose = lambda request: ""
     assert [store.verify(step).ok for step in (1, 2, 3)] == [True] * 3
     assert fetch(s3, 3, tmp_path / "there") == content(source)
+
+
+@pytest.mark.parametrize("name", ["some.bin", "large.bin"])
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_flipped_bit_that_the_store_keeps(
+    proxy: faults.Proxy, seaweed: servers.Server, s3: str, source: Path, tmp_path: Path, name: str, times: int
+) -> None:
+    """In a single put and in a part; no checksum on the way sees it. Once: sent again. Each time: an error, nothing is seen."""
+    left = iter(range(times))
+
+    def meant(request: faults.Request) -> str:
+        return "instead" if request.method == "PUT" and name in request.path and next(left, None) is not None else ""
+
+    proxy.instead, proxy.choose = damaging(seaweed, meant)
+    store = CheckpointStore(s3)
+    if times == 1:
+        store.save(1, source)
+        assert proxy.hit == ["instead"]
+        assert fetch(s3, 1, tmp_path / "there") == content(source)
+        assert not any("probe" in key for key in keys(s3))
+        return
+    with pytest.raises(StorageError, match=f"{name} is not what was sent"):
+        store.save(1, source)
+    assert keys(s3) == []
 
 
 @pytest.mark.parametrize("kind", ["slowdown", "reset"])

@@ -19,7 +19,7 @@ from tests.faults import Meter
 from tests.test_push_pull import EXPORT, same, send
 from tests.test_remote_looking import sealed_run
 
-FILES, FILE_BYTES = 12, 15 << 20  # each of one part
+FILES, FILE_BYTES = 24, 15 << 20  # each of one part
 OVERHEAD_BYTES = 2 << 20  #: of all requests' headers and the listings
 
 
@@ -81,7 +81,7 @@ def test_a_pull_that_goes_on(meter, s3, run, tmp_path):
     assert not Path(there / EXPORT).exists()
     assert transfer(meter, words) == 0
     assert meter.down_bytes >= total
-    assert meter.down_bytes - first <= (total - first) + fetching.THREADS * fetching.RANGE_BYTES + OVERHEAD_BYTES
+    assert meter.down_bytes - first <= (total - first) + fetching.BUDGET_BYTES + OVERHEAD_BYTES
     assert same(run / EXPORT, there / EXPORT)
     done = meter.down_bytes
     assert transfer(meter, words) == 0

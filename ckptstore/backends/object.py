@@ -222,12 +222,16 @@ class ObjectBackend(Backend):
     def delete(self, key: str) -> None:
         """See Backend.delete."""
         path = self.key_path(key)
-        try:
-            self._obstore.delete(self._store, path)
-        except self._missing:
-            return
-        except self._failures as error:
-            self._raise(error, "removing", key)
+        tries = Tries()
+        while True:
+            try:
+                self._obstore.delete(self._store, path)
+                return
+            except self._missing:
+                return
+            except self._failures as error:  # a lost answer is not asked for again by obstore
+                if not (isinstance(error, self._obstore.exceptions.GenericError) and tries.again()):
+                    self._raise(error, "removing", key)
 
     def _size(self, key: str) -> int:
         try:

@@ -204,6 +204,18 @@ def _print_table(
         note(text)
     if len(notes) > _MANY:
         note(f"and {len(notes) - _MANY} more such notes (--json has all)")
+    _print_prefixes(shown)
+
+
+def _print_prefixes(shown: list[Checkpoint]) -> None:
+    """Where other tools find the files of a part, where that is not the folder of its name: an attempt's."""
+    beside = [(checkpoint, part) for checkpoint in shown for part in checkpoint.parts if part.files_path != part.path]
+    if beside:
+        echo()
+    for checkpoint, part in beside[-_MANY:]:
+        field("files", f"step {checkpoint.step}, {part.name}: below {part.files_path}/")
+    if len(beside) > _MANY:
+        note(f"and {len(beside) - _MANY} more that lie below an attempt (--json has all: files_path)")
 
 
 def _fitting(all_titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
