@@ -17,6 +17,7 @@ from ckptstore.model import DRAFT_PREFIX
 
 if TYPE_CHECKING:
     from ckptstore.backends.s3control import S3Control
+    from ckptstore.backends.s3multipart import S3Multipart
 
 PROBE = f"{DRAFT_PREFIX}probe-"  #: the scratch keys; a kill leaves one
 _DATA = b"1"
@@ -59,6 +60,21 @@ def find_out(target: Backend) -> Conditions:
     target.creates_atomically = atomic
     text = "this store does not keep two writers apart: push a step from one machine at a time"
     return Conditions(digests, check, () if atomic else (text,))
+
+
+@functools.lru_cache(maxsize=16)
+def find_uploads(target: Backend) -> tuple[S3Multipart | None, str]:
+    """Uploads that can go on after a crash, or why there are none; one is begun, listed and ended, once for each backend."""
+    from ckptstore.backends.s3control import control
+    from ckptstore.backends.s3multipart import multipart
+
+    digests = find_out(target).control
+    try:
+        uploads = multipart(digests or control(target), digests=digests is not None)
+        uploads.try_out(PROBE)
+    except (UnavailableError, AccessError) as error:
+        return None, str(error)
+    return uploads, ""
 
 
 def _digests(target: Backend, key: str) -> tuple[S3Control | None, str]:

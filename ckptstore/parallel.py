@@ -35,6 +35,11 @@ class Stop:
         if self._event.is_set():
             raise Stopped("stopped, since another part failed")
 
+    def wait(self, seconds: float) -> None:
+        """Sleep, and wake up early to raise Stopped."""
+        self._event.wait(seconds)
+        self.check()
+
 
 def each(
     jobs: Iterable[T],

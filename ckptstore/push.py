@@ -7,16 +7,17 @@ Each part of a checkpoint, into `URL/{part}/{export}/`, the main model last:
     2  claim      create-only, names the content. The first writer claims the folder itself; who finds it claimed for other
                   bytes makes an attempt, a folder of its own (claims.py). A claim of the same content is shared, since whoever
                   holds it writes the same bytes: so an interrupted push goes on, and two that do the same harm nobody
-    3  data       every file under its final key, unless it is there already; each byte read once, checked against the
-                  manifest on the way; a file that differs is never completed. Where the store computes digests of its own,
-                  each file's is compared with the manifest's, also where it was there already: what differs is sent again
+    3  data       every file under its final key, unless it is there already, and with S3 the parts of an upload that was cut
+                  short (multipart.py); each byte read once, checked against the manifest on the way; a file that differs is
+                  never completed. Where the store computes digests of its own, each file's is compared with the manifest's,
+                  also where it was there already: what differs is sent again
     4  look again all keys with the right sizes, and no others; the claim still ours
     5  manifest   create-only, or for a replacement only over the one that was seen; its `base` names the attempt. From here on
                   it is COMMITTED. Who loses this race is told, and has touched no key of the winner's. Then 4 once more: where
                   `clean` removed the files in this very moment, the manifest is taken back
     6  claim away
 
-A crash leaves a claim and whole files, which no reader takes for a checkpoint; the same push goes on with them, and
+A crash leaves a claim, whole files and uploads, which no reader takes for a checkpoint; the same push goes on with them, and
 `clean --run URL` removes what never will (leftovers.py).
 """
 
@@ -26,9 +27,9 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ckptstore import conditions, native, server_digests
+from ckptstore import conditions, multipart, native, server_digests
 from ckptstore.backends.base import Backend
 from ckptstore.claims import RENEW_S, Place
 from ckptstore.conditions import Conditions
@@ -47,9 +48,12 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import ATTEMPT_PREFIX, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
-from ckptstore.sending import Outgoing, send
+from ckptstore.sending import Outgoing, part_size, send
 from ckptstore.server_digests import Said, ask_all
 from ckptstore.verify import Notify
+
+if TYPE_CHECKING:
+    from ckptstore.backends.s3multipart import S3Multipart
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class Sent:
     part: str
     url: str  #: the prefix: the files lie below it
     sent_bytes: int
-    there_bytes: int  #: were there already
+    there_bytes: int  #: were there already, in files and, where this process sent, in parts of uploads that were cut short
     committed_before: bool  #: its manifest was there already
     manifest_sha256: str
     notes: tuple[str, ...] = ()
@@ -173,6 +177,8 @@ class _Push:
     crew: int = 1  #: processes of this machine that send at once, and share its memory
     committed: bool = False
     said: dict[str, Said] = field(default_factory=dict)  #: what the store tells of the files that are there
+    notes: tuple[str, ...] = ()
+    found_bytes: int = 0  #: in uploads that were cut short
 
     @property
     def target(self) -> Backend:
@@ -199,11 +205,11 @@ class _Push:
             self.manifest.step,
             self.part.name,
             self._url,
-            sent,
-            there,
+            sent - self.found_bytes,
+            there + self.found_bytes,
             self.committed,
             sha256,
-            self.store.notes,
+            (*self.store.notes, *self.notes),
             server_checked_bytes=sum(f.size_bytes for f in self.manifest.files if self.said.get(f.path) is Said.SAME),
             server_check=self.store.check,
         )
@@ -243,16 +249,43 @@ class _Push:
 
     def send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress) -> None:
         """Send files of the part by this process alone."""
+        uploads = self._uploads(missing)
         files = [
             Outgoing(
                 self._key(file.path),
                 file.size_bytes,
                 functools.partial(self._read, file),
                 functools.partial(self._compare, file),
+                self._content(file),
             )
             for file in missing
         ]
-        send(self.target, files, there=there, crew=self.crew, progress=progress)
+        self.found_bytes = send(self.target, files, there=there, crew=self.crew, uploads=uploads, progress=progress)
+
+    def _uploads(self, missing: Sequence[FileEntry]) -> S3Multipart | None:
+        """By what files of several parts go on after a crash; None where it cannot be, which the notes then say."""
+        if all(file.size_bytes <= part_size(file.size_bytes) for file in missing):
+            return None
+        uploads, why = conditions.find_uploads(self.target)
+        if uploads is None:
+            self.notes = (f"a file that is cut short on its way there starts over: {why}",)
+        return uploads
+
+    def _content(self, file: FileEntry) -> multipart.Content | None:
+        """The file for an upload that can go on: each of its parts must be whole chunks."""
+        if part_size(file.size_bytes) % self.manifest.chunk_bytes:
+            return None
+
+        def crc(offset: int, length: int) -> int:
+            step, value = self.manifest.chunk_bytes, 0
+            for start in range(offset, offset + length, step):
+                value = native.crc64_combine(value, file.chunks[start // step], min(step, offset + length - start))
+            return value
+
+        def read(offset: int, length: int) -> bytes:
+            return self._checked(file, offset, length, 0)[0]
+
+        return multipart.Content(self._key(file.path), file.size_bytes, file.crc, read, crc)
 
     def _compare(self, file: FileEntry) -> None:
         """What arrived, by the store's own digest. What differs goes: nobody shall take it for the file by its size."""
@@ -271,26 +304,29 @@ class _Push:
 
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""
-        name = f"{self.folder}/{file.path}"
         crc = 0
         for start in range(0, file.size_bytes, part_bytes):
-            length = min(part_bytes, file.size_bytes - start)
-            data = self.backend.get(name, offset_bytes=start, length_bytes=length)
-            if len(data) != length:
-                raise SourceChangedError(f"{self.part.path}/{file.path} became shorter while it was pushed", path=file.path)
-            view = memoryview(data)
-            position = start
-            while position < start + length:
-                number = position // self.manifest.chunk_bytes
-                end = min((number + 1) * self.manifest.chunk_bytes, start + length)
-                crc = native.crc64(view[position - start : end - start], crc)
-                if end == min((number + 1) * self.manifest.chunk_bytes, file.size_bytes):
-                    if crc != file.chunks[number]:
-                        self._refuse_changed()
-                        raise mismatch(file.path, number * self.manifest.chunk_bytes)
-                    crc = 0
-                position = end
+            data, crc = self._checked(file, start, min(part_bytes, file.size_bytes - start), crc)
             yield data
+
+    def _checked(self, file: FileEntry, start: int, length: int, crc: int) -> tuple[bytes, int]:
+        """Bytes of a file, and the digest so far of the chunk that they end in; `crc`: of the one that they begin in."""
+        data = self.backend.get(f"{self.folder}/{file.path}", offset_bytes=start, length_bytes=length)
+        if len(data) != length:
+            raise SourceChangedError(f"{self.part.path}/{file.path} became shorter while it was pushed", path=file.path)
+        view = memoryview(data)
+        position = start
+        while position < start + length:
+            number = position // self.manifest.chunk_bytes
+            end = min((number + 1) * self.manifest.chunk_bytes, start + length)
+            crc = native.crc64(view[position - start : end - start], crc)
+            if end == min((number + 1) * self.manifest.chunk_bytes, file.size_bytes):
+                if crc != file.chunks[number]:
+                    self._refuse_changed()
+                    raise mismatch(file.path, number * self.manifest.chunk_bytes)
+                crc = 0
+            position = end
+        return data, crc
 
     def _refuse_changed(self) -> None:
         """The manifest must still be that of what lies here."""

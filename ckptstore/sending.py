@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptstore import native, parallel
+from ckptstore import multipart, native, parallel
 from ckptstore.backends.base import Backend
 from ckptstore.errors import NoSpaceError, StorageError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from ckptstore.backends.s3multipart import S3Multipart
 
 PART_BYTES = 16 << 20
 MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
@@ -25,13 +27,15 @@ BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice
 class Outgoing(NamedTuple):
     """A file to send. `parts(part_bytes)` yields its bytes, from the start, in parts of that size, the last one shorter.
 
-    `arrived` is called when it is there; what it raises counts as the upload's.
+    `arrived` is called when it is there; what it raises counts as the upload's. `content`: the same bytes, where their digests
+    are known beforehand: an upload of it that was cut short can go on.
     """
 
     key: str
     size_bytes: int
     parts: Callable[[int], Iterator[Buffer]]
     arrived: Callable[[], None] = lambda: None
+    content: multipart.Content | None = None
 
 
 def send(
@@ -40,34 +44,46 @@ def send(
     *,
     there: int = 0,
     crew: int = 1,
+    uploads: S3Multipart | None = None,
     progress: native.Progress | None = None,
-) -> None:
+) -> int:
     """Send files. What `parts` raises is raised, and that file is not there then; so are StorageError and AccessError.
 
     `there`: bytes that count as done, for `progress`. `crew`: processes of this machine that send at once and share its
-    memory. Thread-safe; Ctrl-C ends it within moments.
+    memory. `uploads`: by which a file of several parts whose content is known goes on where an earlier upload stopped; how
+    many bytes were found there is what comes back. Thread-safe; Ctrl-C ends it within moments.
     """
     ordered = sorted(files, key=lambda file: -file.size_bytes)
     lock = threading.Lock()
     done = there
+    found = 0
     total = there + sum(file.size_bytes for file in ordered)
     threads = min(max(FILES_AT_ONCE // crew, 1), max(len(ordered), 1))
 
+    def moved(count_bytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += count_bytes
+
     def send_one(file: Outgoing, stop: parallel.Stop) -> None:
+        nonlocal found
         part_bytes = part_size(file.size_bytes)
 
         def parts() -> Iterator[Buffer]:
-            nonlocal done
             for data in file.parts(part_bytes):
                 stop.check()
                 yield data
-                with lock:
-                    done += memoryview(data).nbytes
+                moved(memoryview(data).nbytes)
 
+        at_once = max(BUDGET_BYTES // crew // threads // part_bytes, 1)
         if file.size_bytes <= part_bytes:
             target.put(file.key, b"".join(parts()))
+        elif uploads is not None and file.content is not None:
+            streams = min(at_once, multipart.STREAMS)
+            before = multipart.upload(uploads, file.content, part_bytes=part_bytes, streams=streams, stop=stop, progress=moved)
+            with lock:
+                found += before
         else:
-            at_once = max(BUDGET_BYTES // crew // threads // part_bytes, 1)
             target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=at_once)
         file.arrived()
 
@@ -89,6 +105,7 @@ def send(
 
     tick = None if progress is None else lambda: progress(done, total)
     parallel.each(ordered, send_again, threads=threads, tick=tick)
+    return found
 
 
 def part_size(size_bytes: int) -> int:

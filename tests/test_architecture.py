@@ -21,6 +21,7 @@ LAYERS = (
     ("errors", "model"),
     ("manifest", "native", "config", "rules", "streak", "ranks", "parallel", "stalls", "tuning"),
     ("backends", "backends.*", "formats", "formats.*"),
+    ("multipart",),
     ("fetching", "sending", "server_digests", "conditions"),
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe", "journal", "background"),

@@ -13,7 +13,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
@@ -283,17 +283,19 @@ class ObjectBackend(Backend):
 
 
 class Tries:
-    """A bounded number of tries, with growing pauses of random length between them."""
+    """A bounded number of tries, with growing pauses of random length between them, for a while from the first failure on."""
 
     def __init__(self) -> None:
         self.made = 0
-        self._deadline = time.monotonic() + RETRY_FOR.total_seconds()
+        self._deadline: float | None = None
 
-    def again(self) -> bool:
+    def again(self, sleep: Callable[[float], object] = time.sleep) -> bool:
         """Wait a while; False when it is time to give up."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + RETRY_FOR.total_seconds()
         if self.made >= TRIES or time.monotonic() > self._deadline:
             return False
-        time.sleep(min(0.1 * 2**self.made, 5) * random.uniform(0.5, 1))
+        sleep(min(0.1 * 2**self.made, 5) * random.uniform(0.5, 1))
         self.made += 1
         return True
 

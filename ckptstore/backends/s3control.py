@@ -2,7 +2,7 @@
 
 Signed by awscrt (extra `[s3]`) with the credentials that the backend's own requests are signed with. Where a request goes,
 the region and the identity are read off a URL that obstore signs: no second reading of endpoints, profiles and styles.
-Answers are small, so Python's own HTTP client asks; it follows no redirect, which could carry a signature elsewhere.
+Large files go through the same door, part by part (s3multipart.py).
 """
 
 from __future__ import annotations
@@ -12,26 +12,35 @@ import binascii
 import http.client
 import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
 from xml.etree import ElementTree
 
 from ckptstore.backends import object as objects
 from ckptstore.backends.base import Backend
+from ckptstore.backends.connections import Connections, Request
 from ckptstore.backends.object import ObjectBackend
 from ckptstore.errors import AccessError, NotFoundError, StorageError, TransitError, UnavailableError
+from ckptstore.parallel import Stop
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 PAGE = 1000  #: uploads that one answer lists, the most that S3 allows
-MAX_ANSWER_BYTES = 16 << 20  #: a page has about one
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
-_CRC = "x-amz-checksum-crc64nvme"
+#: S3 begins to answer a request that takes long with 200, and may say afterwards that it failed.
+_ERROR = re.compile(rb"\s*(<\?xml[^>]*>)?\s*<Error[\s>]")
+_PASSING = ("RequestTimeout", "OperationAborted")  #: with a status that says otherwise
+_DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch")
+_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answers them with 400
+CRC = "x-amz-checksum-crc64nvme"
 _SCRATCH = "x"  #: a key that is only named, to see where the bucket is
 _SIGNING_S = 30
+_LISTING = "listing unfinished uploads of"
+_NEVER = Stop()
 
 
 class Stored(NamedTuple):
@@ -39,6 +48,14 @@ class Stored(NamedTuple):
 
     size_bytes: int
     crc64: int | None
+
+
+class Reply(NamedTuple):
+    """What the store answers. `code`: the refusal, where it is one that the caller wanted to see; else ""."""
+
+    headers: Mapping[str, str]
+    body: bytes
+    code: str = ""
 
 
 class Upload(NamedTuple):
@@ -56,8 +73,9 @@ class S3Control:
     """
 
     def __init__(self, backend: ObjectBackend, auth: Any) -> None:
-        self._backend = backend
+        self.backend = backend
         self._auth = auth
+        self._connections = Connections()
         keys = objects.static_keys()
         self._identity = keys.get("access_key_id", "")
         if self._identity:
@@ -69,39 +87,39 @@ class S3Control:
 
     def head(self, key: str) -> Stored:
         """Size and stored checksum of `key`. NotFoundError where it is not."""
-        headers, _ = self._ask("HEAD", key, {}, {"x-amz-checksum-mode": "ENABLED"})
+        headers = self.ask("looking at", "HEAD", key, headers={"x-amz-checksum-mode": "ENABLED"}).headers
         try:
-            size_bytes = int(headers.get("Content-Length", ""))
+            size_bytes = int(headers.get("content-length", ""))
         except ValueError:
-            raise StorageError(f"looking at {self._where(key)}: the store does not say how large it is") from None
+            raise StorageError(f"looking at {self.where(key)}: the store does not say how large it is") from None
         # Of parts' checksums a composite is made, which says nothing of the whole.
         whole = headers.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT"
-        return Stored(size_bytes, _crc64(headers.get(_CRC, "")) if whole else None)
+        return Stored(size_bytes, crc64_of(headers.get(CRC, "")) if whole else None)
 
     def refuses_damage(self, key: str) -> bool:
         """Put a byte under the scratch key `key` with the CRC of another one; whether the store noticed."""
-        wrong = base64.b64encode(b"\0" * 8).decode()
+        headers = {CRC: text_of(0), "x-amz-sdk-checksum-algorithm": "CRC64NVME"}
         try:
-            self._ask("PUT", key, {}, {_CRC: wrong, "x-amz-sdk-checksum-algorithm": "CRC64NVME"}, body=b"1")
+            self.ask("probing", "PUT", key, headers=headers, body=b"1")
         except TransitError:
             return True
         return False
 
     def now_ns(self) -> int:
         """The store's clock, to the second. UnavailableError where it does not tell."""
-        query = {"uploads": "", "prefix": self._backend.key_path(_SCRATCH), "max-uploads": "1"}
-        headers, _ = self._ask("GET", None, query, {})
+        query = {"uploads": "", "prefix": self.backend.key_path(_SCRATCH), "max-uploads": "1"}
+        headers = self.ask(_LISTING, "GET", None, query=query).headers
         try:
-            return int(parsedate_to_datetime(headers.get("Date", "")).timestamp() * 1e9)
+            return int(parsedate_to_datetime(headers.get("date", "")).timestamp() * 1e9)
         except ValueError:
-            raise UnavailableError(f"{self._backend.location}: the store does not tell the time") from None
+            raise UnavailableError(f"{self.backend.location}: the store does not tell the time") from None
 
-    def uploads(self) -> Iterator[Upload]:
-        """All unfinished multipart uploads below the backend's prefix, page by page."""
-        query = {"uploads": "", "prefix": self._backend.key_path(_SCRATCH).removesuffix(_SCRATCH), "max-uploads": str(PAGE)}
+    def uploads(self, key: str = "") -> Iterator[Upload]:
+        """All unfinished multipart uploads below the backend's prefix, page by page; or those to keys that begin with `key`."""
+        above = self.backend.key_path(_SCRATCH).removesuffix(_SCRATCH)
+        query = {"uploads": "", "prefix": above + key, "max-uploads": str(PAGE)}
         while True:
-            _, body = self._ask("GET", None, query, {})
-            root = _xml(body, self._backend.location)
+            root = xml_of(self.ask(_LISTING, "GET", None, query=query).body, f"{_LISTING} {self.backend.location}")
             encoded = root.findtext("{*}EncodingType", "") == "url"
             for entry in root.findall("{*}Upload"):
                 path = entry.findtext("{*}Key", "")
@@ -109,8 +127,7 @@ class S3Control:
                 if not path.startswith(query["prefix"]):
                     continue  # a store that knows no prefix here must not have others' uploads aborted
                 begun = datetime.fromisoformat(entry.findtext("{*}Initiated", "").replace("Z", "+00:00"))
-                key = path.removeprefix(query["prefix"])
-                yield Upload(key, entry.findtext("{*}UploadId", ""), int(begun.timestamp() * 1e9))
+                yield Upload(path.removeprefix(above), entry.findtext("{*}UploadId", ""), int(begun.timestamp() * 1e9))
             key_marker = root.findtext("{*}NextKeyMarker", "")
             marker = {
                 "key-marker": unquote_plus(key_marker) if encoded else key_marker,
@@ -124,48 +141,69 @@ class S3Control:
     def abort(self, upload: Upload) -> None:
         """End an unfinished upload and free its parts; one that is gone is no error."""
         try:
-            self._ask("DELETE", upload.key, {"uploadId": upload.upload_id}, {})
+            self.ask("aborting an upload of", "DELETE", upload.key, query={"uploadId": upload.upload_id})
         except NotFoundError:
             return
 
-    def _ask(
-        self, method: str, key: str | None, query: dict[str, str], headers: dict[str, str], *, body: bytes = b""
-    ) -> tuple[Any, bytes]:
-        """Headers and body of the answer. `key` None: the bucket."""
+    def ask(
+        self,
+        doing: str,
+        method: str,
+        key: str | None,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Buffer = b"",
+        long: bool = False,
+        codes: tuple[str, ...] = (),
+        stop: Stop = _NEVER,
+    ) -> Reply:
+        """The answer to one request on a key (None: on the bucket), which is tried several times, until told to `stop`.
+
+        `codes`: refusals that are no errors. `long`: it may take a while, as sending a large `body` does.
+        """
         tries = objects.Tries()
         while True:
-            request = self._signed(method, key, query, headers, body)
+            request = self._signed(method, key, query=query or {}, headers=headers or {}, body=body)
+            limit = objects.REQUEST if long else objects.STALL
             try:
-                with _OPENER.open(request, timeout=objects.STALL.total_seconds()) as answer:
-                    return answer.headers, answer.read(MAX_ANSWER_BYTES)
-            except urllib.error.HTTPError as error:
-                with error:
-                    found = _CODE.search(error.read(1 << 16))
-                code = found[1].decode() if found else ""
-                if (error.code < 500 and error.code != 429) or error.code == 501 or not tries.again():
-                    self._raise(method, key, error.code, code)
+                answer = self._connections.ask(request, timeout_s=limit.total_seconds(), stop=stop)
             except (OSError, http.client.HTTPException) as error:
-                if not tries.again():
-                    self._fail(method, key, f"{type(error).__name__}")
+                if not tries.again(stop.wait):
+                    self._fail(doing, key, type(error).__name__)
+                continue
+            status = 500 if answer.status == 200 and _ERROR.match(answer.body) else answer.status
+            if 200 <= status < 300:
+                return Reply(answer.headers, answer.body)
+            found = _CODE.search(answer.body)
+            code = found[1].decode() if found else ""
+            if code in codes:
+                return Reply(answer.headers, answer.body, code)
+            passing = status >= 500 or status == 429 or code in _PASSING
+            if not passing or status == 501 or not tries.again(stop.wait):
+                self._raise(doing, key, status, code)
 
-    def _signed(self, method: str, key: str | None, query: dict[str, str], headers: dict[str, str], body: bytes) -> Any:
+    def _signed(
+        self, method: str, key: str | None, *, query: Mapping[str, str], headers: Mapping[str, str], body: Buffer
+    ) -> Request:
         from awscrt.exceptions import AwsCrtError
         from awscrt.http import HttpHeaders, HttpRequest
 
-        aim = urlsplit(self._backend.signed_url(_SCRATCH if key is None else key))
+        aim = urlsplit(self.backend.signed_url(_SCRATCH if key is None else key))
         asked = parse_qs(aim.query)
         identity, _, region, *_ = asked.get("X-Amz-Credential", ["///"])[0].split("/")
         if self._identity and identity != self._identity:
-            raise UnavailableError(f"{self._backend.location}: the store's requests are signed by another identity than ours")
+            raise UnavailableError(f"{self.backend.location}: the store's requests are signed by another identity than ours")
         path = aim.path
         if key is None:
-            path = path.removesuffix(f"/{quote(self._backend.key_path(_SCRATCH), safe='/-_.~')}") or "/"
+            path = path.removesuffix(f"/{quote(self.backend.key_path(_SCRATCH), safe='/-_.~')}") or "/"
         if query:
             path += "?" + urlencode(query, quote_via=quote, safe="-_.~")
         auth = self._auth
         sending = {"Host": aim.netloc, **headers}
-        if body:
-            sending |= {"Content-Length": str(len(body)), "Content-Type": "application/octet-stream"}
+        size_bytes = memoryview(body).nbytes
+        if size_bytes or method == "POST":
+            sending |= {"Content-Length": str(size_bytes), "Content-Type": "application/octet-stream"}
         request = HttpRequest(method, path, HttpHeaders(list(sending.items())))
         config = auth.AwsSigningConfig(
             credentials_provider=self._provider,
@@ -173,39 +211,38 @@ class S3Control:
             service="s3",
             use_double_uri_encode=False,
             should_normalize_uri_path=False,
-            signed_body_value="UNSIGNED-PAYLOAD" if body else auth.AwsSignedBodyValue.EMPTY_SHA256,
+            signed_body_value="UNSIGNED-PAYLOAD" if size_bytes else auth.AwsSignedBodyValue.EMPTY_SHA256,
             signed_body_header_type=auth.AwsSignedBodyHeaderType.X_AMZ_CONTENT_SHA_256,
         )
         try:
             auth.aws_sign_request(request, config).result(timeout=_SIGNING_S)
         except (AwsCrtError, TimeoutError) as error:
             name = getattr(error, "name", "") or type(error).__name__
-            raise UnavailableError(f"{self._backend.location}: a request cannot be signed: {name}") from None
-        signed = {name: value for name, value in request.headers if name.lower() != "content-length"}
-        url = f"{aim.scheme}://{aim.netloc}{path}"
-        return urllib.request.Request(url, data=body or None, headers=signed, method=method)
+            raise UnavailableError(f"{self.backend.location}: a request cannot be signed: {name}") from None
+        return Request(aim.scheme, aim.netloc, method, path, dict(request.headers), body)
 
-    def _where(self, key: str | None) -> str:
-        return f"{self._backend.location}/{key}" if key else self._backend.location
+    def where(self, key: str | None) -> str:
+        """What to call `key`, in an error."""
+        return f"{self.backend.location}/{key}" if key else self.backend.location
 
-    def _raise(self, method: str, key: str | None, status: int, code: str) -> NoReturn:
-        what = f"{_DOING[method]} {self._where(key)}"
+    def _raise(self, doing: str, key: str | None, status: int, code: str) -> NoReturn:
+        what = f"{doing} {self.where(key)}"
         said = f"the store answers {status}{f' {code}' if code else ''}"
-        if code in ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"):
-            raise TransitError(f"{what}: {said}", operation=_DOING[method], path=self._where(key))
+        if code in _DAMAGED:
+            raise TransitError(f"{what}: {said}", operation=doing, path=self.where(key))
         if status == 404:
             raise NotFoundError(f"{what}: {said}")
-        if status in (401, 403):
+        if status in (401, 403) or code in _EXPIRED:
             raise AccessError(f"{what}: {said}", hint="Are the credentials in the environment right, and not expired?")
         if status in (400, 405, 501):
             raise UnavailableError(f"{what}: {said}: it does not know this request")
-        self._fail(method, key, said)
+        self._fail(doing, key, said)
 
-    def _fail(self, method: str, key: str | None, said: str) -> NoReturn:
+    def _fail(self, doing: str, key: str | None, said: str) -> NoReturn:
         raise StorageError(
-            f"{_DOING[method]} {self._where(key)}: {said}",
-            operation=_DOING[method],
-            path=self._where(key),
+            f"{doing} {self.where(key)}: {said}",
+            operation=doing,
+            path=self.where(key),
             hint="It was tried several times. Is the store there, and its name right?",
         )
 
@@ -230,20 +267,13 @@ def control(backend: Backend) -> S3Control:
     return S3Control(backend, awscrt.auth)
 
 
-_DOING = {"HEAD": "looking at", "PUT": "probing", "GET": "listing unfinished uploads of", "DELETE": "aborting an upload of"}
+def text_of(crc64: int) -> str:
+    """As S3 writes a CRC-64/NVME: base64, big-endian."""
+    return base64.b64encode(crc64.to_bytes(8, "big")).decode()
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """None: the answer is an error then."""
-        return
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
-def _crc64(text: str) -> int | None:
-    """The value in base64, big-endian; None for anything else: a composite of parts has `-N` at its end."""
+def crc64_of(text: str) -> int | None:
+    """The value of what text_of() writes; None for anything else: a composite of parts has `-N` at its end."""
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -251,10 +281,11 @@ def _crc64(text: str) -> int | None:
     return int.from_bytes(data, "big") if len(data) == 8 else None
 
 
-def _xml(body: bytes, where: str) -> ElementTree.Element:
+def xml_of(body: bytes, doing: str) -> ElementTree.Element:
+    """An answer's document. StorageError, naming what was being done, for what is none."""
     try:
         if b"<!DOCTYPE" in body or b"<!ENTITY" in body:
             raise ElementTree.ParseError("it defines entities")
         return ElementTree.fromstring(body)
     except ElementTree.ParseError as error:
-        raise StorageError(f"listing unfinished uploads of {where}: the answer is no XML: {error}") from None
+        raise StorageError(f"{doing}: the answer is no XML: {error}") from None

@@ -1,0 +1,173 @@
+"""HTTP(S) connections that are kept between requests, as Python's own client makes them, for bodies that are large.
+
+One request at a time each; as many as there are threads that ask at once. The caller's memory is handed to the kernel as it
+is, piece by piece, so that a caller that shall stop ends within moments. No redirect is followed: a signature must not be
+carried elsewhere. Proxies and certificates as Python's: `$https_proxy`, `$no_proxy`, `$SSL_CERT_FILE`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import select
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from ckptstore.parallel import Stop
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+CONNECT_S = 5.0
+LOOK_S = 0.2  #: how long nobody looks whether it shall stop
+MAX_ANSWER_BYTES = 16 << 20  #: a page of a listing has about one
+
+
+class Request(NamedTuple):
+    """What goes over the wire as it is. `target`: path and query. `headers` lack none but what a proxy needs."""
+
+    scheme: str
+    host: str  #: with its port
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: Buffer = b""
+
+
+class Answer(NamedTuple):
+    """Any status. Names of headers in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Connections:
+    """Connections to wherever requests go. Thread-safe. Errors as http.client's: OSError and HTTPException."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[tuple[tuple[str, str], http.client.HTTPConnection]] = []
+        self._tls: ssl.SSLContext | None = None
+
+    def __del__(self) -> None:
+        for _, connection in self._idle:
+            connection.close()
+
+    def ask(self, request: Request, *, timeout_s: float, stop: Stop) -> Answer:
+        """Send it once, and read the answer. `timeout_s`: how long nothing may move. Stopped when told to `stop`."""
+        while True:
+            connection, was_idle = self._take(request)
+            try:
+                answer = _exchange(connection, request, timeout_s, stop)
+            except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                connection.close()
+                if not was_idle:
+                    raise
+                continue  # the other side had closed it meanwhile
+            except BaseException:
+                connection.close()
+                raise
+            if connection.sock is not None:
+                with self._lock:
+                    self._idle.append(((request.scheme, request.host), connection))
+            return answer
+
+    def _take(self, request: Request) -> tuple[http.client.HTTPConnection, bool]:
+        where = (request.scheme, request.host)
+        with self._lock:
+            for number in reversed(range(len(self._idle))):
+                if self._idle[number][0] == where:
+                    return self._idle.pop(number)[1], True
+        return self._connect(*where), False
+
+    def _connect(self, scheme: str, host: str) -> http.client.HTTPConnection:
+        proxy = _proxy(scheme, host)
+        reached = host if proxy is None else urlsplit(proxy).netloc.rpartition("@")[2]
+        if scheme != "https":
+            return http.client.HTTPConnection(reached, timeout=CONNECT_S)
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        connection = http.client.HTTPSConnection(reached, timeout=CONNECT_S, context=self._tls)
+        if proxy is not None:
+            connection.set_tunnel(host, headers=_proxy_headers(proxy))
+        return connection
+
+
+def _exchange(connection: http.client.HTTPConnection, request: Request, timeout_s: float, stop: Stop) -> Answer:
+    proxy = _proxy(request.scheme, request.host) if request.scheme == "http" else None
+    target = request.target if proxy is None else f"http://{request.host}{request.target}"
+    if connection.sock is not None:
+        connection.sock.settimeout(timeout_s)
+    connection.putrequest(request.method, target, skip_host=True, skip_accept_encoding=True)
+    for name, value in {**request.headers, **(_proxy_headers(proxy) if proxy else {})}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    sock = connection.sock
+    try:
+        _send(sock, memoryview(request.body).cast("B"), timeout_s, stop)
+    except ConnectionError:  # refused before it was all there: why, is often said
+        sock.settimeout(LOOK_S)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answer = _answer(connection)
+            connection.close()
+            return answer
+        raise
+    _wait(sock, timeout_s, stop)
+    sock.settimeout(timeout_s)
+    return _answer(connection)
+
+
+def _send(sock: socket.socket, body: memoryview, timeout_s: float, stop: Stop) -> None:
+    sock.settimeout(LOOK_S)
+    sent, moved = 0, time.monotonic()
+    while sent < len(body):
+        stop.check()
+        try:
+            sent += sock.send(body[sent:])
+        except TimeoutError:
+            if time.monotonic() > moved + timeout_s:
+                raise
+        else:
+            moved = time.monotonic()
+
+
+def _wait(sock: socket.socket, timeout_s: float, stop: Stop) -> None:
+    """Until something comes back."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    deadline = time.monotonic() + timeout_s
+    while not poll.poll(LOOK_S * 1000):
+        stop.check()
+        if time.monotonic() > deadline:
+            raise TimeoutError("no answer")
+
+
+def _answer(connection: http.client.HTTPConnection) -> Answer:
+    with connection.getresponse() as response:
+        body = response.read(MAX_ANSWER_BYTES)
+        if response.length or (response.chunked and not response.isclosed()):  # read(most) does not say it
+            raise http.client.IncompleteRead(body, response.length)
+        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
+
+
+def _proxy(scheme: str, host: str) -> str | None:
+    found = urllib.request.getproxies().get(scheme)
+    if not found or urllib.request.proxy_bypass(host):
+        return None
+    return found if "://" in found else f"http://{found}"
+
+
+def _proxy_headers(proxy: str) -> dict[str, str]:
+    parts = urlsplit(proxy)
+    if parts.username is None:
+        return {}
+    user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}

@@ -1,0 +1,158 @@
+"""A large file to S3 part by part, and on from where an earlier upload of it stopped.
+
+What is there already is not trusted by its size: a part counts when the CRC-64/NVME that the store tells of it is that of the
+file's digests, and no byte is read here; or, where it tells none, when its ETag is the MD5 of our bytes, read and checked now.
+Any other part is sent. In the end the store makes the object of the parts that were named, and where it checks digests, it
+does so only if the whole is what the file's digests say.
+
+Nobody knows whether an upload that is found is a dead push's or a living one's. Either way it is joined: whoever sends the same
+content sends the same bytes under the same part numbers. The first to complete makes the object; the other finds its upload
+gone and the object there, by its digest. An upload of which no part is right is another content's: it is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptstore import parallel
+from ckptstore.backends.s3control import Upload
+from ckptstore.backends.s3multipart import GoneError, Part, S3Multipart
+from ckptstore.errors import TransitError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+STREAMS = 8  #: parts of one file on their way at once: what a kill may cost
+ROUNDS = 3
+LOOKED_AT = 4  #: the newest uploads of a key, and the parts of each, that are looked at for a right one
+_MD5 = re.compile(r"[0-9a-f]{32}")
+
+
+class Content(NamedTuple):
+    """A file whose digests are known beforehand. Both functions are for whole parts, by offset and length."""
+
+    key: str
+    size_bytes: int
+    crc64: int
+    read: Callable[[int, int], Buffer]  #: its bytes, checked against the digests
+    crc: Callable[[int, int], int]  #: the CRC-64/NVME of such bytes
+
+
+def upload(
+    store: S3Multipart,
+    content: Content,
+    *,
+    part_bytes: int,
+    streams: int,
+    stop: parallel.Stop,
+    progress: Callable[[int], None],
+) -> int:
+    """Make the object; how many of its bytes were found there.
+
+    `progress` gets the bytes of each part that is there, from several threads. Errors as S3Multipart's and `read`'s: no object
+    is made then, the parts stay, and the next call goes on with them. TransitError where the store keeps other bytes than were
+    sent.
+    """
+    return _Uploading(store, content, part_bytes, streams, stop, progress).run()
+
+
+class _Uploading:
+    """One upload() at work."""
+
+    def __init__(
+        self,
+        store: S3Multipart,
+        content: Content,
+        part_bytes: int,
+        streams: int,
+        stop: parallel.Stop,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._store, self._content, self._stop, self._progress = store, content, stop, progress
+        self._part_bytes, self._streams = part_bytes, streams
+        self._count = -(-content.size_bytes // part_bytes)
+        self._lock = threading.Lock()
+        self._told: set[int] = set()  #: numbers of the parts that `progress` knows of
+        self._there_bytes = 0
+
+    def run(self) -> int:
+        found = self._find()
+        code = ""
+        for _ in range(ROUNDS):
+            at = self._store.begin(self._content.key) if found is None else found
+            parts: dict[int, Part] = {}
+            try:
+                sent = self._bring(at, parts, fresh=found is None)
+                code = self._store.complete(at, parts, crc64=self._content.crc64, stop=self._stop)
+            except GoneError:
+                code = "NoSuchUpload"
+            content = self._content
+            if not code or self._store.holds(content.key, content.size_bytes, parts, crc64=content.crc64):
+                return self._there_bytes
+            found = None
+            if code != "NoSuchUpload":
+                if sent:  # a part that arrived as something else is found by its digest, and sent again
+                    found = at
+                else:
+                    self._store.abort(at)
+        raise TransitError(
+            f"writing {self._content.key}: the store does not make it of the parts that were sent ({code})",
+            operation="completing an upload",
+            path=self._content.key,
+            hint="The way there, or the store, damages data; or somebody else writes there.",
+        )
+
+    def _find(self) -> Upload | None:
+        """The newest upload that has some of this content."""
+        for found in self._store.unfinished(self._content.key)[:LOOKED_AT]:
+            try:
+                parts = self._store.parts(found)
+            except GoneError:
+                continue
+            if parts and parts[-1].number <= self._count and any(self._is_right(part) for part in parts[:LOOKED_AT]):
+                return found
+        return None
+
+    def _bring(self, at: Upload, parts: dict[int, Part], *, fresh: bool) -> int:
+        """All parts into the upload `at`, and into `parts`; how many had to be sent."""
+        there = {} if fresh else {part.number: part for part in self._store.parts(at)}
+        sent = 0
+
+        def one(number: int, stop: parallel.Stop) -> None:
+            nonlocal sent
+            offset, length = self._place(number)
+            part = there.get(number)
+            right = part is not None and self._is_right(part)
+            if part is None or not right:
+                crc = self._content.crc(offset, length)
+                part = self._store.put(at, number, self._content.read(offset, length), crc64=crc, stop=stop)
+            with self._lock:
+                parts[number] = part._replace(crc64=self._content.crc(offset, length))
+                sent += not right
+                new = number not in self._told
+                self._told.add(number)
+                self._there_bytes += length if right and new else 0
+            if new:
+                self._progress(length)
+
+        parallel.each(range(1, self._count + 1), one, threads=min(self._streams, self._count), tick=self._stop.check)
+        return sent
+
+    def _is_right(self, part: Part) -> bool:
+        """Whether the store has what we would send as this part."""
+        offset, length = self._place(part.number)
+        if part.size_bytes != length:
+            return False
+        if part.crc64 is not None:
+            return part.crc64 == self._content.crc(offset, length)
+        if not _MD5.fullmatch(part.etag):
+            return False
+        return hashlib.md5(self._content.read(offset, length), usedforsecurity=False).hexdigest() == part.etag
+
+    def _place(self, number: int) -> tuple[int, int]:
+        offset = (number - 1) * self._part_bytes
+        return offset, min(self._part_bytes, self._content.size_bytes - offset)
