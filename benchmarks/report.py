@@ -217,4 +217,6 @@ def write(sources: list[Path], page: Path) -> None:
     if picture(tables, drawing):
         text += f"![Speeds of all contenders]({drawing.name})\n\n"
     text += in_short(tables)
+    if len(runs) > 1:  # the page of the repository; of another machine's run the notes would not be true
+        text += Path(__file__).with_name("notes.md").read_text() + "\n"
     page.write_text(text + "\n".join(table(group, rows) for group, rows in tables.items()))

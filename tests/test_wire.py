@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import fetching, sending
+from ckptstore import fetching, multipart, sending, unfinished
+from ckptstore.backends import open_backend
+from ckptstore.model import Status
 from ckptstore.store import CheckpointStore
 from tests import trees
 from tests.faults import Meter
@@ -23,12 +25,20 @@ FILES, FILE_BYTES = 24, 15 << 20  # each of one part
 OVERHEAD_BYTES = 2 << 20  #: of all requests' headers and the listings
 
 
+LARGE_BYTES = 250 << 20  #: of one file
+
+
 @pytest.fixture
 def run(tmp_path):
-    run = sealed_run(tmp_path, (46,))
+    return with_files(tmp_path, FILES, FILE_BYTES)
+
+
+def with_files(folder: Path, count: int, size_bytes: int) -> Path:
+    """A sealed run with so many more files of that size in its one export."""
+    run = sealed_run(folder, (46,))
     folder = run / EXPORT
-    for number in range(FILES):
-        (folder / f"optim_world_size_{FILES}_rank_{number}.pt").write_bytes(os.urandom(FILE_BYTES))
+    for number in range(count):
+        (folder / f"optim_world_size_{count}_rank_{number}.pt").write_bytes(os.urandom(size_bytes))
     trees.set_age(folder, 3600)
     (folder / "ckptstore.manifest.json").unlink()
     CheckpointStore(run).seal(46)
@@ -69,6 +79,20 @@ def test_a_push_that_goes_on(meter, s3, run):
     done = meter.up_bytes
     assert transfer(meter, words) == 0
     assert meter.up_bytes - done <= OVERHEAD_BYTES
+
+
+def test_a_push_of_one_large_file_that_goes_on_part_by_part(meter, s3, tmp_path):
+    run = with_files(tmp_path, 1, LARGE_BYTES)
+    total = CheckpointStore(run).get(46).size_bytes
+    words = ["push", "46", "--run", run, "--to", s3]
+    assert transfer(meter, words, kill_when=lambda: meter.up_bytes > total * 0.85) == -signal.SIGKILL
+    first = meter.up_bytes
+    assert [found.status for found in CheckpointStore(s3)] == [Status.PARTIAL]
+    assert transfer(meter, words) == 0
+    assert meter.up_bytes >= total
+    assert meter.up_bytes - first <= (total - first) + multipart.STREAMS * sending.PART_BYTES + OVERHEAD_BYTES
+    assert CheckpointStore(s3).verify(46).ok
+    assert not unfinished.look(open_backend(s3)).uploads
 
 
 def test_a_pull_that_goes_on(meter, s3, run, tmp_path):
