@@ -145,7 +145,9 @@ class TestIntoOneProcess:
 
 
 class TestIntoFsdp2:
-    @pytest.mark.parametrize(("tied", "optimizer"), [(False, False), (False, True), (True, True)])
+    @pytest.mark.parametrize(
+        ("tied", "optimizer"), [(False, False), pytest.param(False, True, marks=pytest.mark.soak), (True, True)]
+    )
     def test_loads_on_two_ranks(self, tmp_path, tied, optimizer):
         model = areal_model.make(1, tied=tied)
         areal_model.export(tmp_path / "hf", model, tied=tied, drop_head=tied, shards=2)
@@ -168,7 +170,7 @@ class TestIntoFsdp2:
 
 
 class TestBack:
-    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.soak)])
     def test_what_fsdp2_saved_on_two_ranks(self, tmp_path, tied):
         found = ranks("save", 2, tmp_path / "slot", tmp_path / "answer.pt", tied=tied, optimizer=True)
         areal_model.export(tmp_path / "hf", areal_model.make(1, tied=tied), tied=tied)

@@ -169,7 +169,7 @@ def test_a_killed_upload_is_found(seaweed, s3, run, tmp_path):
     CheckpointStore(run).seal(46)
     backend = open_backend(s3)
     process = start("push", "46", "--run", run, "--to", s3, seaweed=seaweed)
-    while process.poll() is None and not list(control(backend).uploads()):
+    while process.poll() is None and not any(upload.key.endswith(".pt") for upload in control(backend).uploads()):
         pass
     assert kill_after(process, 0.0)
     names = clean(s3)

@@ -187,6 +187,7 @@ def test_twice_as_fast_over_slow_connections(line, s3, small, monkeypatch):
     assert plain > 2 * tuned, (plain, tuned)
 
 
+@pytest.mark.soak
 def test_no_more_over_a_slow_line(line, s3, small, monkeypatch):
     """It tries sixteen, and sees that they bring nothing."""
     line(48 * MIB, together_bytes_per_s=16e6)
