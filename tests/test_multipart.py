@@ -371,7 +371,7 @@ def test_ctrl_c_while_the_store_takes_its_time(proxy, s3, run, monkeypatch):
     assert (process.returncode, time.monotonic() - began < 2) == (130, True), error
     proxy.choose = lambda request: ""
     proxy.seen.clear()
-    assert send(run, s3)[0].there_bytes == 16 << 20
+    assert send(run, s3)[0].there_bytes >= 16 << 20
     assert sent_parts(proxy) == [2]
 
 

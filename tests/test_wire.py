@@ -66,6 +66,9 @@ def transfer(meter: Meter, words: list[object], *, kill_when: Callable[[], bool]
             process.wait(0.002)
         except subprocess.TimeoutExpired:
             continue
+    before = -1
+    while before != (before := meter.up_bytes):  # what a dead process had handed to the kernel goes on its way
+        time.sleep(0.3)
     return process.wait(1)
 
 
