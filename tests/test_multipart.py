@@ -19,7 +19,7 @@ from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
 from ckptstore.backends.s3control import Upload, control
 from ckptstore.backends.s3multipart import S3Multipart, multipart
-from ckptstore.errors import AccessError, TransitError
+from ckptstore.errors import AccessError, DigestMismatchError, StorageError, TransitError
 from ckptstore.store import CheckpointStore
 from tests import faults, servers, trees
 from tests.test_backend_contract import curl
@@ -169,6 +169,21 @@ def test_a_part_that_is_flipped_on_its_way(proxy, s3, run):
     assert checked(s3).ok
 
 
+def test_a_source_differs_from_its_manifest(proxy, s3, run):
+    """A bit of it rotted since: it is never sent, whatever of the file was there before."""
+    leave(s3, {1: pieces(run)[0]})
+    proxy.seen.clear()
+    status = (run / KEY).stat()
+    with open(run / KEY, "r+b") as file:
+        file.seek(PART_BYTES + 5)
+        file.write(b"rot")
+    os.utime(run / KEY, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DigestMismatchError, match="rank_0"):
+        send(run, s3)
+    assert 2 not in sent_parts(proxy)
+    assert KEY not in keys(s3)
+
+
 # --- digests that the store tells of parts -------------------------------------------------------------------------
 
 
@@ -281,6 +296,29 @@ def test_complete(proxy, s3, run, monkeypatch, answers):
     proxy.choose = lambda request: next(left, "") if meant(request) else ""
     assert send(run, s3)[0].server_checked_bytes == CheckpointStore(run).get(46).size_bytes
     assert (proxy.hit, sent_parts(proxy)) == (list(answers), [1, 2, 3, 4])
+
+
+def test_complete_itself(proxy, s3, run, monkeypatch):
+    """Refused with a part's digest, a part or the whole that is another; an error or nothing in a 200 is no success."""
+    monkeypatch.setattr(object_backend, "TRIES", 1)
+    parts = pieces(run)
+    upload = leave(s3, {})
+    store, stop = store_of(s3), parallel.Stop()
+    arrived = {n: store.put(upload, n, data, crc64=native.crc64(data), stop=stop) for n, data in enumerate(parts, 1)}
+    whole = native.crc64(b"".join(parts))
+    assert store.complete(upload, arrived, crc64=whole ^ 1, stop=stop) == "BadDigest"
+    assert store.complete(upload, arrived | {2: arrived[2]._replace(crc64=7)}, crc64=whole, stop=stop) == "BadDigest"
+    assert store.complete(upload, arrived | {2: arrived[2]._replace(etag="0" * 32)}, crc64=whole, stop=stop) == "InvalidPart"
+    meant = lambda request: request.method == "POST" and "uploadId" in request.path  # noqa: E731
+    proxy.choose = lambda request: "error_in_200" if meant(request) else ""
+    with pytest.raises(StorageError, match=r"500 InternalError"):
+        store.complete(upload, arrived, crc64=whole, stop=stop)
+    proxy.choose = lambda request: "instead" if meant(request) else ""
+    assert "without a result" in store.complete(upload, arrived, crc64=whole, stop=stop)
+    assert not store.holds(KEY, sum(map(len, parts)), arrived, crc64=whole)
+    proxy.choose = lambda request: ""
+    assert store.complete(upload, arrived, crc64=whole, stop=stop) == ""
+    assert store.holds(KEY, sum(map(len, parts)), arrived, crc64=whole)
 
 
 def test_an_upload_that_is_gone_and_no_object(proxy, s3, run, monkeypatch):
