@@ -7,7 +7,8 @@
 - a claim beside files that count: the claim alone
 - what somebody who removed them has left of these, and his mark
 - scratch keys with which a push tried what the store can do
-- multipart uploads that were never finished (unfinished.py): no key shows them, and they cost money
+- multipart uploads that were never finished (unfinished.py): no key shows them, and they cost money. Beside a claim that is
+  renewed they stay, however old: a push goes on with them
 
 What no claim names and no attempt holds is never among them: another tool may have brought it. Nor is what is younger than the
 bound, by its newest key, by an upload below it or by the manifest that made it useless: a living push renews its claim, and a
@@ -121,10 +122,11 @@ def find(
         for blob in blobs
         if blob.key.rpartition("/")[2].startswith(PROBE) and blob.mtime_ns <= older_than_ns
     )
+    alive = [above for blob in blobs if (above := _above(blob.key, CLAIM_NAME)) is not None and blob.mtime_ns > older_than_ns]
     found += (
         Leftover("", "", (upload.key,), 0, upload.begun_ns, "an upload that was never finished", upload=upload)
         for upload in uploads
-        if upload.begun_ns <= older_than_ns
+        if upload.begun_ns <= older_than_ns and not any(upload.key.startswith(f"{folder}/") for folder in alive)
     )
     return found
 

@@ -1,135 +1,424 @@
-"""Uploads to S3 that go on: which parts that lie there count, and what of others' uploads is touched."""
+"""Large files to S3 part by part: what is there of an upload that was cut short is checked, kept, and never sent again."""
 
 from __future__ import annotations
 
+import base64
 import os
-from pathlib import Path
+import re
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import NamedTuple
 
 import pytest
 
-from ckptstore import conditions, native, sending
+from ckptstore import conditions, leftovers, native, parallel, sending
+from ckptstore import push as pushing
+from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
-from ckptstore.backends.s3control import Upload
-from ckptstore.backends.s3multipart import S3Multipart
-from ckptstore.model import Level, Status
-from ckptstore.parallel import Stop
+from ckptstore.backends.s3control import Upload, control
+from ckptstore.backends.s3multipart import S3Multipart, multipart
+from ckptstore.errors import AccessError, DigestMismatchError, StorageError, TransitError
 from ckptstore.store import CheckpointStore
-from tests import faults, trees
-from tests.test_push_pull import EXPORT, add_big_file, bring, same, send
+from tests import faults, servers, trees
+from tests.test_backend_contract import curl
+from tests.test_faults import start
+from tests.test_push_pull import EXPORT, add_big_file, keys, send
 from tests.test_remote_looking import sealed_run
-from tests.test_server_digests import without_awscrt  # noqa: F401
+from tests.test_server_digests import checked, damaging, flipped
 
-PART = sending.PART_BYTES
+KEY = f"{EXPORT}/optim_world_size_1_rank_0.pt"
+PART_BYTES = 8 << 20  # half of the usual: the tests shall be quick
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Three whole ones and a short one for the file."""
+    monkeypatch.setattr(sending, "PART_BYTES", PART_BYTES)
 
 
 @pytest.fixture
-def large(tmp_path) -> Path:
-    """A file of three parts, in a run that is sealed."""
+def run(tmp_path):
     run = sealed_run(tmp_path, (46,))
-    path = add_big_file(run, 40)
-    trees.set_age(path.parent, 3600)
+    trees.set_age(add_big_file(run, 24).parent, 3600)
     CheckpointStore(run).seal(46)
-    return path
+    return run
 
 
 @pytest.fixture
-def run(large, tmp_path) -> Path:
-    return large.parent.parent.parent
+def proxy(seaweed, s3, monkeypatch):
+    proxy = faults.Proxy(seaweed.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=5))
+    yield proxy
+    proxy.close()
 
 
-@pytest.fixture
-def uploads(s3) -> S3Multipart:
-    found, why = conditions.find_uploads(open_backend(s3))
-    assert found is not None, why
-    return found
+class Through(NamedTuple):
+    """What start() asks of a server."""
+
+    port: int
+
+    def environment(self) -> dict[str, str]:
+        return servers.environment(self.port)
 
 
-def begin(uploads: S3Multipart, path: Path, *parts: bytes) -> Upload:
-    """An upload to the file's key that was cut short after these parts."""
-    upload = uploads.begin(f"{EXPORT}/{path.name}")
-    for number, data in enumerate(parts, start=1):
-        uploads.put(upload, number, data, crc64=native.crc64(data), stop=Stop())
+def store_of(url: str) -> S3Multipart:
+    return multipart(control(open_backend(url)), digests=True)
+
+
+def pieces(run) -> list[bytes]:
+    data = (run / KEY).read_bytes()
+    return [data[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES)]
+
+
+def leave(url: str, parts: dict[int, bytes]) -> Upload:
+    """An upload with these parts that nobody has ended."""
+    store = store_of(url)
+    upload = store.begin(KEY)
+    for number, data in parts.items():
+        store.put(upload, number, data, crc64=native.crc64(data), stop=parallel.Stop())
     return upload
 
 
-def parts_of(path: Path) -> list[bytes]:
-    data = path.read_bytes()
-    return [data[start : start + PART] for start in range(0, len(data), PART)]
+def sent_parts(proxy: faults.Proxy) -> list[int]:
+    return sorted(
+        int(found[1]) for one in proxy.seen if one.method == "PUT" and (found := re.search(r"partNumber=(\d+)", one.path))
+    )
 
 
-def arrived(s3: str, run: Path, there: Path) -> bool:
-    """It is committed, the store's digests are right, and it comes back as it was."""
-    assert [found.status for found in CheckpointStore(s3)] == [Status.COMMITTED]
-    assert CheckpointStore(s3).verify(46, Level.SERVER).ok
-    bring(s3, there)
-    return same(run / EXPORT, there / EXPORT)
+def test_a_fresh_file(proxy, s3, run):
+    """Each part once, with the digest that the store checks; nothing is left behind."""
+    size = CheckpointStore(run).get(46).size_bytes
+    (sent,) = send(run, s3)
+    assert (sent.sent_bytes, sent.there_bytes, sent.server_checked_bytes, sent.notes) == (size, 0, size, ())
+    assert sent_parts(proxy) == [1, 2, 3, 4]
+    assert all(b"x-amz-checksum-crc64nvme: " in one.head for one in proxy.seen if "partNumber" in one.path)
+    assert open_backend(s3).get(KEY) == (run / KEY).read_bytes()
+    assert list(control(open_backend(s3)).uploads()) == []
 
 
-def test_right_parts_are_not_sent_again(uploads, s3, run, large, tmp_path):
-    parts = parts_of(large)
-    begin(uploads, large, *parts[:2])
-    sent = send(run, s3)
-    assert sent[0].there_bytes == 2 * PART
-    assert arrived(s3, run, tmp_path / "there")
-    assert uploads.unfinished(f"{EXPORT}/{large.name}") == []
+@pytest.mark.parametrize("there", [(1,), (2, 3), (1, 2, 3, 4)])
+def test_it_goes_on(proxy, s3, run, there):
+    parts = pieces(run)
+    leave(s3, {number: parts[number - 1] for number in there})
+    proxy.seen.clear()
+    (sent,) = send(run, s3)
+    assert sent_parts(proxy) == [number for number in (1, 2, 3, 4) if number not in there]
+    assert sent.there_bytes == sum(len(parts[number - 1]) for number in there)
+    assert sent.sent_bytes + sent.there_bytes == CheckpointStore(run).get(46).size_bytes
+    assert checked(s3).ok
+    assert list(control(open_backend(s3)).uploads()) == []
 
 
 @pytest.mark.parametrize("wrong", ["flipped", "shorter"])
-def test_a_wrong_part_is_sent_again(uploads, s3, run, large, tmp_path, wrong):
-    first, second, _ = parts_of(large)
-    bad = bytes([second[0] ^ 1]) + second[1:] if wrong == "flipped" else second[: PART // 2]
-    begin(uploads, large, first, bad)
-    sent = send(run, s3)
-    assert sent[0].there_bytes == PART
-    assert arrived(s3, run, tmp_path / "there")
+def test_a_part_that_is_not_right_is_sent_again(proxy, s3, run, wrong):
+    """And the others are not."""
+    parts = pieces(run)
+    leave(s3, {1: parts[0], 2: flipped(parts[1]) if wrong == "flipped" else parts[1][:-1], 3: parts[2]})
+    proxy.seen.clear()
+    send(run, s3)
+    assert sent_parts(proxy) == [2, 4]
+    assert checked(s3).ok
 
 
-def test_an_upload_of_other_content_is_left_alone(uploads, s3, run, large, tmp_path):
-    other = begin(uploads, large, os.urandom(PART), os.urandom(PART))
-    sent = send(run, s3)
-    assert sent[0].there_bytes == 0
-    assert arrived(s3, run, tmp_path / "there")
-    assert [upload.upload_id for upload in uploads.unfinished(f"{EXPORT}/{large.name}")] == [other.upload_id]
-    assert len(uploads.parts(other)) == 2
+@pytest.mark.parametrize("whose", ["content", "parts", "more"])
+def test_an_upload_of_others_is_left_alone(proxy, s3, run, whose):
+    """Of another content under the same key; of the same in parts of another size; of a file that goes on behind ours."""
+    parts = pieces(run)
+    theirs = {
+        "content": {1: os.urandom(PART_BYTES), 2: os.urandom(PART_BYTES)},
+        "parts": {1: parts[0][: 5 << 20], 2: parts[0][5 << 20 :] + parts[1]},
+        "more": {1: parts[0], 5: b"more"},
+    }[whose]
+    upload = leave(s3, theirs)
+    proxy.seen.clear()
+    send(run, s3)
+    assert sent_parts(proxy) == [1, 2, 3, 4]
+    assert [one.upload_id for one in control(open_backend(s3)).uploads()] == [upload.upload_id]
+    assert {part.number: part.size_bytes for part in store_of(s3).parts(upload)} == {n: len(d) for n, d in theirs.items()}
+    assert open_backend(s3).get(KEY) == b"".join(parts)
 
 
-def test_an_upload_with_more_parts_than_the_file(uploads, s3, run, large, tmp_path):
-    begin(uploads, large, *parts_of(large), b"more")
-    assert send(run, s3)[0].there_bytes == 0
-    assert arrived(s3, run, tmp_path / "there")
+def test_a_newer_upload_of_others_does_not_hide_ours(proxy, s3, run):
+    parts = pieces(run)
+    leave(s3, {1: parts[0], 2: parts[1]})
+    time.sleep(1.1)
+    leave(s3, {1: os.urandom(PART_BYTES)})
+    proxy.seen.clear()
+    send(run, s3)
+    assert sent_parts(proxy) == [3, 4]
 
 
-def test_a_store_that_tells_no_digests(uploads, s3, run, large, tmp_path):
-    """A part counts by its MD5 then."""
-    plain = S3Multipart(uploads._control, digests=False)
-    first, second, _ = parts_of(large)
-    begin(plain, large, first, bytes([second[0] ^ 1]) + second[1:])
-    with pytest.MonkeyPatch.context() as planted:
-        planted.setattr(conditions, "find_uploads", lambda target: (plain, ""))
-        assert send(run, s3)[0].there_bytes == PART
-    bring(s3, tmp_path / "there")
-    assert same(run / EXPORT, tmp_path / "there" / EXPORT)
+def test_a_part_that_the_store_flips(proxy, seaweed, s3, run):
+    """The store refuses to make the whole of it; that part alone goes again."""
+    once = iter([True])
+    meant = lambda request: "partNumber=2" in request.path and next(once, False)  # noqa: E731
+    proxy.instead, proxy.choose = damaging(seaweed, lambda request: "instead" if meant(request) else "")
+    assert send(run, s3)[0].server_checked_bytes == CheckpointStore(run).get(46).size_bytes
+    assert sent_parts(proxy) == [1, 2, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", ["error_in_200", "lost", "internal"])
-def test_a_complete_that_is_answered_wrongly_once(uploads, seaweed, s3, run, large, tmp_path, monkeypatch, kind):
-    """`lost`: the object is made, and the second try finds no such upload."""
-    proxy = faults.Proxy(seaweed.port)
-    meant = faults.always(kind, "POST", "uploadId=")
-    proxy.choose = lambda request: meant(request) if large.name in request.path and not proxy.hit else ""
-    try:
-        with monkeypatch.context() as through:
-            through.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-            send(run, s3)
-    finally:
-        proxy.close()
-    assert proxy.hit == [kind]
-    assert sum("partNumber=" in request.path for request in proxy.seen) == 3  # none twice
-    assert arrived(s3, run, tmp_path / "there")
-    assert uploads.unfinished(f"{EXPORT}/{large.name}") == []
+def test_a_part_that_is_flipped_on_its_way(proxy, s3, run):
+    """Many times more often than a file may be begun anew: each is refused, and sent again by itself."""
+    flips = iter(range(6))
+    proxy.choose = lambda request: "flip_up" if "partNumber" in request.path and next(flips, None) is not None else ""
+    send(run, s3)
+    assert (len(proxy.hit), len(sent_parts(proxy))) == (6, 10)
+    assert checked(s3).ok
 
 
-def test_without_the_extra_a_file_starts_over_and_push_says_so(s3, run, large, without_awscrt):  # noqa: F811
-    sent = send(run, s3)
-    assert any("starts over" in note for note in sent[0].notes)
-    assert [found.status for found in CheckpointStore(s3)] == [Status.COMMITTED]
+def test_a_source_differs_from_its_manifest(proxy, s3, run):
+    """A bit of it rotted since: it is never sent, whatever of the file was there before."""
+    leave(s3, {1: pieces(run)[0]})
+    proxy.seen.clear()
+    status = (run / KEY).stat()
+    with open(run / KEY, "r+b") as file:
+        file.seek(PART_BYTES + 5)
+        file.write(b"rot")
+    os.utime(run / KEY, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DigestMismatchError, match="rank_0"):
+        send(run, s3)
+    assert 2 not in sent_parts(proxy)
+    assert KEY not in keys(s3)
+
+
+# --- digests that the store tells of parts -------------------------------------------------------------------------
+
+
+def telling(seaweed, told: dict[int, bytes]):
+    """As S3 does and this server does not: a list of parts with the CRC-64/NVME of each, here of the bytes that are given."""
+
+    def instead(request: faults.Request) -> bytes:
+        path, _, query = request.path.partition("?")
+        words = [word for pair in sorted(query.split("&")) for word in ("--url-query", pair)]  # curl signs them as they come
+        answer = curl(seaweed, f"s3:/{path}", *words)
+        for number, data in told.items():
+            crc = base64.b64encode(native.crc64(data).to_bytes(8, "big"))
+            name = b"<PartNumber>%d</PartNumber>" % number
+            answer = answer.replace(name, name + b"<ChecksumCRC64NVME>" + crc + b"</ChecksumCRC64NVME>")
+        return faults.response(b"200 OK", answer)
+
+    return (
+        instead,
+        lambda request: "instead" if request.method == "GET" and re.search("rank_0.*uploadId=", request.path) else "",
+    )
+
+
+def test_digests_that_are_told_need_no_reading(proxy, seaweed, s3, run, monkeypatch):
+    """Nothing of what is there is read here; and a digest that is told outweighs what the ETag says."""
+    parts = pieces(run)
+    leave(s3, {1: parts[0], 2: parts[1], 3: parts[2]})
+    proxy.instead, proxy.choose = telling(seaweed, {1: parts[0], 2: flipped(parts[1]), 3: parts[2]})
+    read: list[int] = []
+    real = pushing._Push._checked
+
+    def counted(self, file, start, length, crc):
+        if file.path in KEY:
+            read.append(start // PART_BYTES + 1)
+        return real(self, file, start, length, crc)
+
+    monkeypatch.setattr(pushing._Push, "_checked", counted)
+    proxy.seen.clear()
+    send(run, s3)
+    assert (sorted(read), sent_parts(proxy)) == ([2, 4], [2, 4])
+    assert checked(s3).ok
+
+
+def test_etags_that_are_no_md5_prove_nothing(proxy, seaweed, s3, run):
+    parts = pieces(run)
+    upload = leave(s3, {1: parts[0]})
+    inner, proxy.choose = telling(seaweed, {})
+    proxy.instead = lambda request: re.sub(rb"[0-9a-f]{32}(?=&#34;)", b"Z" * 32, inner(request))
+    proxy.seen.clear()
+    send(run, s3)
+    assert sent_parts(proxy) == [1, 2, 3, 4]
+    assert [one.upload_id for one in control(open_backend(s3)).uploads()] == [upload.upload_id]
+
+
+# --- two at once ---------------------------------------------------------------------------------------------------
+
+
+def test_another_push_completes_the_shared_upload(proxy, seaweed, s3, run, monkeypatch):
+    """Between two of our parts: our upload is gone, the object is there, and nothing goes twice."""
+    leave(s3, {1: pieces(run)[0]})
+    proxy.seen.clear()
+    once = iter([True])
+
+    def choose(request: faults.Request) -> str:
+        if "partNumber" in request.path and next(once, False):
+            with monkeypatch.context() as direct:
+                direct.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{seaweed.port}")
+                send(run, s3)
+        return ""
+
+    proxy.choose = choose
+    send(run, s3)
+    assert max(sent_parts(proxy).count(number) for number in (2, 3, 4)) == 1
+    assert not any(request.method == "POST" and "uploads=" in request.path and KEY in request.path for request in proxy.seen)
+    assert checked(s3).ok
+    assert list(control(open_backend(s3)).uploads()) == []
+
+
+def test_somebody_aborts_the_upload(proxy, seaweed, s3, run):
+    """A cleaner that knows nothing of us: it is begun anew."""
+    upload = leave(s3, {1: pieces(run)[0]})
+    store = control(open_backend(s3))
+    proxy.seen.clear()
+    once = iter([True])
+
+    def choose(request: faults.Request) -> str:
+        if "partNumber=3" in request.path and next(once, False):
+            store.abort(upload)
+        return ""
+
+    proxy.choose = choose
+    send(run, s3)
+    assert {1, 2, 3, 4} <= set(sent_parts(proxy))
+    assert checked(s3).ok
+
+
+# --- what Complete answers -----------------------------------------------------------------------------------------
+
+NO_UPLOAD = faults.response(b"404 Not Found", b"<Error><Code>NoSuchUpload</Code></Error>")
+
+
+@pytest.mark.parametrize(
+    "answers", [("error_in_200",), ("lost",), ("lost", "instead"), ("internal", "slowdown"), ("cut",), ("stall",)]
+)
+def test_complete(proxy, s3, run, monkeypatch, answers):
+    """An error in a 200; done, and the answer lost; done, lost, and gone when it is asked for again: no part goes twice."""
+    monkeypatch.setattr(object_backend, "REQUEST", timedelta(seconds=2))
+    left = iter(answers)
+    proxy.instead = lambda request: NO_UPLOAD
+    meant = lambda request: request.method == "POST" and "uploadId" in request.path  # noqa: E731
+    proxy.choose = lambda request: next(left, "") if meant(request) else ""
+    assert send(run, s3)[0].server_checked_bytes == CheckpointStore(run).get(46).size_bytes
+    assert (proxy.hit, sent_parts(proxy)) == (list(answers), [1, 2, 3, 4])
+
+
+def test_complete_itself(proxy, s3, run, monkeypatch):
+    """Refused with a part's digest, a part or the whole that is another; an error or nothing in a 200 is no success."""
+    monkeypatch.setattr(object_backend, "TRIES", 1)
+    parts = pieces(run)
+    upload = leave(s3, {})
+    store, stop = store_of(s3), parallel.Stop()
+    arrived = {n: store.put(upload, n, data, crc64=native.crc64(data), stop=stop) for n, data in enumerate(parts, 1)}
+    whole = native.crc64(b"".join(parts))
+    assert store.complete(upload, arrived, crc64=whole ^ 1, stop=stop) == "BadDigest"
+    assert store.complete(upload, arrived | {2: arrived[2]._replace(crc64=7)}, crc64=whole, stop=stop) == "BadDigest"
+    assert store.complete(upload, arrived | {2: arrived[2]._replace(etag="0" * 32)}, crc64=whole, stop=stop) == "InvalidPart"
+    meant = lambda request: request.method == "POST" and "uploadId" in request.path  # noqa: E731
+    proxy.choose = lambda request: "error_in_200" if meant(request) else ""
+    with pytest.raises(StorageError, match=r"500 InternalError"):
+        store.complete(upload, arrived, crc64=whole, stop=stop)
+    proxy.choose = lambda request: "instead" if meant(request) else ""
+    assert "without a result" in store.complete(upload, arrived, crc64=whole, stop=stop)
+    assert not store.holds(KEY, sum(map(len, parts)), arrived, crc64=whole)
+    proxy.choose = lambda request: ""
+    assert store.complete(upload, arrived, crc64=whole, stop=stop) == ""
+    assert store.holds(KEY, sum(map(len, parts)), arrived, crc64=whole)
+
+
+def test_an_upload_that_is_gone_and_no_object(proxy, s3, run, monkeypatch):
+    """Once: begun anew. Each time: an error, and no checkpoint."""
+    monkeypatch.setattr(sending, "FILE_TRIES", 1)
+    proxy.instead = lambda request: NO_UPLOAD
+    once = iter([True])
+    meant = lambda request: request.method == "POST" and "uploadId" in request.path  # noqa: E731
+    proxy.choose = lambda request: "instead" if meant(request) and next(once, False) else ""
+    send(run, s3)
+    assert sent_parts(proxy) == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert checked(s3).ok
+    proxy.choose = lambda request: "instead" if meant(request) else ""
+    with pytest.raises(TransitError, match="NoSuchUpload"):
+        send(run, f"{s3}-other")
+    assert KEY not in keys(f"{s3}-other")
+
+
+def test_credentials_that_end(proxy, s3, run):
+    """In the middle of a file: an error of its own kind, at once, without a secret."""
+    proxy.instead = lambda request: faults.response(b"400 Bad Request", b"<Error><Code>ExpiredToken</Code></Error>")
+    proxy.choose = faults.always("instead", "PUT", "partNumber=3")
+    began = time.monotonic()
+    with pytest.raises(AccessError, match="ExpiredToken") as caught:
+        send(run, s3)
+    assert time.monotonic() - began < 10
+    assert not any(word in f"{caught.value!r} {caught.value.hint}" for word in (servers.KEY, servers.SECRET, "Signature"))
+    proxy.choose = lambda request: ""
+    assert send(run, s3)[0].there_bytes > 0
+
+
+# --- where it cannot be --------------------------------------------------------------------------------------------
+
+
+def test_without_the_extra(s3, run, monkeypatch):
+    """Said, where a file is large enough to matter."""
+    monkeypatch.setitem(sys.modules, "awscrt.auth", None)
+    (sent,) = send(run, s3)
+    assert [note for note in sent.notes if "starts over" in note and "awscrt" in note]
+    assert open_backend(s3).get(KEY) == (run / KEY).read_bytes()
+    monkeypatch.undo()
+    other = f"memory://multipart-{os.getpid()}-{time.monotonic_ns()}"
+    assert [note for note in send(run, other)[0].notes if "starts over" in note]
+
+
+def test_small_files_need_no_note(s3, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "awscrt.auth", None)
+    assert send(sealed_run(tmp_path, (46,)), s3)[0].notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("AWS_SERVER_SIDE_ENCRYPTION", "AES256"), ("AWS_UNSIGNED_PAYLOAD", "false"), ("AWS_REQUEST_PAYER", "true")],
+)
+def test_what_only_the_library_sends(s3, monkeypatch, name, value):
+    """An encryption that was asked for must not be forgotten."""
+    assert conditions.find_uploads(open_backend(s3))[0] is not None
+    monkeypatch.setenv(name, value)
+    uploads, why = conditions.find_uploads(open_backend(s3))
+    assert (uploads, name in why) == (None, True)
+
+
+def test_a_store_that_lists_no_uploads(proxy, s3, run):
+    """Its credentials may not allow it."""
+    proxy.instead = lambda request: faults.response(b"403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>")
+    proxy.choose = lambda request: "instead" if request.method == "GET" and "uploads=" in request.path else ""
+    (sent,) = send(run, s3)
+    assert [note for note in sent.notes if "AccessDenied" in note]
+    assert checked(s3).ok
+
+
+# --- ends ----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_while_the_store_takes_its_time(proxy, s3, run, monkeypatch):
+    """It waits for an answer: it ends at once, and the same push goes on."""
+    monkeypatch.setattr(sending, "PART_BYTES", 16 << 20)  # as the command has it
+    proxy.choose = lambda request: "stall" if "partNumber=2" in request.path else ""
+    process = start("push", "46", "--run", run, "--to", s3, seaweed=Through(proxy.port))
+    deadline = time.monotonic() + 30
+    while "stall" not in proxy.hit:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    error = process.communicate(timeout=20)[1].decode()
+    assert (process.returncode, time.monotonic() - began < 2) == (130, True), error
+    proxy.choose = lambda request: ""
+    proxy.seen.clear()
+    assert send(run, s3)[0].there_bytes >= 16 << 20
+    assert sent_parts(proxy) == [2]
+
+
+def test_clean_spares_what_a_living_push_goes_on_with(s3, run):
+    """The upload is old; the claim beside it was renewed."""
+    upload = leave(s3, {1: pieces(run)[0]})
+    time.sleep(2.1)
+    backend = open_backend(s3)
+    backend.put(f"{EXPORT}/.ckptstore.manifest.claim", b"{}")
+    assert leftovers.look(backend, older_than_s=1.0).leftovers == ()
+    backend.delete(f"{EXPORT}/.ckptstore.manifest.claim")
+    assert [one.upload.upload_id for one in leftovers.look(backend, older_than_s=1.0).leftovers] == [upload.upload_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from ckptstore import parallel
 from ckptstore.backends import open_backend
+from ckptstore.backends.s3control import control
+from ckptstore.backends.s3multipart import GoneError, multipart
 from ckptstore.errors import AlreadyExistsError
 from ckptstore.model import MANIFEST_NAME
 from ckptstore.store import CheckpointStore
@@ -19,6 +23,7 @@ from tests import commands, faults, other_servers, servers, trees
 from tests.other_servers import Running
 from tests.test_push_pull import EXPORT, add_big_file, same
 from tests.test_remote_looking import sealed_run
+from tests.test_wire import OVERHEAD_BYTES, transfer
 
 pytestmark = pytest.mark.soak
 
@@ -154,3 +159,41 @@ def test_an_old_s3_takes_what_was_damaged_on_its_way(ceph, run, tmp_path):
     assert "flip_up" in proxy.hit
     assert pushed.code == 0, pushed.err
     assert commands.spawn("verify", "46", "--run", url, env=commands.environment(**ceph.env)).code == 3
+
+
+def test_an_old_s3_goes_on_by_etags(ceph, tmp_path, monkeypatch):
+    """It keeps no digest: a part counts by the MD5 of our bytes. What kill -9 leaves of one file is not sent again."""
+    run = sealed_run(tmp_path, (46,))
+    trees.set_age(add_big_file(run, 320).parent, 3600)
+    CheckpointStore(run).seal(46)
+    total = CheckpointStore(run).get(46).size_bytes
+    for name, value in ceph.env.items():
+        monkeypatch.setenv(name, value)
+    meter = faults.Meter(ceph.port)
+    url = f"{ceph.url}/{tmp_path.name}/etags"
+    words = ["push", "46", "--run", run, "--to", url]
+    try:
+        assert transfer(meter, words, kill_when=lambda: meter.up_bytes > total * 0.7) == -signal.SIGKILL
+        first = meter.up_bytes
+        backend = open_backend(url)
+        uploads = multipart(control(backend), digests=False)
+        (upload,) = control(backend).uploads()
+        parts = uploads.parts(upload)
+        assert len(parts) > 2
+        wrong = bytes(parts[0].size_bytes)
+        uploads.put(upload, 1, wrong, crc64=0, stop=parallel.Stop())
+        there = sum(part.size_bytes for part in parts[1:])
+        assert transfer(meter, words) == 0
+    finally:
+        meter.close()
+    assert meter.up_bytes - first <= total - there + OVERHEAD_BYTES
+    done = commands.spawn("verify", "46", "--run", url, env=commands.environment(**ceph.env))
+    assert done.code == 0, done.out
+    assert list(control(backend).uploads()) == []
+    begun = uploads.begin("gone")
+    part = uploads.put(begun, 1, wrong, crc64=0, stop=parallel.Stop())
+    assert uploads.complete(begun, {1: part}, crc64=0, stop=parallel.Stop()) == ""
+    assert uploads.holds("gone", len(wrong), {1: part}, crc64=0)
+    assert not uploads.holds("gone", len(wrong), {1: part._replace(etag="0" * 32)}, crc64=0)
+    with pytest.raises(GoneError):
+        uploads.put(begun, 2, b"late", crc64=0, stop=parallel.Stop())

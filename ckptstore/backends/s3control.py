@@ -160,7 +160,8 @@ class S3Control:
     ) -> Reply:
         """The answer to one request on a key (None: on the bucket), which is tried several times, until told to `stop`.
 
-        `codes`: refusals that are no errors. `long`: it may take a while, as sending a large `body` does.
+        `codes`: refusals that are no errors. `long`: it may take a while, as sending a large `body`
+        does, which is sent again where it is damaged on its way.
         """
         tries = objects.Tries()
         while True:
@@ -179,7 +180,7 @@ class S3Control:
             code = found[1].decode() if found else ""
             if code in codes:
                 return Reply(answer.headers, answer.body, code)
-            passing = status >= 500 or status == 429 or code in _PASSING
+            passing = status >= 500 or status == 429 or code in _PASSING or (long and code in _DAMAGED)
             if not passing or status == 501 or not tries.again(stop.wait):
                 self._raise(doing, key, status, code)
 

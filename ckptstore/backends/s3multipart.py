@@ -137,7 +137,7 @@ class S3Multipart:
             long=True, codes=(_GONE, *_OTHER_PARTS), stop=stop,
         )  # fmt: skip
         self._see(upload, answer)
-        return answer.code
+        return answer.code or ("" if b"CompleteMultipartUploadResult" in answer.body else "an answer without a result")
 
     def abort(self, upload: Upload) -> None:
         """See S3Control.abort."""

@@ -92,7 +92,7 @@ def command(
                 if not first:  # a machine with a disk of its own: what is here, rank 0's machine sends
                     return
     except KeyboardInterrupt:
-        note("stopped: nothing unfinished is visible there. The same command goes on with the files that arrived.")
+        note("stopped: nothing unfinished is visible there. The same command goes on with what arrived.")
         raise
     finally:
         if stalls.broken:
