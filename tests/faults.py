@@ -38,6 +38,8 @@ class Proxy:
     choose: Choose = field(default=lambda request: "")
     #: For kind "instead": what the client gets, and the server never sees the request.
     instead: Callable[[Request], bytes] = field(default=lambda request: response(b"200 OK", b""))
+    #: Of the first request whose head has this in it, nothing more is taken.
+    stops_taking: bytes = b""
     #: Headers that the server's answers lose, in lower case.
     unsaid: tuple[bytes, ...] = ()
     hit: list[str] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError, ValueError):
-            request = _read_request(client)
+            request = _read_request(client, self._before_body)
             if request is None:
                 return
             kind = self.choose(request)
@@ -92,6 +94,11 @@ class Proxy:
                     _reset(client)
                 else:
                     client.sendall(head + b"\r\n\r\n" + (_flipped(data) if kind == "flip" else data))
+
+    def _before_body(self, head: bytes) -> None:
+        if self.stops_taking and self.stops_taking in head and "takes nothing" not in self.hit:
+            self.hit.append("takes nothing")
+            self._ended.wait(30)
 
     def _ask(self, head: bytes, body: bytes) -> bytes:
         lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
@@ -138,7 +145,7 @@ def _possible(kind: str, request: Request) -> bool:
     return True
 
 
-def _read_request(client: socket.socket) -> Request | None:
+def _read_request(client: socket.socket, before_body: Callable[[bytes], None] = lambda head: None) -> Request | None:
     data = b""
     while b"\r\n\r\n" not in data:
         more = client.recv(1 << 16)
@@ -146,6 +153,7 @@ def _read_request(client: socket.socket) -> Request | None:
             return None
         data += more
     head, _, body = data.partition(b"\r\n\r\n")
+    before_body(head)
     fields = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
     length = next((int(value) for name, value in fields.items() if name.lower() == b"content-length"), 0)
     parts = [body]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from ckptstore import conditions, leftovers, native, parallel, sending
+from ckptstore import conditions, leftovers, native, parallel, sending, stalls
 from ckptstore import push as pushing
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
@@ -411,6 +411,20 @@ def test_ctrl_c_while_the_store_takes_its_time(proxy, s3, run, monkeypatch):
     proxy.seen.clear()
     assert send(run, s3)[0].there_bytes >= 16 << 20
     assert sent_parts(proxy) == [2]
+
+
+@pytest.mark.parametrize("kind", ["stall", "takes nothing"])
+def test_a_part_that_stalls_is_sent_again_in_whatever_process(proxy, s3, run, monkeypatch, kind):
+    """The store takes it all and does not answer, or stops taking it."""
+    monkeypatch.setattr(stalls, "ANSWER_S" if kind == "stall" else "STALL_S", 1.0)
+    if kind == "stall":
+        proxy.choose = lambda request: kind if "partNumber=2" in request.path and not proxy.hit else ""
+    else:
+        proxy.stops_taking = b"partNumber=2"
+    began = time.monotonic()
+    assert send(run, s3)[0].sent_bytes >= 24 << 20
+    assert len(proxy.hit) == 1
+    assert time.monotonic() - began < 9
 
 
 def test_clean_spares_what_a_living_push_goes_on_with(s3, run):

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import http.client
 import select
 import socket
 import ssl
+import struct
+import termios
 import threading
 import time
 import urllib.request
@@ -20,6 +23,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from ckptstore import stalls
 from ckptstore.parallel import Stop
 
 if TYPE_CHECKING:
@@ -62,7 +66,10 @@ class Connections:
             connection.close()
 
     def ask(self, request: Request, *, timeout_s: float, stop: Stop) -> Answer:
-        """Send it once, and read the answer. `timeout_s`: how long nothing may move. Stopped when told to `stop`."""
+        """Send it once, and read the answer. `timeout_s`: how long nothing may move. Stopped when told to `stop`.
+
+        A large body is given up earlier, by the bounds of stalls.py, in whatever process.
+        """
         while True:
             connection, was_idle = self._take(request)
             try:
@@ -110,9 +117,10 @@ def _exchange(connection: http.client.HTTPConnection, request: Request, timeout_
     for name, value in {**request.headers, **(_proxy_headers(proxy) if proxy else {})}.items():
         connection.putheader(name, value)
     connection.endheaders()
-    sock = connection.sock
+    sock, body = connection.sock, memoryview(request.body).cast("B")
+    large = len(body) >= stalls.PART_BYTES
     try:
-        _send(sock, memoryview(request.body).cast("B"), timeout_s, stop)
+        _send(sock, body, min(timeout_s, stalls.STALL_S) if large else timeout_s, stop)
     except ConnectionError:  # refused before it was all there: why, is often said
         sock.settimeout(LOOK_S)
         with contextlib.suppress(OSError, http.client.HTTPException):
@@ -120,7 +128,7 @@ def _exchange(connection: http.client.HTTPConnection, request: Request, timeout_
             connection.close()
             return answer
         raise
-    _wait(sock, timeout_s, stop)
+    _wait(sock, min(timeout_s, stalls.ANSWER_S) if large else timeout_s, stop)
     sock.settimeout(timeout_s)
     return _answer(connection)
 
@@ -140,14 +148,21 @@ def _send(sock: socket.socket, body: memoryview, timeout_s: float, stop: Stop) -
 
 
 def _wait(sock: socket.socket, timeout_s: float, stop: Stop) -> None:
-    """Until something comes back."""
+    """Until something comes back; the time counts from when the other side last took something."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    deadline = time.monotonic() + timeout_s
+    waiting, moved = _queued(sock), time.monotonic()
     while not poll.poll(LOOK_S * 1000):
         stop.check()
-        if time.monotonic() > deadline:
+        if (now := _queued(sock)) != waiting:
+            waiting, moved = now, time.monotonic()
+        if time.monotonic() > moved + timeout_s:
             raise TimeoutError("no answer")
+
+
+def _queued(sock: socket.socket) -> int:
+    """Bytes that the kernel still holds, since the other side has not taken them (Linux's SIOCOUTQ)."""
+    return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
 
 
 def _answer(connection: http.client.HTTPConnection) -> Answer:
