@@ -102,7 +102,7 @@ def assert_nothing_half(backend) -> None:
             assert report.checkpoint.status is Status.COMMITTED, report.findings
 
 
-@pytest.mark.parametrize("kind", ["reset", "stall", "slowdown", "internal", "cut"])
+@pytest.mark.parametrize("kind", ["reset", pytest.param("stall", marks=pytest.mark.soak), "slowdown", "internal", "cut"])
 def test_a_store_that_is_gone(proxy, seaweed, s3, run, tmp_path, monkeypatch, kind):
     """All requests fail: a typed error that names the place, within the bounds; nothing is visible anywhere."""
     send(run, s3)

@@ -284,7 +284,7 @@ def run(doing: str, store: CheckpointStore, step: int, world: int, *more: object
     assert all(code == 0 and "DONE" in out for code, out in results), results
 
 
-@pytest.mark.parametrize("doing", ["save", "async"])
+@pytest.mark.parametrize("doing", ["save", pytest.param("async", marks=pytest.mark.soak)])
 def test_ranks_save_and_other_numbers_of_ranks_load(store: CheckpointStore, tmp_path: Path, doing: str) -> None:
     run(doing, store, 5, 2, tmp_path / "saved.pt")
     assert store.verify(5).ok
@@ -298,11 +298,10 @@ def test_ranks_save_and_other_numbers_of_ranks_load(store: CheckpointStore, tmp_
 @pytest.mark.parametrize(
     ("rank", "where"),
     [
-        (0, "before"),
         (1, "hang"),
         *(
             pytest.param(rank, where, marks=pytest.mark.soak)
-            for rank, where in ((0, "after"), (1, "after"), (1, "before"), (1, "error"))
+            for rank, where in ((0, "before"), (0, "after"), (1, "after"), (1, "before"), (1, "error"))
         ),
     ],
 )
