@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import re
+import shutil
 import signal
+import socket
+import ssl
+import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from typing import NamedTuple
 
 import pytest
 
-from ckptstore import conditions, leftovers, native, parallel, sending, stalls
+from ckptstore import conditions, leftovers, listing, native, parallel, sending, stalls
+from ckptstore import multipart as multiparts
 from ckptstore import push as pushing
 from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend
+from ckptstore.backends import open_backend, s3control, s3multipart
+from ckptstore.backends.connections import Connections
 from ckptstore.backends.s3control import Upload, control
 from ckptstore.backends.s3multipart import S3Multipart, multipart
 from ckptstore.errors import AccessError, DigestMismatchError, StorageError, TransitError
+from ckptstore.model import Level, Status
 from ckptstore.store import CheckpointStore
-from tests import faults, servers, trees
+from ckptstore.verify import verify
+from tests import commands, faults, servers, trees
 from tests.test_backend_contract import curl
 from tests.test_faults import start
 from tests.test_push_pull import EXPORT, add_big_file, keys, send
@@ -110,6 +120,17 @@ def test_it_goes_on(proxy, s3, run, there):
     assert sent.sent_bytes + sent.there_bytes == CheckpointStore(run).get(46).size_bytes
     assert checked(s3).ok
     assert list(control(open_backend(s3)).uploads()) == []
+
+
+def test_it_goes_on_whatever_the_key_is_called(proxy, s3, run):
+    """What is signed, listed and compared is the same name."""
+    url, parts = f"{s3}/ü n+a&b=%41", pieces(run)
+    leave(url, {1: parts[0], 3: parts[2]})
+    proxy.seen.clear()
+    send(run, url)
+    assert sent_parts(proxy) == [2, 4]
+    assert checked(url).ok
+    assert list(control(open_backend(url)).uploads()) == []
 
 
 @pytest.mark.parametrize("wrong", ["flipped", "shorter"])
@@ -296,6 +317,9 @@ def test_complete(proxy, s3, run, monkeypatch, answers):
     proxy.choose = lambda request: next(left, "") if meant(request) else ""
     assert send(run, s3)[0].server_checked_bytes == CheckpointStore(run).get(46).size_bytes
     assert (proxy.hit, sent_parts(proxy)) == (list(answers), [1, 2, 3, 4])
+    report = checked(s3)
+    assert (report.ok, report.checkpoint.status) == (True, Status.COMMITTED)
+    assert list(control(open_backend(s3)).uploads()) == []
 
 
 def test_complete_itself(proxy, s3, run, monkeypatch):
@@ -358,6 +382,7 @@ def test_without_the_extra(s3, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "awscrt.auth", None)
     (sent,) = send(run, s3)
     assert [note for note in sent.notes if "starts over" in note and "awscrt" in note]
+    assert [found.status for found in CheckpointStore(s3)] == [Status.COMMITTED]
     assert open_backend(s3).get(KEY) == (run / KEY).read_bytes()
     monkeypatch.undo()
     other = f"memory://multipart-{os.getpid()}-{time.monotonic_ns()}"
@@ -436,3 +461,203 @@ def test_clean_spares_what_a_living_push_goes_on_with(s3, run):
     assert leftovers.look(backend, older_than_s=1.0).leftovers == ()
     backend.delete(f"{EXPORT}/.ckptstore.manifest.claim")
     assert [one.upload.upload_id for one in leftovers.look(backend, older_than_s=1.0).leftovers] == [upload.upload_id]
+
+
+# --- kill -9 -------------------------------------------------------------------------------------------------------
+
+PUSHING = """
+import sys
+from ckptstore import sending
+from ckptstore.cli import run
+
+sending.PART_BYTES = int(sys.argv[1])
+sys.exit(run(sys.argv[2:]))
+"""
+
+
+def push_through(port: int, run, url: str) -> subprocess.Popen[bytes]:
+    """The command, with parts as small as here."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PUSHING, str(PART_BYTES), "push", "46", "--run", str(run), "--to", url],
+        env=commands.environment(**servers.environment(port), PYTHONPATH=os.pathsep.join(sys.path)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_kill_9_in_the_middle_of_a_file(seaweed, s3, tmp_path):
+    """What is sent again is what was on its way: at most one part a stream, and of what the store tells to have, none."""
+    run = sealed_run(tmp_path, (46,))
+    trees.set_age(add_big_file(run, 128).parent, 3600)
+    CheckpointStore(run).seal(46)
+    total = CheckpointStore(run).get(46).size_bytes
+    meter = faults.Meter(seaweed.port, together_bytes_per_s=150e6)
+    try:
+        process = push_through(meter.port, run, s3)
+        while meter.up_bytes < total * 0.75:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        before = -1
+        while before != (before := meter.up_bytes):  # what the kernel still held
+            time.sleep(0.3)
+        assert [found.status for found in CheckpointStore(s3)] == [Status.PARTIAL]
+        (upload,) = control(open_backend(s3)).uploads()
+        there = sum(part.size_bytes for part in store_of(s3).parts(upload))
+        assert there > total * 0.75 - (multiparts.STREAMS + 1) * PART_BYTES
+        process = push_through(meter.port, run, s3)
+        assert process.wait(30) == 0, process.communicate()
+        process.communicate()
+        again = meter.up_bytes - before
+    finally:
+        meter.close()
+    assert again <= (total - before) + multiparts.STREAMS * PART_BYTES + (2 << 20)
+    assert total - there <= again <= total - there + (2 << 20)
+    remote = open_backend(s3)
+    report = verify(remote, listing.scan(remote).checkpoints[0], Level.FULL)
+    assert (report.ok, report.checkpoint.status) == (True, Status.COMMITTED)
+    assert list(control(remote).uploads()) == []
+
+
+def test_ctrl_c_in_the_middle_of_parts(seaweed, s3, run):
+    """On a slow line, where each part takes a minute: it ends at once, nothing is visible, and the same push goes on."""
+    meter = faults.Meter(seaweed.port, together_bytes_per_s=400e3)
+    try:
+        process = push_through(meter.port, run, s3)
+        while not list(control(open_backend(s3)).uploads()) or meter.up_bytes < 200_000:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        error = process.communicate(timeout=20)[1].decode()
+        assert (process.returncode, time.monotonic() - began < 2) == (130, True), error
+    finally:
+        meter.close()
+    assert "Traceback" not in error
+    assert [found.status for found in CheckpointStore(s3)] == [Status.PARTIAL]
+    assert KEY not in keys(s3)
+    send(run, s3)
+    assert checked(s3).ok
+    assert list(control(open_backend(s3)).uploads()) == []
+
+
+def test_lists_that_come_in_pages(s3, monkeypatch):
+    """Of parts, and of uploads."""
+    monkeypatch.setattr(s3multipart, "PAGE", 2)
+    monkeypatch.setattr(s3control, "PAGE", 2)
+    there = {number: bytes([number]) * 1000 for number in (1, 2, 4, 5, 7)}
+    upload = leave(s3, there)
+    others = [leave(s3, {}) for _ in range(4)]
+    found = store_of(s3).parts(upload)
+    assert [(part.number, part.size_bytes) for part in found] == [(number, 1000) for number in there]
+    assert {one.upload_id for one in store_of(s3).unfinished(KEY)} == {one.upload_id for one in (upload, *others)}
+
+
+def test_a_complete_that_takes_its_time(proxy, s3, run, monkeypatch):
+    """The list of thousands of parts is as large as a part may be: it is none, and is not asked again meanwhile."""
+    monkeypatch.setattr(stalls, "ANSWER_S", 2.0)
+    monkeypatch.setattr(stalls, "PART_BYTES", 256)
+    asked: list[int] = []
+
+    def choose(request: faults.Request) -> str:
+        if request.method == "POST" and "uploadId" in request.path:
+            asked.append(len(request.body))
+            time.sleep(3)
+        return ""
+
+    proxy.choose = choose
+    send(run, s3)
+    assert len(asked) == 1
+    assert asked[0] > 256
+    assert checked(s3).ok
+
+
+# --- slow lines, and TLS -------------------------------------------------------------------------------------------
+
+
+class Secure(faults.Proxy):
+    """As the proxy, by TLS, and it takes 4 MB a second."""
+
+    def _serve(self, client) -> None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        super()._serve(self.context.wrap_socket(client, server_side=True))
+
+
+class Slow(ssl.SSLSocket):
+    def recv(self, size=1024, flags=0):
+        data = super().recv(min(size, 1 << 15), flags)
+        time.sleep(len(data) / 4e6)
+        return data
+
+
+@pytest.fixture
+def secure(seaweed, s3, tmp_path, monkeypatch):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+            "-keyout", tmp_path / "key", "-out", tmp_path / "cert", "-subj", "/CN=test", "-addext",
+            "subjectAltName=IP:127.0.0.1",
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert"))
+    Secure.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    Secure.context.sslsocket_class = Slow
+    Secure.context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    proxy = Secure(seaweed.port)
+    yield proxy
+    proxy.close()
+
+
+def a_part(url: str, port: int, data: bytes):
+    """The signed request of a part, by TLS: the signature covers the host, not the way there."""
+    upload = leave(url, {})
+    query = {"partNumber": "1", "uploadId": upload.upload_id}
+    request = control(open_backend(url))._signed("PUT", KEY, query=query, headers={}, body=data)
+    return upload, request._replace(scheme="https", host=f"127.0.0.1:{port}")
+
+
+def test_a_slow_line_is_no_stall(secure, s3, monkeypatch):
+    """TLS tells of no byte before all of a send has gone: a part that takes longer than a stall may is no stalled one."""
+    monkeypatch.setattr(stalls, "STALL_S", 1.0)
+    data = os.urandom(12 << 20)
+    upload, request = a_part(s3, secure.port, data)
+    began = time.monotonic()
+    answer = Connections().ask(request, timeout_s=60, stop=parallel.Stop())
+    assert (answer.status, time.monotonic() - began > 2) == (200, True)
+    assert [(part.number, part.size_bytes) for part in store_of(s3).parts(upload)] == [(1, len(data))]
+    assert store_of(s3).parts(upload)[0].etag == hashlib.md5(data).hexdigest()
+
+
+def test_a_slow_line_without_tls(seaweed, s3, monkeypatch):
+    """The kernel takes more only once much of what it holds has gone: longer than a stall may last, here."""
+    monkeypatch.setattr(stalls, "STALL_S", 1.0)
+    meter = faults.Meter(seaweed.port, together_bytes_per_s=1e6)
+    upload = leave(s3, {})
+    query = {"partNumber": "1", "uploadId": upload.upload_id}
+    request = control(open_backend(s3))._signed("PUT", KEY, query=query, headers={}, body=bytes(5 << 20))
+    try:
+        answer = Connections().ask(request._replace(host=f"127.0.0.1:{meter.port}"), timeout_s=60, stop=parallel.Stop())
+    finally:
+        meter.close()
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize("why", ["stalled", "stopped"])
+def test_no_answer_by_tls(secure, s3, monkeypatch, why):
+    """Tickets that TLS 1.3 sends first are no answer: it is given up in time, and ends when it shall."""
+    secure.choose = lambda request: "stall"
+    _, request = a_part(s3, secure.port, bytes(100_000))
+    stop = parallel.Stop()
+    if why == "stalled":
+        monkeypatch.setattr(stalls, "ANSWER_S", 1.0)
+    else:
+        threading.Timer(1.0, stop.set).start()
+    began = time.monotonic()
+    with pytest.raises(TimeoutError if why == "stalled" else parallel.Stopped):
+        Connections().ask(request, timeout_s=10, stop=stop)
+    assert 0.9 < time.monotonic() - began < 3

@@ -11,7 +11,7 @@ import base64
 import contextlib
 import fcntl
 import http.client
-import select
+import io
 import socket
 import ssl
 import struct
@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ckptstore import stalls
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 LOOK_S = 0.2  #: how long nobody looks whether it shall stop
+PIECE_BYTES = 64 << 10  #: TLS says nothing of what it has sent before all of it has gone
 MAX_ANSWER_BYTES = 16 << 20  #: a page of a listing has about one
 
 
@@ -118,46 +119,80 @@ def _exchange(connection: http.client.HTTPConnection, request: Request, timeout_
         connection.putheader(name, value)
     connection.endheaders()
     sock, body = connection.sock, memoryview(request.body).cast("B")
-    large = len(body) >= stalls.PART_BYTES
+    large = request.method == "PUT" and len(body) >= stalls.PART_BYTES  # completing thousands of parts has a large body too
     try:
-        _send(sock, body, min(timeout_s, stalls.STALL_S) if large else timeout_s, stop)
+        _send(sock, body, _Patience(sock, min(timeout_s, stalls.STALL_S) if large else timeout_s, stop))
     except ConnectionError:  # refused before it was all there: why, is often said
-        sock.settimeout(LOOK_S)
         with contextlib.suppress(OSError, http.client.HTTPException):
-            answer = _answer(connection)
+            answer = _answer(connection, _Patience(sock, LOOK_S, stop))
             connection.close()
             return answer
         raise
-    _wait(sock, min(timeout_s, stalls.ANSWER_S) if large else timeout_s, stop)
-    sock.settimeout(timeout_s)
-    return _answer(connection)
+    return _answer(connection, _Patience(sock, min(timeout_s, stalls.ANSWER_S) if large else timeout_s, stop))
 
 
-def _send(sock: socket.socket, body: memoryview, timeout_s: float, stop: Stop) -> None:
-    sock.settimeout(LOOK_S)
-    sent, moved = 0, time.monotonic()
+class _Patience:
+    """How long nothing may move on a connection; the kernel knows what the other side takes, a caller only of whole pieces."""
+
+    def __init__(self, sock: socket.socket, timeout_s: float, stop: Stop) -> None:
+        sock.settimeout(LOOK_S)
+        self._sock, self._timeout_s, self._stop = sock, timeout_s, stop
+        self._waiting, self._moved = _queued(sock), time.monotonic()
+
+    def moved(self) -> None:
+        """Something did."""
+        self._moved = time.monotonic()
+
+    def look(self) -> None:
+        """When LOOK_S have brought nothing: TimeoutError when it takes too long, Stopped when told to."""
+        self._stop.check()
+        if (now := _queued(self._sock)) != self._waiting:
+            self._waiting = now
+            self.moved()
+        elif time.monotonic() > self._moved + self._timeout_s:
+            raise TimeoutError("nothing moves")
+
+    def check(self) -> None:
+        """Stopped when told to."""
+        self._stop.check()
+
+
+def _send(sock: socket.socket, body: memoryview, patience: _Patience) -> None:
+    most = PIECE_BYTES if isinstance(sock, ssl.SSLSocket) else len(body)
+    sent = 0
     while sent < len(body):
-        stop.check()
+        patience.check()
         try:
-            sent += sock.send(body[sent:])
-        except TimeoutError:
-            if time.monotonic() > moved + timeout_s:
-                raise
+            sent += sock.send(body[sent : sent + most])
+        except TimeoutError:  # of TLS, a part of the piece may have gone: it must be sent again as it was
+            patience.look()
         else:
-            moved = time.monotonic()
+            patience.moved()
 
 
-def _wait(sock: socket.socket, timeout_s: float, stop: Stop) -> None:
-    """Until something comes back; the time counts from when the other side last took something."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    waiting, moved = _queued(sock), time.monotonic()
-    while not poll.poll(LOOK_S * 1000):
-        stop.check()
-        if (now := _queued(sock)) != waiting:
-            waiting, moved = now, time.monotonic()
-        if time.monotonic() > moved + timeout_s:
-            raise TimeoutError("no answer")
+class _Incoming(io.RawIOBase):
+    """What comes back, for http.client. That a socket can be read says little: with TLS 1.3, tickets come before any answer."""
+
+    def __init__(self, sock: socket.socket, kept: io.BufferedIOBase, patience: _Patience) -> None:
+        self._sock, self._kept, self._patience = sock, kept, patience
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            try:
+                count = self._sock.recv_into(buffer)
+            except TimeoutError:
+                self._patience.look()
+            else:
+                self._patience.moved()
+                return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._kept.close()
+        super().close()
 
 
 def _queued(sock: socket.socket) -> int:
@@ -165,7 +200,13 @@ def _queued(sock: socket.socket) -> int:
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
 
 
-def _answer(connection: http.client.HTTPConnection) -> Answer:
+def _answer(connection: http.client.HTTPConnection, patience: _Patience) -> Answer:
+    def responding(sock: socket.socket, method: str | None = None) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(sock, method=method)
+        response.fp = io.BufferedReader(_Incoming(sock, response.fp, patience))
+        return response
+
+    connection.response_class = responding  # type: ignore[assignment]
     with connection.getresponse() as response:
         body = response.read(MAX_ANSWER_BYTES)
         if response.length or (response.chunked and not response.isclosed()):  # read(most) does not say it
