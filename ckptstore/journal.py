@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import ManifestError, NotFoundError
-from ckptstore.manifest import check_name
+from ckptstore.names import check_name
 from ckptstore.side import JOURNAL
 
 

@@ -13,14 +13,14 @@ import json
 import math
 import re
 import secrets
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from ckptstore.errors import ManifestError
-from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, FileInfo, Finding, Status
+from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, FileInfo, Finding, NodeSet, Status
+from ckptstore.names import check_name, refuse_aliases
 
 FORMAT = "ckptstore.manifest"
 VERSION = 1
@@ -29,11 +29,8 @@ MAX_BYTES = 64 << 20  # a 1 TiB checkpoint in 8 MiB chunks needs 2.5 MB
 MAX_FILES = 1_000_000
 MAX_CHUNKS = 16_000_000
 MAX_BRACKETS = 4_000_000  # bounds what json.loads can allocate before we see any of it
-MAX_NAME_CHARS = 1024
 MAX_NODES = 1_000_000
 
-_COMPONENT = r"(?!\.{1,2}(?:/|\Z))[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,255}"
-_SAFE_NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _CRC = re.compile(r"[0-9A-F]{16}")
 _COMMIT = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,20 +46,6 @@ class FileEntry(NamedTuple):
     inode: int
     crc: int
     chunks: tuple[int, ...]
-
-
-class NodeSet(NamedTuple):
-    """A save of several nodes, each of which keeps its own ranks' files on its own disk."""
-
-    id: str  #: names this act of saving: 32 hex digits
-    node: int  #: whose files these are, from 0
-    nodes: int
-    digest: str  #: hex SHA-256 over what the files of all nodes hold, by node
-
-    @property
-    def whose(self) -> str:
-        """For people."""
-        return f"node {self.node + 1} of {self.nodes}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,23 +189,6 @@ class Inspection(NamedTuple):
         return ""
 
 
-def check_name(name: str) -> str:
-    """`name` if it is safe to join to a folder on any machine, else ManifestError."""
-    if len(name) > MAX_NAME_CHARS or not _SAFE_NAME.fullmatch(name):
-        raise ManifestError(f"unsafe file name in a manifest: {name[:80]!r}", hint="Do not use this checkpoint.")
-    return name
-
-
-def check_names(names: Iterable[str]) -> None:
-    """ManifestError unless a manifest can list files of these names together: each is safe, and none is another one's alias."""
-    names = list(names)
-    for name in names:
-        if name == MANIFEST_NAME:
-            raise ManifestError(f"{name} cannot be listed in a manifest")
-        check_name(name)
-    _refuse_aliases(names)
-
-
 def parse(data: bytes) -> Manifest:
     """The manifest in `data`. ManifestError for anything that is not one; unknown fields are ignored."""
     document = _load(data)
@@ -240,7 +206,7 @@ def parse(data: bytes) -> Manifest:
     if not isinstance(entries, list) or len(entries) > MAX_FILES:
         raise ManifestError("manifest: `files` is not a list of at most a million entries")
     files = tuple(_entry(entry, chunk_bytes) for entry in entries)
-    _refuse_aliases([file.path for file in files])
+    refuse_aliases([file.path for file in files])
     commit = _str(document, "commit")
     if not _COMMIT.fullmatch(commit):
         raise ManifestError("manifest: `commit` is not 32 hex digits")
@@ -435,22 +401,3 @@ def _metrics(value: Any) -> dict[str, float]:
         return {key: float(item) for key, item in value.items()}
     except OverflowError:
         raise ManifestError("manifest: a metric is out of range") from None
-
-
-def _refuse_aliases(paths: list[str]) -> None:
-    """Two names that are one file on some file system (case, Unicode form) would overwrite each other there."""
-    keys = {path.lower() if path.isascii() else _folded(path) for path in paths}
-    if len(keys) != len(paths):
-        raise ManifestError("manifest lists one file twice (names that differ only in case or Unicode form count as one)")
-    for key in keys:
-        if "/" in key and any(parent in keys for parent in _parents(key)):
-            raise ManifestError("manifest lists one name as a file and as a folder")
-
-
-def _folded(path: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
-
-
-def _parents(path: str) -> Iterable[str]:
-    while path := path.rpartition("/")[0]:
-        yield path

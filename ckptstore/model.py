@@ -74,6 +74,20 @@ class Finding(NamedTuple):
         return f"{self.path}: {self.problem}" if self.path else self.problem
 
 
+class NodeSet(NamedTuple):
+    """A save of several nodes, each of which keeps its own ranks' files on its own disk."""
+
+    id: str  #: names this act of saving: 32 hex digits
+    node: int  #: whose files these are, from 0
+    nodes: int
+    digest: str  #: hex SHA-256 over what the files of all nodes hold, by node
+
+    @property
+    def whose(self) -> str:
+        """For people."""
+        return f"node {self.node + 1} of {self.nodes}"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One tree of a checkpoint: AReaL keeps one per model (default, critic)."""

@@ -16,6 +16,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptstore import parallel
@@ -60,66 +61,66 @@ def upload(
     return _Uploading(store, content, part_bytes, streams, stop, progress).run()
 
 
+@dataclass(slots=True)
 class _Uploading:
     """One upload() at work."""
 
-    def __init__(
-        self,
-        store: S3Multipart,
-        content: Content,
-        part_bytes: int,
-        streams: int,
-        stop: parallel.Stop,
-        progress: Callable[[int], None],
-    ) -> None:
-        self._store, self._content, self._stop, self._progress = store, content, stop, progress
-        self._part_bytes, self._streams = part_bytes, streams
-        self._count = -(-content.size_bytes // part_bytes)
-        self._lock = threading.Lock()
-        self._told: set[int] = set()  #: numbers of the parts that `progress` knows of
-        self._there_bytes = 0
+    store: S3Multipart
+    content: Content
+    part_bytes: int
+    streams: int
+    stop: parallel.Stop
+    progress: Callable[[int], None]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    told: set[int] = field(default_factory=set)  #: numbers of the parts that `progress` knows of
+    there_bytes: int = 0
+
+    @property
+    def count(self) -> int:
+        """Parts that the file has."""
+        return -(-self.content.size_bytes // self.part_bytes)
 
     def run(self) -> int:
         found = self._find()
         code = ""
         for _ in range(ROUNDS):
-            at = self._store.begin(self._content.key) if found is None else found
+            at = self.store.begin(self.content.key) if found is None else found
             parts: dict[int, Part] = {}
             try:
                 sent = self._bring(at, parts, fresh=found is None)
-                code = self._store.complete(at, parts, crc64=self._content.crc64, stop=self._stop)
+                code = self.store.complete(at, parts, crc64=self.content.crc64, stop=self.stop)
             except GoneError:
                 code = "NoSuchUpload"
-            content = self._content
-            if not code or self._store.holds(content.key, content.size_bytes, parts, crc64=content.crc64):
-                return self._there_bytes
+            content = self.content
+            if not code or self.store.holds(content.key, content.size_bytes, parts, crc64=content.crc64):
+                return self.there_bytes
             found = None
             if code != "NoSuchUpload":
                 if sent:  # a part that arrived as something else is found by its digest, and sent again
                     found = at
                 else:
-                    self._store.abort(at)
+                    self.store.abort(at)
         raise TransitError(
-            f"writing {self._content.key}: the store does not make it of the parts that were sent ({code})",
+            f"writing {self.content.key}: the store does not make it of the parts that were sent ({code})",
             operation="completing an upload",
-            path=self._content.key,
+            path=self.content.key,
             hint="The way there, or the store, damages data; or somebody else writes there.",
         )
 
     def _find(self) -> Upload | None:
         """The newest upload that has some of this content."""
-        for found in self._store.unfinished(self._content.key)[:LOOKED_AT]:
+        for found in self.store.unfinished(self.content.key)[:LOOKED_AT]:
             try:
-                parts = self._store.parts(found)
+                parts = self.store.parts(found)
             except GoneError:
                 continue
-            if parts and parts[-1].number <= self._count and any(self._is_right(part) for part in parts[:LOOKED_AT]):
+            if parts and parts[-1].number <= self.count and any(self._is_right(part) for part in parts[:LOOKED_AT]):
                 return found
         return None
 
     def _bring(self, at: Upload, parts: dict[int, Part], *, fresh: bool) -> int:
         """All parts into the upload `at`, and into `parts`; how many had to be sent."""
-        there = {} if fresh else {part.number: part for part in self._store.parts(at)}
+        there = {} if fresh else {part.number: part for part in self.store.parts(at)}
         sent = 0
 
         def one(number: int, stop: parallel.Stop) -> None:
@@ -128,18 +129,18 @@ class _Uploading:
             part = there.get(number)
             right = part is not None and self._is_right(part)
             if part is None or not right:
-                crc = self._content.crc(offset, length)
-                part = self._store.put(at, number, self._content.read(offset, length), crc64=crc, stop=stop)
-            with self._lock:
-                parts[number] = part._replace(crc64=self._content.crc(offset, length))
+                crc = self.content.crc(offset, length)
+                part = self.store.put(at, number, self.content.read(offset, length), crc64=crc, stop=stop)
+            with self.lock:
+                parts[number] = part._replace(crc64=self.content.crc(offset, length))
                 sent += not right
-                new = number not in self._told
-                self._told.add(number)
-                self._there_bytes += length if right and new else 0
+                new = number not in self.told
+                self.told.add(number)
+                self.there_bytes += length if right and new else 0
             if new:
-                self._progress(length)
+                self.progress(length)
 
-        parallel.each(range(1, self._count + 1), one, threads=min(self._streams, self._count), tick=self._stop.check)
+        parallel.each(range(1, self.count + 1), one, threads=min(self.streams, self.count), tick=self.stop.check)
         return sent
 
     def _is_right(self, part: Part) -> bool:
@@ -148,11 +149,11 @@ class _Uploading:
         if part.size_bytes != length:
             return False
         if part.crc64 is not None:
-            return part.crc64 == self._content.crc(offset, length)
+            return part.crc64 == self.content.crc(offset, length)
         if not _MD5.fullmatch(part.etag):
             return False
-        return hashlib.md5(self._content.read(offset, length), usedforsecurity=False).hexdigest() == part.etag
+        return hashlib.md5(self.content.read(offset, length), usedforsecurity=False).hexdigest() == part.etag
 
     def _place(self, number: int) -> tuple[int, int]:
-        offset = (number - 1) * self._part_bytes
-        return offset, min(self._part_bytes, self._content.size_bytes - offset)
+        offset = (number - 1) * self.part_bytes
+        return offset, min(self.part_bytes, self.content.size_bytes - offset)

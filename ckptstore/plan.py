@@ -25,8 +25,8 @@ from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.frameworks.areal.resume_state import data_parallel_world
 from ckptstore.frameworks.areal.target import InfoPlan, Transfer, plan_info, transfer
 from ckptstore.listing import RESUMABLE, Listing, backend_for, scan
-from ckptstore.manifest import check_name
 from ckptstore.model import Checkpoint, Level, Part, Status
+from ckptstore.names import check_name
 from ckptstore.parts import find_manifest, read_part
 from ckptstore.verify import verify
 

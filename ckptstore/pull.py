@@ -24,8 +24,9 @@ from ckptstore.errors import (
 from ckptstore.frameworks.areal import layout
 from ckptstore.frameworks.steps import plain_name
 from ckptstore.lock import RunLock
-from ckptstore.manifest import Manifest, check_name, check_names
+from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Part, Status
+from ckptstore.names import check_name, check_names
 from ckptstore.parts import find_manifest, folder_of, judged, read_manifest, read_part
 from ckptstore.receiving import Bringing, bring, fill
 from ckptstore.verify import Notify

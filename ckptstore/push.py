@@ -38,7 +38,6 @@ from ckptstore.errors import (
     NotFoundError,
     RefusedError,
     SourceChangedError,
-    TransitError,
     UsageError,
 )
 from ckptstore.formats.streaming import mismatch
@@ -54,6 +53,9 @@ from ckptstore.verify import Notify
 
 if TYPE_CHECKING:
     from ckptstore.backends.s3multipart import S3Multipart
+
+
+_DAMAGES = "The way there, or the store, damages data; or somebody else writes there. Nothing was committed."
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,18 +290,10 @@ class _Push:
         return multipart.Content(self._key(file.path), file.size_bytes, file.crc, read, crc)
 
     def _compare(self, file: FileEntry) -> None:
-        """What arrived, by the store's own digest. What differs goes: nobody shall take it for the file by its size."""
-        if self.store.control is None:
-            return
-        said = self.said[file.path] = server_digests.ask(self.store.control, self._key(file.path), file)
-        if said in (Said.OTHER, Said.MISSING):
-            if said is Said.OTHER and not self.committed:
-                self.target.delete(self._key(file.path))
-            raise TransitError(
-                f"{self.target.location}/{self._key(file.path)} is not what was sent there: the store says, {said.value}",
-                operation="comparing digests",
-                path=self._key(file.path),
-                hint="The way there, or the store, damages data; or somebody else writes there. Nothing was committed.",
+        """What arrived, by the store's own digest, where it tells one."""
+        if self.store.control is not None:
+            self.said[file.path] = server_digests.compare(
+                self.target, self.store.control, self._key(file.path), file, keep=self.committed, hint=_DAMAGES
             )
 
     def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from ckptstore import mirrored, pins, places, steps, uploading, verify
+from ckptstore import mirrored, node_sets, pins, places, steps, uploading, verify
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
@@ -231,7 +231,7 @@ def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Dec
             raise from_os_error(error, doing="syncing", path=root) from error
     for one in decisions:
         if not one.keep:
-            steps.forget_whole(root, one.candidate.step)
+            node_sets.forget_whole(root, one.candidate.step)
     for name in trash:
         with contextlib.suppress(CkptStoreError):  # swept by the next save
             side_folders.discard(side, name)
@@ -267,7 +267,7 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
                 _saved_at_s(manifest),
                 manifest is None
                 or manifest.group is None
-                or steps.known_whole(listing.run.path, checkpoint.step, manifest.group),
+                or node_sets.known_whole(listing.run.path, checkpoint.step, manifest.group),
                 folder_of(backend, checkpoint.parts[0]),
             )
         )

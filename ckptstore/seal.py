@@ -8,8 +8,9 @@ import ckptstore
 from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, IntegrityError, SourceChangedError
-from ckptstore.manifest import FileEntry, Manifest, check_names
+from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part, Status
+from ckptstore.names import check_names
 from ckptstore.parts import find_manifest, folder_of
 from ckptstore.side import write_manifest
 from ckptstore.verify import check_part_structure

@@ -12,7 +12,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ckptstore import parallel
-from ckptstore.errors import NotFoundError
+from ckptstore.backends.base import Backend
+from ckptstore.errors import NotFoundError, TransitError
 from ckptstore.manifest import FileEntry
 
 if TYPE_CHECKING:
@@ -41,6 +42,24 @@ def ask(store: S3Control, key: str, file: FileEntry) -> Said:
     if stored.crc64 is None:
         return Said.NOTHING
     return Said.SAME if stored.crc64 == file.crc else Said.OTHER
+
+
+def compare(target: Backend, store: S3Control, key: str, file: FileEntry, *, keep: bool = False, hint: str) -> Said:
+    """What the store says of a file that has just arrived. TransitError for another one, or none.
+
+    What differs is removed, unless told to `keep` it: nobody shall take it for the file by its size.
+    """
+    said = ask(store, key, file)
+    if said is Said.OTHER and not keep:
+        target.delete(key)
+    if said in (Said.OTHER, Said.MISSING):
+        raise TransitError(
+            f"{target.location}/{key} is not what was sent there: the store says, {said.value}",
+            operation="comparing digests",
+            path=key,
+            hint=hint,
+        )
+    return said
 
 
 def ask_all(

@@ -24,8 +24,9 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, IntegrityError, from_os_error
 from ckptstore.fetching import Wanted
-from ckptstore.manifest import FileEntry, Manifest, check_name, check_names
+from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Status
+from ckptstore.names import check_name, check_names
 from ckptstore.parts import find_manifest, read_part
 from ckptstore.pull import Fetched
 from ckptstore.push import send_share
@@ -131,7 +132,7 @@ def help_pull(group: Rendezvous, source: Backend) -> None:
     """Fetch this rank's share of each job until the leader says that all is committed, and see that it is there."""
 
     def work(job: Mapping[str, Any], told: native.Progress) -> None:
-        target = os.path.join(group.side, manifests.check_name(job["target"]))
+        target = os.path.join(group.side, check_name(job["target"]))
         wanted = [
             Wanted(name, key, size, expected, {number: expected[number] for number in have} if expected else {})
             for name, key, size, expected, have in job["files"]

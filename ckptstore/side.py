@@ -23,8 +23,9 @@ from ckptstore import native
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, UsageError, from_os_error
 from ckptstore.frameworks.areal.layout import SIDE
-from ckptstore.manifest import FileEntry, Manifest, check_name
+from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
+from ckptstore.names import check_name
 from ckptstore.native import Digest
 
 STAGE_INFO = "stage.json"

@@ -15,8 +15,9 @@ from ckptstore.errors import CkptStoreError, DigestMismatchError, NotCommitted, 
 from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.listing import backend_for
-from ckptstore.manifest import FileEntry, Manifest, check_names
+from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, Finding, Part, Status
+from ckptstore.names import check_names
 from ckptstore.parts import find_manifest, folder_of, judged, look_again, read_part
 from ckptstore.plan import Options, Plan, world_size
 from ckptstore.receiving import fill

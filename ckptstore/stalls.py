@@ -4,7 +4,8 @@ The library that uploads cannot tell a part that has stalled from one on a slow 
 The kernel can: it knows of each connection how many bytes the other side has taken. One that stands still is shut down, and
 the library sends that part again, as after any connection that broke. A slow line moves all the time, and is left alone.
 
-All TCP connections of the process are looked at. So it is for our own commands, not for use inside of a trainer.
+All TCP connections of the process are looked at, but for those that bound their own time (`pass_over`). So it is for our own
+commands, not for use inside of a trainer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -26,6 +28,16 @@ TICK_S = 0.5
 # bytes_received, notsent_bytes. Kernels only ever add behind them.
 _LAYOUT = struct.Struct("=B23xI16xI4xI64xQQ8xI")
 _ESTABLISHED = 1
+
+
+_passed_over: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def pass_over(connection: socket.socket) -> None:
+    """Tell all watches to leave this connection alone: whoever made it knows better what it waits for. Thread-safe."""
+    with _lock:
+        _passed_over.add(connection)
 
 
 @dataclass(slots=True)
@@ -96,9 +108,13 @@ class StallWatch:
 
 
 def _connections() -> list[tuple[str, socket.socket]]:
-    """All TCP connections of this process, each under a descriptor of its own that the caller closes."""
+    """The TCP connections of this process that are looked at, each under a descriptor of its own that the caller closes."""
+    with _lock:
+        others = {str(connection.fileno()) for connection in _passed_over}
     found = []
     for number in os.listdir("/proc/self/fd"):
+        if number in others:
+            continue
         try:
             name = os.readlink(f"/proc/self/fd/{number}")
             if not name.startswith("socket:"):

@@ -42,15 +42,14 @@ from ckptstore.errors import (
 from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE, files_of
 from ckptstore.lock import RunLock
-from ckptstore.manifest import FileEntry, Manifest, NodeSet, check_names
-from ckptstore.model import MANIFEST_NAME
+from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.model import MANIFEST_NAME, NodeSet
+from ckptstore.names import check_names
 
 OWNER = "owner"
-IDENTITY = "id"  #: names this store: random, made once
 PART = "default"
 LOCK_PATIENCE_S = 60.0
 _NEWBORN_S = 60.0  # what is younger may be alive though nothing is locked: a probe, a draft before its lock
-_IDENTITY = re.compile(r"[0-9a-f]{32}")
 _ASIDE = re.compile(r"aside-([0-9]+)-[0-9a-f]+")
 
 
@@ -89,7 +88,7 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
     root = os.path.realpath(root)
     side = side_of(root)
     if not os.path.isdir(side):
-        _make_store(root)
+        make_store(root)
     sweep(root)
     name = name or secrets.token_hex(8)
     home, unborn = home_of(root, name), os.path.join(side, f"new-{name}")
@@ -110,30 +109,8 @@ def home_of(root: str, name: str) -> str:
     return os.path.join(side_of(os.path.realpath(root)), f"save-{name}")
 
 
-def identity(root: str) -> str:
-    """32 hex digits that name a store: the same for all who see this folder, on whatever machine. Made where there are none."""
-    root = os.path.realpath(root)
-    if not os.path.isdir(side_of(root)):
-        _make_store(root)
-    path = os.path.join(side_of(root), IDENTITY)
-    draft = os.path.join(side_of(root), f"new-{secrets.token_hex(8)}")
-    try:
-        while True:
-            with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii", errors="replace") as file:
-                if not _IDENTITY.fullmatch(found := file.read(64)):
-                    raise RefusedError(f"{path} does not name a store: {found!r:.40}", hint="Remove this file.")
-                return found
-            side_folders.write_durably(draft, secrets.token_hex(16).encode())
-            side_folders.like(draft, os.stat(root), mode=0o644)
-            try:
-                side_folders.rename_in(draft, path)
-            except FileExistsError:  # another rank's
-                os.unlink(draft)
-    except OSError as error:
-        raise from_os_error(error, doing="naming the store by", path=path) from error
-
-
-def _make_store(root: str) -> None:
+def make_store(root: str) -> None:
+    """A store in a folder that is empty, or not there yet. RefusedError for one that holds something else."""
     try:
         os.makedirs(root, exist_ok=True)
     except OSError as error:
@@ -178,7 +155,7 @@ def commit(
 
 
 def publish(draft: Draft, manifest: Manifest, *, keep_old: bool = False) -> None:
-    """Make a draft that was described its step. With `keep_old` what it replaces stays in the side folder: `discard_old`.
+    """Make a draft that was described its step. With `keep_old` what it replaces stays beside: node_sets.discard_old.
 
     NotCommitted, CommitUncertain; BusyError and others where it was not tried.
     """
@@ -235,7 +212,7 @@ def locked(root: str, doing: str) -> Iterator[None]:
 def mend(root: str) -> None:
     """Finish a replacement that a crash cut between its two renames. The caller holds the lock."""
     side = side_of(root)
-    for name in _names(side):
+    for name in names_in(side):
         if (match := _ASIDE.fullmatch(name)) is None:
             continue
         target = os.path.join(root, layout.folder_name(int(match[1])))
@@ -251,7 +228,7 @@ def mend(root: str) -> None:
 
 def needs_mending(root: str) -> bool:
     """Whether a crash left a step aside."""
-    return any(_ASIDE.fullmatch(name) for name in _names(side_of(root)))
+    return any(_ASIDE.fullmatch(name) for name in names_in(side_of(root)))
 
 
 def leftovers(root: str) -> list[str]:
@@ -259,7 +236,7 @@ def leftovers(root: str) -> list[str]:
     side = side_of(root)
     return [
         name
-        for name in _names(side)
+        for name in names_in(side)
         if name.startswith("trash-")
         or (name.startswith(("probe-", "new-")) and _age_s(side, name) > _NEWBORN_S)
         or (name.startswith("save-") and _is_dead_draft(side, name))
@@ -294,7 +271,8 @@ def _age_s(side: str, name: str) -> float:
         return 0.0  # gone, or not ours to judge
 
 
-def _names(side: str) -> list[str]:
+def names_in(side: str) -> list[str]:
+    """What lies in a side folder, in order; nothing where it cannot be told."""
     try:
         return sorted(os.listdir(side))
     except OSError:
@@ -414,38 +392,3 @@ def _replace_by_two_renames(draft: Draft, target: str) -> str:
             os.rename(aside, target)
         raise
     return aside
-
-
-def discard_old(root: str, step: int) -> None:
-    """Remove what was kept of a step that was replaced."""
-    side = side_of(os.path.realpath(root))
-    for name in _names(side):
-        if name.startswith(f"old-step-{step}-"):
-            side_folders.discard(side, name)
-
-
-def note_whole(root: str, step: int, group: NodeSet) -> None:
-    """Remember that all nodes of a set have the step: from then on it counts for retention here."""
-    side = side_of(os.path.realpath(root))
-    name = f"whole-{step}-{group.id}"
-    try:
-        with contextlib.suppress(FileExistsError):
-            side_folders.write_durably(os.path.join(side, name), b"")
-            side_folders.sync_folder(side)
-    except OSError as error:
-        raise from_os_error(error, doing="noting", path=os.path.join(side, name)) from error
-    forget_whole(root, step, but=name)
-
-
-def known_whole(root: str, step: int, group: NodeSet) -> bool:
-    """Whether all nodes of the set are known to have the step."""
-    return os.path.lexists(os.path.join(side_of(os.path.realpath(root)), f"whole-{step}-{group.id}"))
-
-
-def forget_whole(root: str, step: int, *, but: str = "") -> None:
-    """Remove what was noted of a step that is gone, or of those before it."""
-    side = side_of(os.path.realpath(root))
-    for name in _names(side):
-        if name.startswith(f"whole-{step}-") and name != but:
-            with contextlib.suppress(OSError):  # says nothing of any other step
-                os.unlink(os.path.join(side, name))

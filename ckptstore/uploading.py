@@ -15,12 +15,11 @@ A crash leaves a prefix without a manifest: the next save of that step removes i
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ckptstore import conditions, native, server_digests
@@ -33,16 +32,15 @@ from ckptstore.errors import (
     NotCommitted,
     NotFoundError,
     RefusedError,
-    TransitError,
 )
 from ckptstore.formats import streaming
 from ckptstore.frameworks import steps as layout
-from ckptstore.manifest import FileEntry, Manifest, check_names
+from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, FileInfo
+from ckptstore.names import check_names
 from ckptstore.native import Folder
 from ckptstore.parts import read_manifest
 from ckptstore.sending import Outgoing, send
-from ckptstore.server_digests import Said
 from ckptstore.steps import manifest_of
 
 if TYPE_CHECKING:
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
 
     from ckptstore.backends.s3control import S3Control
 
+_DAMAGES = "The way there, the memory here, or the store damages data; or somebody else writes there."
 STALE_S = 24 * 3600.0  #: a prefix without a manifest, on which nothing has come for so long, is nobody's
 
 
@@ -180,7 +179,7 @@ def write(
 
     def arrived(name: str) -> None:
         if control is not None:
-            _compare(target, control, f"{prefix}/{name}", _entry(name, written[name]))
+            server_digests.compare(target, control, f"{prefix}/{name}", _entry(name, written[name]), hint=_DAMAGES)
 
     files = [
         Outgoing(f"{prefix}/{name}", file.size_bytes, partial(parts, name), partial(arrived, name))
@@ -190,7 +189,7 @@ def write(
     return written
 
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def _control(target: Backend) -> S3Control | None:
     """Asks for the store's own digests; None where there are none, or who saves may not find out."""
     if conditions.look(target).control is None:
@@ -199,20 +198,6 @@ def _control(target: Backend) -> S3Control | None:
         return conditions.find_out(target).control
     except AccessError:  # whoever may write may not remove: the scratch key of this one try stays
         return None
-
-
-def _compare(target: Backend, control: S3Control, key: str, file: FileEntry) -> None:
-    """What arrived, by the store's own digest. What differs goes."""
-    said = server_digests.ask(control, key, file)
-    if said is Said.OTHER:
-        target.delete(key)
-    if said in (Said.OTHER, Said.MISSING):
-        raise TransitError(
-            f"{target.location}/{key} is not what was sent there: the store says, {said.value}",
-            operation="comparing digests",
-            path=key,
-            hint="The way there, the memory here, or the store damages data; or somebody else writes there.",
-        )
 
 
 def _entry(name: str, file: Written) -> FileEntry:

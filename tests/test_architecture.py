@@ -19,6 +19,7 @@ ROOT = Path(ckptstore.__file__).parent
 #: new subject) lies above them all: it may import what it likes, and nothing here may import it.
 LAYERS = (
     ("errors", "model"),
+    ("names",),
     ("manifest", "native", "config", "rules", "streak", "ranks", "parallel", "stalls", "tuning"),
     ("backends", "backends.*", "formats", "formats.*"),
     ("multipart",),
@@ -33,6 +34,7 @@ LAYERS = (
     ("plan",),
     ("receiving", "claims"),
     ("room", "staging", "steps", "loading"),
+    ("node_sets",),
     ("recovery", "adopt", "push", "pull", "retention", "uploading", "leftovers", "unfinished"),
     ("repair",),
     ("mirror", "saving", "sharing"),

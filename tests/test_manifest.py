@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from ckptstore import manifest as manifests
 from ckptstore.errors import ManifestError
-from ckptstore.manifest import FileEntry, Manifest, check_name, check_names, parse, vouches_for
+from ckptstore.manifest import FileEntry, Manifest, parse, vouches_for
 from ckptstore.model import MANIFEST_NAME, FileInfo, Status
+from ckptstore.names import _folded, check_name, check_names
 
 GOLDEN = Path(__file__).parent / "golden/manifest-v1.json"
 CHUNK = 8 << 20
@@ -85,7 +86,7 @@ def entries(draw):
 
 @st.composite
 def whole_manifests(draw):
-    files = draw(st.lists(entries(), max_size=6, unique_by=lambda file: manifests._folded(file.path)))
+    files = draw(st.lists(entries(), max_size=6, unique_by=lambda file: _folded(file.path)))
     try:
         check_names(file.path for file in files)
     except ManifestError:

@@ -556,7 +556,7 @@ def test_lists_that_come_in_pages(s3, monkeypatch):
 
 
 def test_a_complete_that_takes_its_time(proxy, s3, run, monkeypatch):
-    """The list of thousands of parts is as large as a part may be: it is none, and is not asked again meanwhile."""
+    """The list of thousands of parts is as large as a part may be: it is none, and not asked again, nor cut off."""
     monkeypatch.setattr(stalls, "ANSWER_S", 2.0)
     monkeypatch.setattr(stalls, "PART_BYTES", 256)
     asked: list[int] = []
@@ -568,7 +568,9 @@ def test_a_complete_that_takes_its_time(proxy, s3, run, monkeypatch):
         return ""
 
     proxy.choose = choose
-    send(run, s3)
+    with stalls.StallWatch() as watch:  # as in a command
+        send(run, s3)
+    assert watch.broken == 0
     assert len(asked) == 1
     assert asked[0] > 256
     assert checked(s3).ok

@@ -63,6 +63,15 @@ def test_nobody_takes_the_bytes(soon):
         assert watch.broken == 1
 
 
+def test_a_connection_that_bounds_its_own_time_is_left_alone(soon):
+    with pair() as (client, _), pair() as (other, _), stalls.StallWatch() as watch:
+        client.settimeout(2)
+        stalls.pass_over(client)
+        threading.Thread(target=broken, args=(other, lambda: other.sendall(PART * 64)), daemon=True).start()
+        assert not broken(client, lambda: client.sendall(PART * 64))
+        assert watch.broken == 1
+
+
 def test_a_slow_line_is_left_alone(soon):
     """Far longer than a stall may take, and always something moves."""
     with pair() as (client, server), stalls.StallWatch() as watch:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, errors, manifest, retention, steps
+from ckptstore import CheckpointStore, errors, manifest, node_sets, retention, steps
 from ckptstore.cli import run as command
 from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
-from ckptstore.manifest import Manifest, NodeSet
-from ckptstore.model import Status
+from ckptstore.manifest import Manifest
+from ckptstore.model import NodeSet, Status
 from ckptstore.retention import Candidate, Keep
 
 torch = pytest.importorskip("torch")
@@ -146,7 +146,7 @@ def test_retention_of_a_node(tmp_path: Path) -> None:
         steps.publish(draft, found)
         steps.abandon(draft)
         if step < 3:
-            steps.note_whole(store.folder, step, group)
+            node_sets.note_whole(store.folder, step, group)
     store.prune(Keep(last=1))
     assert [one.step for one in store.list()] == [2, 3]
     assert [name for name in os.listdir(steps.side_of(store.folder)) if name.startswith("whole-")] == [f"whole-2-{2:032x}"]
@@ -161,7 +161,7 @@ def _nothing() -> Any:
 def test_a_store_that_was_copied_to_another_node(tmp_path: Path) -> None:
     """Two disks with one identity: an error that says so, before anything is written."""
     here, there = CheckpointStore(tmp_path / "a"), CheckpointStore(tmp_path / "b")
-    assert steps.identity(here.folder) == steps.identity(here.folder) != steps.identity(there.folder)
+    assert node_sets.identity(here.folder) == node_sets.identity(here.folder) != node_sets.identity(there.folder)
     shutil.copy(tmp_path / "a/.ckptstore/id", tmp_path / "b/.ckptstore/id")
     writer, other = StoreWriter(here, 1), StoreWriter(there, 1)
     writer.set_up_storage_writer(True)

@@ -119,6 +119,7 @@ def _exchange(connection: http.client.HTTPConnection, request: Request, timeout_
         connection.putheader(name, value)
     connection.endheaders()
     sock, body = connection.sock, memoryview(request.body).cast("B")
+    stalls.pass_over(sock)
     large = request.method == "PUT" and len(body) >= stalls.PART_BYTES  # completing thousands of parts has a large body too
     try:
         _send(sock, body, _Patience(sock, min(timeout_s, stalls.STALL_S) if large else timeout_s, stop))

@@ -34,7 +34,7 @@ _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
 #: S3 begins to answer a request that takes long with 200, and may say afterwards that it failed.
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*>)?\s*<Error[\s>]")
 _PASSING = ("RequestTimeout", "OperationAborted")  #: with a status that says otherwise
-_DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch")
+DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch")  #: by a digest that came along
 _EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answers them with 400
 CRC = "x-amz-checksum-crc64nvme"
 _SCRATCH = "x"  #: a key that is only named, to see where the bucket is
@@ -180,7 +180,7 @@ class S3Control:
             code = found[1].decode() if found else ""
             if code in codes:
                 return Reply(answer.headers, answer.body, code)
-            passing = status >= 500 or status == 429 or code in _PASSING or (long and code in _DAMAGED)
+            passing = status >= 500 or status == 429 or code in _PASSING or (long and code in DAMAGED)
             if not passing or status == 501 or not tries.again(stop.wait):
                 self._raise(doing, key, status, code)
 
@@ -229,7 +229,7 @@ class S3Control:
     def _raise(self, doing: str, key: str | None, status: int, code: str) -> NoReturn:
         what = f"{doing} {self.where(key)}"
         said = f"the store answers {status}{f' {code}' if code else ''}"
-        if code in _DAMAGED:
+        if code in DAMAGED:
             raise TransitError(f"{what}: {said}", operation=doing, path=self.where(key))
         if status == 404:
             raise NotFoundError(f"{what}: {said}")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 from xml.sax.saxutils import escape
 
-from ckptstore.backends.s3control import CRC, Reply, S3Control, Upload, crc64_of, text_of, xml_of
+from ckptstore.backends.s3control import CRC, DAMAGED, Reply, S3Control, Upload, crc64_of, text_of, xml_of
 from ckptstore.errors import NotFoundError, StorageError, UnavailableError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAGE = 1000  #: parts that one answer lists, the most that S3 allows
 _GONE = "NoSuchUpload"
 #: Refusals of Complete that another Complete, of other parts, may not meet.
-_OTHER_PARTS = ("InvalidPart", "BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "EntityTooSmall")
+_OTHER_PARTS = (*DAMAGED, "InvalidPart", "EntityTooSmall")
 #: What the library sends along when these are set, and we do not: an encryption, above all.
 _UNKNOWN = (
     "AWS_SERVER_SIDE_ENCRYPTION", "AWS_SSE_KMS_KEY_ID", "AWS_SSE_BUCKET_KEY_ENABLED", "AWS_SSE_CUSTOMER_KEY_BASE64",
@@ -61,7 +61,7 @@ class S3Multipart:
             if upload.upload_id not in [found.upload_id for found in self.unfinished(key)] or self.parts(upload):
                 raise UnavailableError(f"{self._control.backend.location}: the store does not list unfinished uploads")
         finally:
-            self._control.abort(upload)
+            self.abort(upload)
 
     def begin(self, key: str) -> Upload:
         """A new upload."""

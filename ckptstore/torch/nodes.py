@@ -32,10 +32,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ckptstore import native, steps
+from ckptstore import native, node_sets, steps
 from ckptstore.errors import CkptStoreError, CommitUncertain, IntegrityError, NotCommitted, NothingToResumeError, RankError
 from ckptstore.formats import dcp
-from ckptstore.manifest import Manifest, NodeSet, content_of
+from ckptstore.manifest import Manifest, content_of
+from ckptstore.model import NodeSet
 from ckptstore.native import Digest
 from ckptstore.parts import find_manifest, folder_of
 from ckptstore.steps import Draft
@@ -238,8 +239,8 @@ def _stage(draft: Draft, share: Share, group: NodeSet, metrics: Mapping[str, flo
 
 
 def _settle(draft: Draft, group: NodeSet) -> None:
-    steps.note_whole(draft.root, draft.step, group)
-    steps.discard_old(draft.root, draft.step)
+    node_sets.note_whole(draft.root, draft.step, group)
+    node_sets.discard_old(draft.root, draft.step)
 
 
 def await_draft(folder: str, timeout_s: float) -> None:
@@ -300,5 +301,5 @@ def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None 
     group = own[step][1]
     if group is not None and {steps_of[step][1].node for steps_of, _ in gathered} == set(range(group.nodes)):
         with contextlib.suppress(CkptStoreError):  # a full disk: it is for retention only
-            steps.note_whole(store.folder, step, group)
+            node_sets.note_whole(store.folder, step, group)
     return step

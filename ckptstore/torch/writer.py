@@ -5,7 +5,7 @@ the draft and tells all ranks where it is; each rank lays its archives out aroun
 the engine (or sends them to the store's URL), durable and digested; the coordinator commits once, when all have written.
 Nothing is visible before that.
 
-Ranks that do not see the coordinator's folder have a disk of their own (steps.identity tells): the first rank of each such
+Ranks that do not see the coordinator's folder have a disk of their own (node_sets.identity tells): the first rank of each such
 node begins a draft there, and all nodes commit together (nodes.py). torch writes what several ranks hold alike once; a node
 that would lack it writes it once more, and its own `.metadata` says so: each node has all that its own ranks need.
 """
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckptstore import native, saving, steps
+from ckptstore import native, node_sets, saving, steps
 from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.formats import dcp, torchzip
 from ckptstore.manifest import Manifest
@@ -54,7 +54,7 @@ class _Place:
 
 @dataclasses.dataclass(frozen=True)
 class _Offer:
-    """What a rank tells the coordinator: which store it sees (steps.identity), and all that it holds."""
+    """What a rank tells the coordinator: which store it sees (node_sets.identity), and all that it holds."""
 
     store: str
     items: Sequence[MetadataIndex]
@@ -122,13 +122,13 @@ class StoreWriter(StorageWriter):
             raise UsageError("every save has a place of its own", hint="Leave the planner's enable_plan_caching out.")
         backend = self._store.backend
         self._items = {item.index: item for item in plan.items}
-        offer = _Offer(steps.identity(backend.location) if backend.is_folder else "", tuple(self._items))
+        offer = _Offer(node_sets.identity(backend.location) if backend.is_folder else "", tuple(self._items))
         return dataclasses.replace(plan, storage_data=offer)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tell each rank where to write."""
         assert self._draft is not None
-        here = steps.identity(self._draft.root) if isinstance(self._draft, steps.Draft) else ""
+        here = node_sets.identity(self._draft.root) if isinstance(self._draft, steps.Draft) else ""
         offers = [plan.storage_data if isinstance(plan.storage_data, _Offer) else _Offer(here, ()) for plan in plans]
         places = [_Place(saving.place(self._draft), f"__{rank}_0.distcp") for rank in range(len(plans))]
         stores = list(dict.fromkeys([here, *(offer.store for offer in offers)]))
@@ -179,7 +179,7 @@ class StoreWriter(StorageWriter):
             if place.node and not place.leads:
                 nodes.await_draft(folder, min(channel.timeout_s, nodes.BEGIN_S))
         if not os.path.isdir(folder):
-            identity = os.path.join(steps.side_of(backend.location), steps.IDENTITY)
+            identity = os.path.join(steps.side_of(backend.location), node_sets.IDENTITY)
             raise NotFoundError(
                 f"{folder}, where the coordinator has begun to save, is not here, though this is the same store by {identity}",
                 hint=f"Was the store copied from another node's disk? Then remove {identity} here.",

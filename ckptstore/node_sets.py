@@ -1,0 +1,78 @@
+"""What a store on one node's disk knows of the other nodes': its own name, and which steps all nodes of a set have.
+
+In the side folder `id` holds the name, and an empty `whole-STEP-SET` says that all nodes of the set have the step. Until then
+what a step replaced is kept, as `old-step-STEP-…`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+
+from ckptstore import side as side_folders
+from ckptstore import steps
+from ckptstore.errors import RefusedError, from_os_error
+from ckptstore.model import NodeSet
+
+IDENTITY = "id"
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
+
+
+def identity(root: str) -> str:
+    """32 hex digits that name a store: the same for all who see this folder, on whatever machine. Made where there are none."""
+    root = os.path.realpath(root)
+    if not os.path.isdir(steps.side_of(root)):
+        steps.make_store(root)
+    path = os.path.join(steps.side_of(root), IDENTITY)
+    draft = os.path.join(steps.side_of(root), f"new-{secrets.token_hex(8)}")
+    try:
+        while True:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii", errors="replace") as file:
+                if not _IDENTITY.fullmatch(found := file.read(64)):
+                    raise RefusedError(f"{path} does not name a store: {found!r:.40}", hint="Remove this file.")
+                return found
+            side_folders.write_durably(draft, secrets.token_hex(16).encode())
+            side_folders.like(draft, os.stat(root), mode=0o644)
+            try:
+                side_folders.rename_in(draft, path)
+            except FileExistsError:  # another rank's
+                os.unlink(draft)
+    except OSError as error:
+        raise from_os_error(error, doing="naming the store by", path=path) from error
+
+
+def discard_old(root: str, step: int) -> None:
+    """Remove what was kept of a step that was replaced."""
+    side = steps.side_of(os.path.realpath(root))
+    for name in steps.names_in(side):
+        if name.startswith(f"old-step-{step}-"):
+            side_folders.discard(side, name)
+
+
+def note_whole(root: str, step: int, group: NodeSet) -> None:
+    """Remember that all nodes of a set have the step: from then on it counts for retention here."""
+    side = steps.side_of(os.path.realpath(root))
+    name = f"whole-{step}-{group.id}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            side_folders.write_durably(os.path.join(side, name), b"")
+            side_folders.sync_folder(side)
+    except OSError as error:
+        raise from_os_error(error, doing="noting", path=os.path.join(side, name)) from error
+    forget_whole(root, step, but=name)
+
+
+def known_whole(root: str, step: int, group: NodeSet) -> bool:
+    """Whether all nodes of the set are known to have the step."""
+    return os.path.lexists(os.path.join(steps.side_of(os.path.realpath(root)), f"whole-{step}-{group.id}"))
+
+
+def forget_whole(root: str, step: int, *, but: str = "") -> None:
+    """Remove what was noted of a step that is gone, or of those before it."""
+    side = steps.side_of(os.path.realpath(root))
+    for name in steps.names_in(side):
+        if name.startswith(f"whole-{step}-") and name != but:
+            with contextlib.suppress(OSError):  # says nothing of any other step
+                os.unlink(os.path.join(side, name))
