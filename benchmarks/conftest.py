@@ -38,6 +38,7 @@ def pytest_addoption(parser):
     group.addoption("--dir", default="", help="a folder on the disk to measure (default: the current one)")
     group.addoption("--size", default="2GiB", help="bytes to copy in one run")
     group.addoption("--small-files", type=int, default=20_000, help="how many files of 16 KiB")
+    group.addoption("--device", default="cpu", help="where the tensors are that are saved: cpu or cuda")
     group.addoption("--rounds", type=int, default=4, help="turns of each contender; the first is dropped")
 
 
@@ -67,6 +68,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine_info["dir"] = config.getoption("--dir") or os.getcwd()
     machine_info["size"] = config.getoption("--size")
+    machine_info["device"] = config.getoption("--device")
     machine_info["load"] = os.getloadavg()
     mount = subprocess.run(
         ["findmnt", "-no", "FSTYPE,SOURCE,OPTIONS", "-T", machine_info["dir"]], capture_output=True, text=True

@@ -1,4 +1,7 @@
-"""Tensors from memory to the disk and back, beside torch.save, safetensors and DCP; and what training waits for."""
+"""Tensors from memory to the disk and back, beside torch.save, safetensors and DCP; and what training waits for.
+
+With `--device cuda` they are on a GPU, and the tables say so.
+"""
 
 import os
 import shutil
@@ -13,12 +16,36 @@ torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
-def tensors(request):
+def device(request):
+    wanted = request.config.getoption("--device")
+    if wanted != "cpu" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def tensors(request, device):
     size = parse_size(request.config.getoption("--size"))
     generator = torch.Generator().manual_seed(1)
     rows = size // 16 // 2 // 1024
     make = lambda: torch.randint(-(2**15), 2**15, (rows, 1024), dtype=torch.int16, generator=generator)  # noqa: E731
-    return {f"layer{i}.weight": make().view(torch.bfloat16) for i in range(16)}
+    return {f"layer{i}.weight": make().view(torch.bfloat16).to(device) for i in range(16)}
+
+
+def at(device, what):
+    """The name of a table."""
+    return what if device == "cpu" else f"{what}, {device}"
+
+
+def synchronized(function):
+    """With all that it asked a GPU for."""
+
+    def run():
+        function()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    return run
 
 
 def sync_tree(root):
@@ -97,8 +124,10 @@ OURS = ("ckptstore", "ckptstore.torch.save", "dcp.save, StoreWriter")
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", WAYS)
-def test_save(benchmark, place, tensors, name, turn):
+def test_save(benchmark, place, tensors, device, name, turn):
     function, durable, digested = WAYS[name]
+    if name == "ckptstore" and device != "cpu":
+        pytest.skip("the engine knows only memory of the CPU")
     if name == "fio write" and shutil.which("fio") is None:
         pytest.skip("no fio")
     path = place / f"save-{time.monotonic_ns()}"
@@ -119,7 +148,7 @@ def test_save(benchmark, place, tensors, name, turn):
         run,
         prepare=prepare,
         moved_bytes=size,
-        group="save from memory",
+        group=at(device, "save from memory"),
         contender=name,
         ours=name in OURS,
         durable=durable,
@@ -143,10 +172,14 @@ def blank(tensors):
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
+def where(tensors):
+    return next(iter(tensors.values())).device
+
+
 def store_load(path, tensors):
     import ckptstore.torch
 
-    return ckptstore.torch.load(CheckpointStore(path), 1)["model"]
+    return ckptstore.torch.load(CheckpointStore(path), 1, map_location=where(tensors))["model"]
 
 
 def store_reader(path, tensors):
@@ -168,14 +201,15 @@ def dcp_load(path, tensors):
 def safetensors_load(path, tensors):
     from safetensors.torch import load_file
 
-    return {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}  # load_file only maps
+    found = load_file(path / "model.safetensors", device=str(where(tensors)))
+    return {name: tensor.clone() if tensor.device.type == "cpu" else tensor for name, tensor in found.items()}  # it only maps
 
 
 LOADS = {  # name: (how it is saved, how it is loaded, digested)
     "ckptstore.torch.load": (store_save, store_load, True),
     "dcp.load, StoreReader": (store_writer, store_reader, True),
     "dcp.load": (dcp(1), dcp_load, False),
-    "torch.load": (torch_save, lambda path, tensors: torch.load(path / "model.pt"), False),
+    "torch.load": (torch_save, lambda path, tensors: torch.load(path / "model.pt", map_location=where(tensors)), False),
     "safetensors load_file": (safetensors, safetensors_load, False),
 }
 
@@ -183,7 +217,7 @@ LOADS = {  # name: (how it is saved, how it is loaded, digested)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("heat", ["warm", "cold"])
 @pytest.mark.parametrize("name", LOADS)
-def test_load(benchmark, place, tensors, name, heat, turn):
+def test_load(benchmark, place, tensors, device, name, heat, turn):
     write, read, digested = LOADS[name]
     path = place / f"load-{time.monotonic_ns()}"
     write(tensors, path)
@@ -202,10 +236,10 @@ def test_load(benchmark, place, tensors, name, heat, turn):
 
     record(
         benchmark,
-        lambda: measure_here(lambda: found.append(read(path, target))),
+        lambda: measure_here(synchronized(lambda: found.append(read(path, target)))),
         prepare=prepare,
         moved_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        group=f"load into memory, {heat}",
+        group=at(device, f"load into memory, {heat}"),
         contender=name,
         ours="ckptstore" in name or "Store" in name,
         durable=False,
@@ -219,66 +253,121 @@ def test_load(benchmark, place, tensors, name, heat, turn):
 # --- what training waits for ---------------------------------------------------------------------------------------
 
 
-def memcpy(tensors, path, copies):
+def copied(tensors):
+    """Room for a copy on the CPU, pinned where it comes from a GPU."""
+    return {name: torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda) for name, tensor in tensors.items()}
+
+
+def memcpy(tensors, copies):
     for name, tensor in tensors.items():
-        copies[name].copy_(tensor)
+        copies[name].copy_(tensor, non_blocking=True)
+
+
+# These return what waits until the state may change, and what waits for the end.
 
 
 def store_async(tensors, path, step):
     import ckptstore.torch
 
-    return ckptstore.torch.save_async(CheckpointStore(path), step, {"model": tensors}).wait
+    handle = ckptstore.torch.save_async(CheckpointStore(path), step, {"model": tensors})
+    return handle.wait_staged, handle.wait
+
+
+def group_of_one():
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
 
 
 def dcp_async(cached):
     def begin(tensors, path, step):
-        import torch.distributed as dist
         import torch.distributed.checkpoint as checkpoint
 
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        writer = _dcp_writers.setdefault((path, cached), checkpoint.FileSystemWriter(path, cache_staged_state_dict=cached))
-        return checkpoint.async_save(tensors, checkpoint_id=path / str(step), storage_writer=writer).result
+        group_of_one()
+        writer = kept((path, cached), lambda: checkpoint.FileSystemWriter(path, cache_staged_state_dict=cached))
+        return nothing, checkpoint.async_save(tensors, checkpoint_id=path / str(step), storage_writer=writer).result
 
     return begin
 
 
-_dcp_writers = {}
+def dcp_stager(tensors, path, step):
+    """torch's newer stager, pinned: since torch 2.9."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    group_of_one()
+    stager = kept((path, "stager"), lambda: DefaultStager(StagingOptions(use_shared_memory=False)))
+    answer = checkpoint.async_save(tensors, checkpoint_id=path / str(step), async_stager=stager)
+    return answer.staging_completion.result, answer.upload_completion.result
+
+
+def torch_checkpointing(tensors, path, step):
+    from torch_checkpointing import CheckpointManager
+
+    manager = kept((path, "manager"), CheckpointManager)
+    ended = manager.save(str(path / str(step)), {"model": tensors})
+    return manager._staging_future.result, ended.result
+
+
+def nothing():
+    pass
+
+
+_kept = {}
+
+
+def kept(key, make):
+    """From one save to the next."""
+    if key not in _kept:
+        _kept[key] = make()
+    return _kept[key]
+
+
 STALLS = {
     "one memcpy": None,
     "ckptstore.torch.save_async": store_async,
     "dcp.async_save": dcp_async(False),
     "dcp.async_save, cached staging": dcp_async(True),
+    "dcp.async_save, DefaultStager": dcp_stager,
+    "torch_checkpointing": torch_checkpointing,
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", STALLS)
-def test_stall(benchmark, place, tensors, name, turn):
-    """From the second save on: the first makes the buffers."""
-    if "cached" in name and not torch.cuda.is_available():
-        pytest.skip("torch pins its cached staging for an accelerator, and there is none")
+def test_stall(benchmark, place, tensors, device, name, turn):
+    """Until the state may change, from the second save on: the first makes the buffers."""
+    if device == "cpu" and ("cached" in name or "Stager" in name or name == "torch_checkpointing"):
+        pytest.skip("it pins its memory, for an accelerator")
+    if name == "torch_checkpointing":
+        pytest.importorskip("torch_checkpointing")
     begin = STALLS[name]
     path = place / f"stall-{time.monotonic_ns()}"
-    copies, waiting = blank(tensors), []
+    copies, waiting = copied(tensors), []
 
     def prepare():
         if begin is not None:
-            begin(tensors, path, 1)()
+            begin(tensors, path, 1)[1]()
         os.sync()
         time.sleep(0.3)
 
-    def run():
+    def stall():
         if begin is None:
-            return measure_here(lambda: memcpy(tensors, path, copies))
-        return measure_here(lambda: waiting.append(begin(tensors, path, 2)))
+            memcpy(tensors, copies)
+            return
+        staged, ended = begin(tensors, path, 2)
+        staged()
+        waiting.append(ended)
 
     record(
         benchmark,
-        run,
+        lambda: measure_here(synchronized(stall)),
         prepare=prepare,
         moved_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        group="what training waits for, of a save in the background",
+        group=at(device, "what training waits for, of a save in the background"),
         contender=name,
         ours="ckptstore" in name,
         durable=False,
@@ -287,6 +376,9 @@ def test_stall(benchmark, place, tensors, name, turn):
     )
     for wait in waiting:
         wait()
-    if "ckptstore" in name:
+    for (made_for, _), one in list(_kept.items()):
+        if made_for == path and hasattr(one, "close"):
+            one.close()
+    if name == "ckptstore.torch.save_async":
         assert CheckpointStore(path).verify(2).ok
     shutil.rmtree(path, ignore_errors=True)
