@@ -306,6 +306,14 @@ def write_range(folder: Path, name: str, offset_bytes: int, data: Buffer) -> Non
         raise _error_of(*error.args) from None
 
 
+def allocate(fd: int, size_bytes: int, path: Path) -> None:
+    """Give an open, empty file its size and room on the disk, where the file system can; NoSpaceError. `path` is for errors."""
+    try:
+        _native.allocate(fd, size_bytes, os.fsencode(path))
+    except _native.NativeError as error:
+        raise _error_of(*error.args) from None
+
+
 def rename_exchange(a: Path, b: Path) -> None:
     """Swap two names atomically. Plain OSError: EINVAL or ENOSYS where the file system cannot."""
     _rename(a, b, _RENAME_EXCHANGE)

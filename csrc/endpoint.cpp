@@ -3,7 +3,9 @@
 #include <fcntl.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <optional>
 
 #include "error.h"
 #include "pool.h"
@@ -235,12 +237,19 @@ void write_range(const std::string& folder, const std::string& name, const void*
   if (bytes >= kWorthPassingTheCache && offset % kAlignmentBytes == 0) {
     UniqueFd direct = reopen_direct(root, name, O_WRONLY, status);
     if (direct) {
-      const AlignedBlock block(std::min(whole, kBlockBytes));
+      std::optional<AlignedBlock> block;  // what is aligned goes as it is
+      if (reinterpret_cast<std::uintptr_t>(from) % kAlignmentBytes != 0) {
+        block.emplace(std::min(whole, kBlockBytes));
+      }
       for (bool refused = false, all = true; all && done < whole;) {
-        const std::size_t now = std::min(block.size(), whole - done);
-        std::memcpy(block.data(), from + done, now);
+        const std::size_t now = std::min(kBlockBytes, whole - done);
+        const std::byte* source = from + done;
+        if (block) {
+          std::memcpy(block->data(), source, now);
+          source = block->data();
+        }
         const std::size_t put =
-            write_direct(direct.get(), block.data(), now, offset + done, refused, shown);
+            write_direct(direct.get(), source, now, offset + done, refused, shown);
         done += put;
         all = put == now;  // what it does not take, the cache does
       }

@@ -120,7 +120,8 @@ bool has_link(int root, const std::string& relative) {
 
 std::atomic<bool> openat2_works{true};
 
-bool is_refusal(int code) { return code == EINVAL || code == EOPNOTSUPP; }
+// EFAULT: memory of a device driver, which the kernel may not hand to a disk.
+bool is_refusal(int code) { return code == EINVAL || code == EOPNOTSUPP || code == EFAULT; }
 
 }  // namespace
 

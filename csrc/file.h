@@ -62,8 +62,8 @@ std::size_t read_at(int fd, void* to, std::size_t bytes, std::uint64_t offset,
                     const std::string& path);
 
 /// As read_at with a descriptor opened O_DIRECT: `to`, `bytes`, `offset` aligned. Returns what came
-/// before the end, the first misaligned short read or a refusal (EINVAL); sets `refused` in that
-/// last case.
+/// before the end, the first misaligned short read or a refusal (EINVAL, EFAULT); sets `refused` in
+/// that last case.
 std::size_t read_direct(int fd, void* to, std::size_t bytes, std::uint64_t offset, bool& refused,
                         const std::string& path);
 

@@ -294,6 +294,8 @@ PYBIND11_MODULE(_native, module) {
              py::call_guard<py::gil_scoped_release>());
   module.def("write_range", write_range_binding, py::arg("folder"), py::arg("name"),
              py::arg("data"), py::arg("offset"));
+  module.def("allocate", allocate, py::arg("fd"), py::arg("bytes"), py::arg("path"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("sync_path", sync_path, py::arg("path"), py::call_guard<py::gil_scoped_release>());
   module.def("supports_direct", supports_direct, py::arg("folder"),
              py::call_guard<py::gil_scoped_release>());

@@ -20,7 +20,7 @@ from ckptstore.errors import SourceChangedError, UsageError
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
-from ckptstore.torch import StoreReader, StoreWriter, background, waves  # noqa: E402
+from ckptstore.torch import StoreReader, StoreWriter, background, blocks  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -94,8 +94,8 @@ def test_staging_waits_for_no_other_stream(store: CheckpointStore) -> None:
 def test_waves(stream: Any, store: CheckpointStore) -> None:
     """With less host memory than the state; changed as soon as it is staged."""
     for step in (1, 2):
-        tensor = late(float(step), 5 * waves.PIECE_BYTES // 4)
-        handle = ckpt.save_async(store, step, {"model": {"w": tensor}}, max_host_bytes=2 * waves.PIECE_BYTES)
+        tensor = late(float(step), 5 * blocks.BLOCK_BYTES // 4)
+        handle = ckpt.save_async(store, step, {"model": {"w": tensor}}, max_host_bytes=2 * blocks.BLOCK_BYTES)
         handle.wait_staged(60)
         tensor.fill_(-1.0)
         handle.wait(60)
@@ -104,8 +104,8 @@ def test_waves(stream: Any, store: CheckpointStore) -> None:
 
 
 def test_waves_find_a_step_that_came_too_early(store: CheckpointStore) -> None:
-    tensor = torch.ones(40 * waves.PIECE_BYTES // 4, device="cuda")
-    handle = ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * waves.PIECE_BYTES)
+    tensor = torch.ones(40 * blocks.BLOCK_BYTES // 4, device="cuda")
+    handle = ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * blocks.BLOCK_BYTES)
     assert not handle.staged
     tensor.add_(1.0)
     with pytest.raises(SourceChangedError, match="wait_staged"):

@@ -21,7 +21,7 @@ from ckptstore.errors import UsageError
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
-from ckptstore.torch import StoreWriter, background, memory, waves  # noqa: E402
+from ckptstore.torch import StoreWriter, background, blocks, memory  # noqa: E402
 
 CARD = torch.device("cuda", 1)
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -222,11 +222,11 @@ def test_no_buffer_is_filled_while_it_is_written(card: Card, store: CheckpointSt
 
 def test_waves_follow_it_too(card: Card, store: CheckpointStore) -> None:
     side = Stream()
-    items = 3 * waves.PIECE_BYTES // 4
+    items = 3 * blocks.BLOCK_BYTES // 4
     with card.stream(side):
         tensor, under = weights(side, 3.0, items)
         later = len(side.work)
-        handle = ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * waves.PIECE_BYTES)
+        handle = ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * blocks.BLOCK_BYTES)
         side.add(lambda: None)  # what the trainer does meanwhile is not waited for
         handle.wait_staged(30)
         assert side.done == later
@@ -239,8 +239,8 @@ def test_planted_waves_that_do_not_wait(card: Card, store: CheckpointStore, monk
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
     side = Stream()
     with card.stream(side):
-        tensor, _ = weights(side, 3.0, 3 * waves.PIECE_BYTES // 4)
-        ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * waves.PIECE_BYTES).wait(30)
+        tensor, _ = weights(side, 3.0, 3 * blocks.BLOCK_BYTES // 4)
+        ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * blocks.BLOCK_BYTES).wait(30)
     assert saved(store, 1) != [3.0]
 
 
@@ -248,10 +248,10 @@ def test_planted_waves_that_do_not_wait(card: Card, store: CheckpointStore, monk
 def test_dcp_save_waits_for_the_trainers_stream(
     card: Card, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, planted: bool
 ) -> None:
-    """Its threads copy on a stream of their own: the trainer's must have ended before."""
+    """It copies on a stream of its own: after what is on the trainer's."""
     side = Stream()
     if planted:
-        monkeypatch.setattr(side, "synchronize", lambda: None)
+        monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
     with card.stream(side):
         tensor, _ = weights(side, 4.0)
         dcp.save({"w": tensor}, storage_writer=StoreWriter(store, 1), no_dist=True)
@@ -277,7 +277,7 @@ def test_no_pinned_memory(card: Card, store: CheckpointStore, caplog: pytest.Log
 def test_a_graph_that_is_captured(card: Card, store: CheckpointStore) -> None:
     card.capturing = True
     tensor, _ = weights(card.default, 1.0)
-    for more in ({}, {"max_host_bytes": 2 * waves.PIECE_BYTES}):
+    for more in ({}, {"max_host_bytes": 2 * blocks.BLOCK_BYTES}):
         with pytest.raises(UsageError, match="capture"):
             ckpt.save_async(store, 1, {"model": {"w": tensor}}, **more)
     assert not card.default.work[1:], "no copy became a part of the graph"

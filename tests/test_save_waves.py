@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, steps
+from ckptstore import CheckpointStore, native, steps
 from ckptstore.errors import SourceChangedError, StorageError, UsageError
-from ckptstore.formats import streaming
 from tests.test_torch_state import same
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
-from ckptstore.torch import background, waves  # noqa: E402
+from ckptstore.torch import background, blocks, waves  # noqa: E402
 
-LIMIT = 2 * waves.PIECE_BYTES
+LIMIT = 2 * blocks.BLOCK_BYTES
 
 
 @pytest.fixture
@@ -48,16 +47,15 @@ class Gate:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        self.real: Callable[..., Any] = streaming.write_at
+        self.real: Callable[..., Any] = native.write_range
         self.error: BaseException | None = None
-        patch.setattr(streaming, "write_at", self.write_at)
+        patch.setattr(native, "write_range", self.write_range)
 
-    def write_at(self, fd: int, offset: int, data: Any, *more: Any) -> Any:
-        if offset:
-            assert self.open.wait(30)
-            if self.error is not None:
-                raise self.error
-        return self.real(fd, offset, data, *more)
+    def write_range(self, folder: Any, name: str, offset: int, data: Any) -> Any:
+        assert self.open.wait(30)
+        if self.error is not None:
+            raise self.error
+        return self.real(folder, name, offset, data)
 
 
 @pytest.fixture

@@ -215,7 +215,7 @@ def created(path: str | os.PathLike[str], size_bytes: int) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, size_bytes)
+            native.allocate(fd, size_bytes, path)
             yield fd
             os.fsync(fd)
         finally:

@@ -65,6 +65,14 @@ def host(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Ten
     return torch.empty(tuple(shape), dtype=dtype)
 
 
+def cut(slab: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """What `host` made, as pieces of `size` items."""
+    pieces = [slab[begin : begin + size] for begin in range(0, len(slab), size)]
+    for piece in pieces:
+        piece.pageable = getattr(slab, "pageable", False)  # type: ignore[attr-defined]
+    return pieces
+
+
 def pinned(tensor: torch.Tensor) -> bool:
     """Whether `host` made it as pinned memory, or would have."""
     return getattr(tensor, "pageable", False) or tensor.is_pinned()

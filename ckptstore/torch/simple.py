@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ckptstore.model import Checkpoint, Part
 from ckptstore.parts import files_folder_of, folder_of, read_manifest, reader
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
-from ckptstore.torch import memory
+from ckptstore.torch import blocks, memory
 from ckptstore.torch import state as states
+from ckptstore.uploading import Written
 
 CONFIG_NAME = "config.json"
 SUFFIX = ".safetensors"
@@ -37,24 +39,47 @@ def save(
     """Save a state dict as `step`: durable, digested, visible only when whole. Blocks until then.
 
     The state: tensors, numbers, text, bytes, None, dtypes, and dicts, lists and tuples of these. Tensors go from their own
-    memory to the disk (those on a device, or not contiguous, by a copy); they must not change meanwhile. `config`, plain
-    JSON, becomes config.json; `metrics` are for retention, and `keep` prunes by it afterwards. UsageError names what cannot
-    be saved without a pickle; other errors as CheckpointStore.save.
+    memory to the disk (those that are not contiguous by a copy, those on a GPU block by block, blocks.py); they must not
+    change meanwhile. `config`, plain JSON, becomes config.json; `metrics` are for retention, and `keep` prunes by it
+    afterwards. UsageError names what cannot be saved without a pickle; other errors as CheckpointStore.save.
     """
-    return write(store, step, files_of(state_dict, config), metrics=metrics, keep=keep)
+    encoded = states.Encoder(state_dict, torch.Tensor.detach)
+    streams = blocks.Streams([tensor for inside in encoded.tensors.values() for tensor in inside.values()])
+    if not streams or not store.backend.is_folder:
+        return write(store, step, _buffers_of(encoded, config, memory.plain), metrics=metrics, keep=keep)
+    files, rest = blocks_of(encoded), documents(encoded, config)
+
+    def put(folder: str) -> dict[str, Written]:
+        return blocks.write(folder, files, [], streams=streams) | saving.write_buffers(store.backend, folder, rest)
+
+    return commit(store, step, put, metrics=metrics, keep=keep)
 
 
 def files_of(
     state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, *, take: states.Take = memory.plain
 ) -> dict[str, Any]:
     """The files of a state, as buffers in order; they hold the tensors' memory. `take` makes plain tensors of any."""
-    encoded = states.Encoder(state_dict, take)
-    files: dict[str, Any] = {
-        f"{name}{SUFFIX}": memory.safetensors_file(tensors) for name, tensors in encoded.tensors.items() if tensors
-    }
+    return _buffers_of(states.Encoder(state_dict, take), config)
+
+
+def _buffers_of(
+    encoded: states.Encoder, config: Mapping[str, Any] | None, take: states.Take = lambda tensor: tensor
+) -> dict[str, Any]:
+    plain = {file: {name: take(tensor) for name, tensor in inside.items()} for file, inside in encoded.tensors.items()}
+    files: dict[str, Any] = {f"{name}{SUFFIX}": memory.safetensors_file(inside) for name, inside in plain.items() if inside}
     files |= documents(encoded, config)
     # What the buffers are the memory of must live as long as they do.
-    return {name: _Kept(buffers, encoded.tensors) for name, buffers in files.items()}
+    return {name: _Kept(buffers, plain) for name, buffers in files.items()}
+
+
+def blocks_of(encoded: states.Encoder) -> dict[str, blocks.File]:
+    """The files of a state's tensors, wherever they are."""
+    files = {}
+    for name, tensors in encoded.tensors.items():
+        if tensors:
+            head, ordered = memory.safetensors_layout(tensors)
+            files[f"{name}{SUFFIX}"] = blocks.File([head, *ordered])
+    return files
 
 
 def documents(encoded: states.Encoder, config: Mapping[str, Any] | None) -> dict[str, list[bytes]]:
@@ -86,10 +111,22 @@ def write(
     options: native.CopyOptions | None = None,
 ) -> Manifest:
     """Write files from memory as `step`, commit it, and prune."""
+    put = functools.partial(saving.write_buffers, store.backend, files=files, options=options)
+    return commit(store, step, put, metrics=metrics, keep=keep)
+
+
+def commit(
+    store: CheckpointStore,
+    step: int,
+    put: Callable[[str], dict[str, Written]],
+    *,
+    metrics: Mapping[str, float] | None = None,
+    keep: Keep | None = None,
+) -> Manifest:
+    """Let `put` write the files of `step` into a place, commit it, and prune."""
     draft = saving.begin(store.backend, step)
     try:
-        written = saving.write_buffers(store.backend, saving.place(draft), files, options=options)
-        manifest = saving.commit(draft, written, metrics=metrics)
+        manifest = saving.commit(draft, put(saving.place(draft)), metrics=metrics)
     finally:
         saving.abandon(draft)
     if keep is not None:

@@ -35,7 +35,7 @@ from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.formats import dcp, torchzip
 from ckptstore.manifest import Manifest
 from ckptstore.store import CheckpointStore
-from ckptstore.torch import nodes
+from ckptstore.torch import blocks, nodes
 from ckptstore.torch.memory import bytes_of, plain
 from ckptstore.uploading import Written
 
@@ -188,21 +188,25 @@ class StoreWriter(StorageWriter):
 
     def _write(self, place: _Place, folder: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         values = [planner.resolve_data(item) for item in items]
+        streams = blocks.Streams([value for value in values if isinstance(value, torch.Tensor)])
+        if streams and self._store.backend.is_folder:
+            return self._write_blocks(place, folder, items, values, streams)
         for device in {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}:
             torch.cuda.current_stream(device).synchronize()  # the pool's threads copy on another stream
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), thread_name_prefix="ckptstore-crc32") as pool:
             pieces = list(pool.map(_archive, (item.type for item in items), values))
         buffers = [buffer for piece in pieces for buffer in piece.buffers]
         written = saving.write_buffers(self._store.backend, folder, {place.file: buffers}, options=self._options)
-        again = set(place.again)
-        results: list[WriteResult] = []
-        offset = 0
-        for item, piece in zip(items, pieces, strict=True):
-            info = _StorageInfo(place.file, offset, piece.length)
-            files = None if results else written
-            results.append(_Written(item.index, piece.length, info, files, place.node, item.index in again))
-            offset += piece.length
-        return results
+        return _results(place, items, [piece.length for piece in pieces], written)
+
+    def _write_blocks(
+        self, place: _Place, folder: str, items: Sequence[WriteItem], values: Sequence[Any], streams: blocks.Streams
+    ) -> list[WriteResult]:
+        """What lies on a GPU, without all of it in host memory."""
+        archives = [_parts(item.type, value) for item, value in zip(items, values, strict=True)]
+        files = {place.file: blocks.File([part for archive in archives for part in archive])}
+        written = blocks.write(folder, files, [], streams=streams, nice=self._options.nice)
+        return _results(place, items, [blocks.File(archive).size_bytes for archive in archives], written)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write `.metadata` and commit, on the coordinator."""
@@ -276,6 +280,30 @@ def _metadata_of(metadata: Metadata, results: Sequence[Sequence[WriteResult]], n
     with tempfile.TemporaryDirectory(prefix="ckptstore-") as scratch:  # torch writes it to a path, and nowhere else
         _MetadataFile(scratch, sync_files=False).finish(metadata, plain)
         return Path(scratch, dcp.METADATA_NAME).read_bytes()
+
+
+def _results(
+    place: _Place, items: Sequence[WriteItem], lengths: Sequence[int], written: Mapping[str, Written]
+) -> list[WriteResult]:
+    again = set(place.again)
+    results: list[WriteResult] = []
+    offset = 0
+    for item, length in zip(items, lengths, strict=True):
+        info = _StorageInfo(place.file, offset, length)
+        files = None if results else written
+        results.append(_Written(item.index, length, info, files, place.node, item.index in again))
+        offset += length
+    return results
+
+
+def _parts(kind: WriteItemType, value: Any) -> list[blocks.Part]:
+    """One item as blocks.py takes it: as _archive makes it, its tensor where it is."""
+    name = "" if kind == WriteItemType.BYTE_IO else str(value.dtype).removeprefix("torch.")
+    if name not in torchzip.ITEM_BYTES:
+        return [bytes(buffer) for buffer in _archive(kind, value).buffers]
+    layout = torchzip.tensor(name, value.shape)
+    tail_bytes = layout.length - len(layout.head) - layout.data_bytes
+    return [layout.head, value.detach(), blocks.Tail(tail_bytes, layout.tail)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
