@@ -1,15 +1,16 @@
 """Reads ranges of a checkpoint's files straight into memory, in parallel, every byte checked against the manifest: one read.
 
 A chunk that is wanted in part is read whole, since its digest covers all of it. On a disk what nobody wants goes to a scratch
-buffer; at a URL the chunks come by fetching.py, and what is wanted is copied out of them.
+buffer; at a URL the chunks come by fetching.py, and what is wanted is copied out of them. Memory that a read cannot fill (of a
+GPU) gets checked chunks through a `Landing`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ckptstore import native
 from ckptstore.backends.base import Backend
@@ -25,11 +26,34 @@ _MOST_VIEWS = 1000  # a preadv takes IOV_MAX (1024)
 _MOST_THREADS = 16
 
 
+class Away(Protocol):
+    """Memory that a read cannot fill: its length in bytes, and parts of it by slices."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Away: ...
+
+
+class Landing(Protocol):
+    """How one thread's chunks get to memory that is away."""
+
+    def buffer(self) -> memoryview:
+        """Room for a chunk, free to be written; the last ones may still be read from."""
+        ...
+
+    def deliver(self, target: Any, begin: int, /) -> None:
+        """Begin to fill memory that is away from the buffer, from `begin` on there."""
+        ...
+
+    def close(self) -> None:
+        """Wait until all of it is filled."""
+        ...
+
+
 class Want(NamedTuple):
     """Bytes of a file, from `offset` on, and the writable memory that they fill."""
 
     offset: int
-    memory: memoryview
+    memory: memoryview | Away
 
 
 class _Chunk(NamedTuple):
@@ -40,16 +64,24 @@ class _Chunk(NamedTuple):
 
 
 def read_into(
-    backend: Backend, folder: str, files: Sequence[tuple[FileEntry, Sequence[Want]]], *, chunk_bytes: int, threads: int = 0
+    backend: Backend,
+    folder: str,
+    files: Sequence[tuple[FileEntry, Sequence[Want]]],
+    *,
+    chunk_bytes: int,
+    landing: Callable[[int], Landing] | None = None,
 ) -> None:
     """Fill all wanted memory from files in a folder of `backend`; wants of one file must not overlap.
+
+    `landing` makes one for chunks of that size, for each thread, where some of the memory is away: only on a disk.
 
     DigestMismatchError where a chunk is not what the manifest records, IntegrityError for a file of another size; the
     memory then holds anything. NotFoundError, AccessError, StorageError. Blocks; releases the GIL while it reads.
     """
     if backend.is_folder:
-        _from_disk(os.path.join(backend.location, folder), files, chunk_bytes, threads)
+        _from_disk(os.path.join(backend.location, folder), files, chunk_bytes, landing)
     else:
+        assert landing is None
         _from_url(backend, folder, files, chunk_bytes)
 
 
@@ -66,6 +98,7 @@ def _from_url(backend: Backend, folder: str, files: Sequence[tuple[FileEntry, Se
         for number in range(offset // chunk_bytes, -(-(offset + view.nbytes) // chunk_bytes)):
             for want in chunks[name][number]:
                 # A chunk larger than a request comes in pieces.
+                assert isinstance(want.memory, memoryview)
                 begin, end = max(want.offset, offset), min(want.offset + want.memory.nbytes, offset + view.nbytes)
                 if begin < end:
                     want.memory[begin - want.offset : end - want.offset] = view[begin - offset : end - offset]
@@ -73,19 +106,24 @@ def _from_url(backend: Backend, folder: str, files: Sequence[tuple[FileEntry, Se
     fetch(backend, wanted, chunk_bytes=chunk_bytes, sink=fill, stop_at_error=True)
 
 
-def _from_disk(root: str, files: Sequence[tuple[FileEntry, Sequence[Want]]], chunk_bytes: int, threads: int) -> None:
+def _from_disk(
+    root: str,
+    files: Sequence[tuple[FileEntry, Sequence[Want]]],
+    chunk_bytes: int,
+    landing: Callable[[int], Landing] | None,
+) -> None:
     fds: list[int] = []
     try:
         chunks = []
         for entry, wants in files:
             fds.append(_open(root, entry))
             chunks += [_Chunk(entry, fds[-1], number, parts) for number, parts in _by_chunk(wants, chunk_bytes).items()]
-        count = min(threads or min(_MOST_THREADS, 2 * len(os.sched_getaffinity(0))), len(chunks))
+        count = min(_MOST_THREADS, 2 * len(os.sched_getaffinity(0)), len(chunks))
         if count == 0:
             return
         queue = iter(chunks)
         with ThreadPoolExecutor(count, thread_name_prefix="ckptstore-load") as pool:
-            list(pool.map(lambda _: _work(queue, chunk_bytes), range(count)))
+            list(pool.map(lambda _: _work(queue, chunk_bytes, landing), range(count)))
     finally:
         for fd in fds:
             os.close(fd)
@@ -125,22 +163,41 @@ def _by_chunk(wants: Sequence[Want], chunk_bytes: int) -> Mapping[int, list[Want
     return found
 
 
-def _work(queue: Iterator[_Chunk], chunk_bytes: int) -> None:
+def _work(queue: Iterator[_Chunk], chunk_bytes: int, landing: Callable[[int], Landing] | None) -> None:
     scratch = memoryview(bytearray(0))
-    while (chunk := next(queue, None)) is not None:
-        begin = chunk.number * chunk_bytes
-        end = min(begin + chunk_bytes, chunk.entry.size_bytes)
-        if not scratch and sum(len(want.memory) for want in chunk.wants) < end - begin:
-            scratch = memoryview(bytearray(chunk_bytes))
-        crc = 0
-        views = list(_views(chunk.wants, begin, end, scratch))
-        at = begin
-        for some in range(0, len(views), _MOST_VIEWS):
-            at = _fill(chunk, views[some : some + _MOST_VIEWS], at)
-        for view in views:
-            crc = native.crc64(view, crc)
-        if crc != chunk.entry.chunks[chunk.number]:
-            raise streaming.mismatch(chunk.entry.path, begin)
+    ours = landing(chunk_bytes) if landing is not None else None
+    try:
+        while (chunk := next(queue, None)) is not None:
+            begin = chunk.number * chunk_bytes
+            end = min(begin + chunk_bytes, chunk.entry.size_bytes)
+            away = [want for want in chunk.wants if not isinstance(want.memory, memoryview)]
+            if away:
+                assert ours is not None
+                whole = ours.buffer()[: end - begin]
+                _check(chunk, begin, [whole])
+                for offset, memory in chunk.wants:
+                    if isinstance(memory, memoryview):
+                        memory[:] = whole[offset - begin :][: len(memory)]
+                    else:
+                        ours.deliver(memory, offset - begin)
+                continue
+            if not scratch and sum(len(want.memory) for want in chunk.wants) < end - begin:
+                scratch = memoryview(bytearray(chunk_bytes))
+            _check(chunk, begin, list(_views(chunk.wants, begin, end, scratch)))
+    finally:
+        if ours is not None:
+            ours.close()
+
+
+def _check(chunk: _Chunk, begin: int, views: list[memoryview]) -> None:
+    """Read a chunk into all of these; DigestMismatchError."""
+    at, crc = begin, 0
+    for some in range(0, len(views), _MOST_VIEWS):
+        at = _fill(chunk, views[some : some + _MOST_VIEWS], at)
+    for view in views:
+        crc = native.crc64(view, crc)
+    if crc != chunk.entry.chunks[chunk.number]:
+        raise streaming.mismatch(chunk.entry.path, begin)
 
 
 def _views(wants: Sequence[Want], begin: int, end: int, scratch: memoryview) -> Iterator[memoryview]:
@@ -149,6 +206,7 @@ def _views(wants: Sequence[Want], begin: int, end: int, scratch: memoryview) -> 
     for want in wants:
         if want.offset > at:
             yield scratch[at - begin : want.offset - begin]
+        assert isinstance(want.memory, memoryview)
         yield want.memory
         at = want.offset + len(want.memory)
     if at < end:

@@ -79,10 +79,10 @@ def pinned(tensor: torch.Tensor) -> bool:
 
 
 def refuse_capture(device: torch.device) -> None:
-    """UsageError while the caller captures a CUDA graph: what it stages would be recorded, not copied."""
+    """UsageError while the caller captures a CUDA graph: what is copied would be recorded instead."""
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
-            raise UsageError("a save inside of the capture of a CUDA graph", hint="Save before or after the capture.")
+            raise UsageError("a save or load inside of the capture of a CUDA graph", hint="Do it before or after the capture.")
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,8 +123,8 @@ def safetensors_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list
     return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered]
 
 
-def empty(dtype: str, shape: Sequence[int]) -> torch.Tensor:
+def empty(dtype: str, shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """A new tensor for what a safetensors header describes. UsageError where this torch has no such dtype."""
     if dtype not in DTYPES:
         raise UsageError(f"this torch ({torch.__version__}) has no dtype for safetensors' {dtype}")
-    return torch.empty(tuple(shape), dtype=DTYPES[dtype])
+    return torch.empty(tuple(shape), dtype=DTYPES[dtype], device=device)

@@ -1,8 +1,8 @@
 """StoreReader: torch.distributed.checkpoint loads from a store of steps, every byte that is used checked against the manifest.
 
-`.metadata` is read as data, never unpickled. A tensor's bytes go from the file into the target's own memory where what is
-wanted lies in one piece there and in the file; else by way of a buffer. Objects (items that are no tensors) are handed to
-torch's planner, which unpickles them: their digests have been checked by then.
+`.metadata` is read as data, never unpickled. A tensor's bytes go from the file into the target's own memory (that of a GPU by
+landing.py) where what is wanted lies in one piece there and in the file; else by way of a buffer. Objects (items that are no
+tensors) are handed to torch's planner, which unpickles them: their digests have been checked by then.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.parts import files_folder_of
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import nodes
+from ckptstore.torch.landing import onto, target_of
 from ckptstore.torch.memory import bytes_of
 from ckptstore.torch.simple import find
 
@@ -169,11 +170,12 @@ class StoreReader(StorageReader):
         wants: dict[str, list[Want]] = {}
         after: list[_Reading] = []
         for stored in wave:
-            reading = _Reading(stored, planner)
+            reading = _Reading(stored, planner, self._backend.is_folder)
             wants.setdefault(stored.item.file, []).extend(reading.wants())
             after.append(reading)
         files = [(self._files[name], parts) for name, parts in wants.items()]
-        read_into(self._backend, self._folder, files, chunk_bytes=self._manifest.chunk_bytes)
+        landing = onto(reading.target for reading in after if reading.target is not None)
+        read_into(self._backend, self._folder, files, chunk_bytes=self._manifest.chunk_bytes, landing=landing)
         for reading in after:
             if not reading.deliver():
                 data = bytearray(reading.stored.item.length)
@@ -196,9 +198,10 @@ class StoreReader(StorageReader):
 class _Reading:
     """How one stored item is read and handed over."""
 
-    def __init__(self, stored: _Stored, planner: LoadPlanner) -> None:
+    def __init__(self, stored: _Stored, planner: LoadPlanner, on_disk: bool) -> None:
         self.stored = stored
         self.planner = planner
+        self.direct = {"cpu", "cuda"} if on_disk else {"cpu"}  #: devices whose memory is filled as it is read
         self.head = b""  #: expected
         self.found = bytearray()  #: the archive's head as it was read, or all of an object
         self.target: torch.Tensor | None = None  #: filled directly
@@ -221,11 +224,11 @@ class _Reading:
             request = self.stored.requests[0]
             target = self.planner.resolve_tensor(request).detach()
             place = _in_one_piece(request, shape)
-            if place is not None and target.is_contiguous() and target.device.type == "cpu" and (
+            if place is not None and target.is_contiguous() and target.device.type in self.direct and (
                 str(target.dtype) == f"torch.{dtype}" and tuple(target.shape) == tuple(request.lengths)
             ):  # fmt: skip
                 self.target = target
-                yield Want(begin + place * torchzip.ITEM_BYTES[dtype], bytes_of(target))
+                yield Want(begin + place * torchzip.ITEM_BYTES[dtype], target_of(target))
                 return
         self.whole = torch.empty(shape, dtype=getattr(torch, dtype))
         yield Want(begin, bytes_of(self.whole))

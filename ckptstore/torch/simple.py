@@ -21,6 +21,7 @@ from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, memory
 from ckptstore.torch import state as states
+from ckptstore.torch.landing import onto, target_of
 from ckptstore.uploading import Written
 
 CONFIG_NAME = "config.json"
@@ -137,8 +138,8 @@ def commit(
 def load(store: CheckpointStore, step: int | None = None, *, map_location: torch.device | str | None = None) -> dict[str, Any]:
     """The state saved as `step` (None: the newest whole one), on the CPU or at `map_location`.
 
-    Read once, in parallel, into the new tensors' memory, every digest checked: DigestMismatchError for damage,
-    NothingToResumeError where there is no step. What was not saved by `save` is UsageError.
+    Read once, in parallel, into the new tensors' memory (that of a GPU by pinned buffers, landing.py), every digest checked:
+    DigestMismatchError for damage, NothingToResumeError where there is no step. What was not saved by `save` is UsageError.
     """
     part, manifest = find(store, step)
     files = {entry.path: entry for entry in manifest.files}
@@ -152,17 +153,20 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
     document = json.loads(text)
     wanted = states.tensors_in(document)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
+    direct = map_location is not None and torch.device(map_location).type == "cuda" and store.backend.is_folder
+    device = torch.device(map_location if direct and map_location is not None else "cpu")
     reads = []
     headers: list[tuple[bytes, bytearray, str]] = []
     for file, names in wanted.items():
         entry = files.get(file + SUFFIX)
         if entry is None:
             raise IntegrityError(f"step {manifest.step}: state.json names {file}{SUFFIX}, and there is none")
-        header, wants, tensors[file] = _plan(store, part, entry, names)
+        header, wants, tensors[file] = _plan(store, part, entry, names, device)
         again = bytearray(len(header))
         headers.append((header, again, entry.path))
         reads.append((entry, [Want(0, memoryview(again)), *wants]))
-    read_into(store.backend, folder, reads, chunk_bytes=manifest.chunk_bytes)
+    landing = onto(tensor for inside in tensors.values() for tensor in inside.values())
+    read_into(store.backend, folder, reads, chunk_bytes=manifest.chunk_bytes, landing=landing)
     for first, again, name in headers:  # the header that was believed is the one whose digest was checked
         if first != again:
             raise IntegrityError(f"{part.path}/{name} changed while it was read", hint="Use another checkpoint.")
@@ -203,7 +207,7 @@ def _newest(store: CheckpointStore) -> Checkpoint | None:
 
 
 def _plan(
-    store: CheckpointStore, part: Part, entry: FileEntry, names: set[str]
+    store: CheckpointStore, part: Part, entry: FileEntry, names: set[str], device: torch.device
 ) -> tuple[bytes, list[Want], dict[str, torch.Tensor]]:
     """A safetensors file's header, where its tensors go, and these tensors, still empty."""
     read_at = reader(store.backend, part)
@@ -214,6 +218,6 @@ def _plan(
     begin = 8 + int.from_bytes(read_at(entry.path, 0, 8), "little")
     if lacking := names - found.keys():
         raise IntegrityError(f"{part.path}/{entry.path} lacks {sorted(lacking)[0]!r}, which state.json names")
-    tensors = {name: memory.empty(found[name].dtype, found[name].shape) for name in found if name in names}
-    wants = [Want(begin + found[name].begin, memory.bytes_of(tensor)) for name, tensor in tensors.items() if tensor.numel()]
+    tensors = {name: memory.empty(found[name].dtype, found[name].shape, device) for name in found if name in names}
+    wants = [Want(begin + found[name].begin, target_of(tensor)) for name, tensor in tensors.items() if tensor.numel()]
     return read_at(entry.path, 0, begin), wants, tensors
