@@ -108,7 +108,7 @@ def test_waves_find_a_step_that_came_too_early(store: CheckpointStore) -> None:
     handle = ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=2 * blocks.BLOCK_BYTES)
     assert not handle.staged
     tensor.add_(1.0)
-    with pytest.raises(SourceChangedError, match="wait_staged"):
+    with pytest.raises(SourceChangedError, match="changed before it was staged"):
         handle.wait(60)
     assert not store.list()
 
