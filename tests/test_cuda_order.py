@@ -7,21 +7,23 @@ or changed too early, shows in what was saved.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore
-from ckptstore.errors import UsageError
+from ckptstore import CheckpointStore, loading
+from ckptstore.errors import DigestMismatchError, UsageError
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
-from ckptstore.torch import StoreWriter, background, blocks, memory  # noqa: E402
+from ckptstore.torch import StoreReader, StoreWriter, background, blocks, landing, memory  # noqa: E402
 
 CARD = torch.device("cuda", 1)
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -80,6 +82,11 @@ class OnCard(torch.Tensor):  # type: ignore[misc]
             if not kwargs.get("non_blocking"):
                 stream.synchronize()
             return target
+        if function is torch.Tensor.copy_ and not isinstance(args[1], OnCard):
+            under, source = args[0].as_subclass(torch.Tensor), args[1]
+            assert kwargs.get("non_blocking"), "a copy that holds the reader up"
+            torch.cuda.current_stream(CARD).add(lambda: under.copy_(source))  # the source as it is then
+            return args[0]
         if function is torch.Tensor.cpu:
             target = torch.empty(args[0].shape, dtype=args[0].dtype)
             target.copy_(args[0])
@@ -102,6 +109,8 @@ class Card:
         def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
             if pin_memory and not self.pinnable:
                 raise RuntimeError("CUDA error: out of memory")
+            if torch.device(kwargs.get("device") or "cpu").type == "cuda":
+                return real(*args, **kwargs | {"device": "cpu"}).fill_(0).as_subclass(OnCard)
             made = real(*args, **kwargs)
             self.allocated += 1
             if pin_memory:
@@ -258,6 +267,99 @@ def test_dcp_save_waits_for_the_trainers_stream(
     found = {"w": torch.zeros(1000)}
     dcp.load(found, checkpoint_id=str(Path(store.folder, "step-1")), no_dist=True)
     assert (found["w"].unique().tolist() == [4.0]) is not planted
+
+
+# --- loads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tensor of many chunks in step 1 (by save) and in step 2 (by dcp.save); one thread reads all of them."""
+    monkeypatch.setattr(loading, "_MOST_THREADS", 1)
+    tensor = torch.arange(9 * blocks.BLOCK_BYTES // 8)
+    ckpt.save(store, 1, {"model": {"w": tensor, "small": torch.ones(3)}})
+    dcp.save({"w": tensor, "small": torch.ones(3)}, storage_writer=StoreWriter(store, 2), no_dist=True)
+    return tensor
+
+
+def loaded(card: Card, store: CheckpointStore, like: Any, how: str) -> Any:
+    """What is found on the device once all that was asked of it has ended."""
+    side = Stream()
+    with card.stream(side):
+        if how == "load":
+            found = ckpt.load(store, 1, map_location="cuda:1")["model"]
+        else:
+            under = torch.zeros_like(like)
+            side.add(lambda: under.fill_(-7))  # what the trainer still does with that memory
+            found = {"w": under.as_subclass(OnCard), "small": torch.zeros(3).as_subclass(OnCard)}
+            dcp.load(found, storage_reader=StoreReader(store, 2), no_dist=True)
+    done = [tensor.as_subclass(torch.Tensor).clone() for tensor in (found["w"], found["small"])]
+    side.synchronize()
+    assert all(isinstance(tensor, OnCard) for tensor in found.values())
+    assert torch.equal(done[0], found["w"].as_subclass(torch.Tensor)), "something comes after the load"
+    return done
+
+
+@pytest.mark.parametrize("how", ["load", "dcp.load"])
+def test_loads(card: Card, store: CheckpointStore, large: Any, how: str) -> None:
+    """What is loaded is there when the load returns, after what was done with that memory before."""
+    found, small = loaded(card, store, large, how)
+    assert torch.equal(found, large)
+    assert small.tolist() == [1.0] * 3
+    assert not card.default.work, "no other stream was used"
+
+
+@pytest.mark.parametrize("planted", ["a buffer is filled while it is copied", "nobody waits for the end"])
+def test_planted_loads(card: Card, store: CheckpointStore, large: Any, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+    if planted == "nobody waits for the end":
+        monkeypatch.setattr(landing.Landing, "close", lambda self: None)
+    else:
+        monkeypatch.setattr(Event, "synchronize", lambda self: None)
+    found, _ = loaded(card, store, large, "load")
+    assert not torch.equal(found, large)
+
+
+def test_planted_loads_before_the_trainers_work(
+    card: Card, store: CheckpointStore, large: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
+    with pytest.raises(AssertionError, match="after the load"):
+        loaded(card, store, large, "dcp.load")
+
+
+def test_damage_is_found_before_it_is_on_the_device(card: Card, store: CheckpointStore, large: Any) -> None:
+    path = Path(store.folder, "step-1", "model.safetensors")
+    with path.open("r+b") as file:
+        file.seek(5 * blocks.BLOCK_BYTES + 99)
+        file.write(b"\x5a")
+    with pytest.raises(DigestMismatchError):
+        loaded(card, store, large, "load")
+
+
+def test_no_load_in_the_capture_of_a_graph(card: Card, store: CheckpointStore, large: Any) -> None:
+    card.capturing = True
+    with pytest.raises(UsageError, match="capture"):
+        loaded(card, store, large, "load")
+
+
+def test_archives_of_many_blocks(card: Card, store: CheckpointStore) -> None:
+    """CRC-32s of tensors that cross blocks, whose tails are in others: plain torch reads them, and checks."""
+    torch.manual_seed(1)
+    sizes = [5, blocks.BLOCK_BYTES // 4 * 3 - 100, 7, blocks.BLOCK_BYTES // 4 - 250, 1, 0, 2 * blocks.BLOCK_BYTES // 4]
+    state = {f"t{number}": torch.rand(size) for number, size in enumerate(sizes)}
+    on_card = {name: tensor.clone().as_subclass(OnCard) for name, tensor in state.items()}
+    dcp.save(on_card | {"lr": 0.1, "cpu": torch.arange(5)}, storage_writer=StoreWriter(store, 1), no_dist=True)
+    found = {name: torch.zeros_like(tensor) for name, tensor in state.items()} | {"cpu": torch.zeros(5, dtype=torch.int64)}
+    dcp.load(found, checkpoint_id=str(Path(store.folder, "step-1")), no_dist=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert found["cpu"].tolist() == list(range(5))
+    data = Path(store.folder, "step-1", "__0_0.distcp").read_bytes()
+    metadata = dcp.FileSystemReader(str(Path(store.folder, "step-1"))).read_metadata()
+    for index, place in metadata.storage_data.items():
+        archive = data[place.offset : place.offset + place.length]
+        if index.fqn != "lr":
+            assert zipfile.ZipFile(io.BytesIO(archive)).testzip() is None, index
+    assert store.verify(1).ok
 
 
 def test_no_pinned_memory(card: Card, store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:

@@ -170,7 +170,7 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
     for first, again, name in headers:  # the header that was believed is the one whose digest was checked
         if first != again:
             raise IntegrityError(f"{part.path}/{name} changed while it was read", hint="Use another checkpoint.")
-    if map_location is not None:
+    if map_location is not None and not direct:
         tensors = {file: {name: tensor.to(map_location) for name, tensor in inside.items()} for file, inside in tensors.items()}
     result = states.decode(document, tensors)
     assert isinstance(result, dict)
