@@ -95,7 +95,9 @@ def fill(
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
-                os.ftruncate(descriptor, file.size_bytes)
+                if os.fstat(descriptor).st_size > file.size_bytes:
+                    os.ftruncate(descriptor, file.size_bytes)
+                native.allocate(descriptor, file.size_bytes, path)  # a full disk is found before anything is fetched
             finally:
                 os.close(descriptor)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A disk that is too small for what is pulled onto it: a real one, that fills in the middle of a range."""
+"""A disk that is too small for what is pulled onto it: a real one, found full before a byte is fetched, or in the middle."""
 
 from __future__ import annotations
 
@@ -26,8 +26,17 @@ def free_bytes(at: Path) -> int:
 
 @pytest.mark.root
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
-def test_a_pull_that_fills_the_disk(kind, tmp_path, capfd):
-    """Nothing is to be seen of it, `clean` gives the space back, and a larger disk would have done: the pull goes on there."""
+@pytest.mark.parametrize("found", ["before", "in the middle"])
+def test_a_pull_that_fills_the_disk(kind, found, tmp_path, capfd, monkeypatch):
+    """Nothing is to be seen of it, `clean` gives the space back, and a larger disk would have done: the pull goes on there.
+
+    In the middle: where a file system cannot give room beforehand.
+    """
+    fetched = []
+    real = native.write_range
+    monkeypatch.setattr(native, "write_range", lambda *args: (fetched.append(args[1]), real(*args)))
+    if found == "in the middle":
+        monkeypatch.setattr(native, "allocate", lambda fd, size_bytes, path: os.ftruncate(fd, size_bytes))
     run = sealed_run(tmp_path)
     trees.set_age(add_big_file(run, 40).parent, 3600)
     CheckpointStore(run).seal(46)
@@ -44,7 +53,9 @@ def test_a_pull_that_fills_the_disk(kind, tmp_path, capfd):
         with pytest.raises(NoSpaceError, match="optim_world_size_1_rank_0") as caught:
             bring(url, there)
         assert str(at) in str(caught.value)
-        assert free_bytes(at) < 12 << 20  # it was full, or all that its ranges had brought is there
+        assert bool(fetched) is (found == "in the middle")
+        if fetched:
+            assert free_bytes(at) < 12 << 20  # it was full, or all that its ranges had brought is there
         assert os.listdir(there) == []
         assert not CheckpointStore(there).list()
 
@@ -53,7 +64,7 @@ def test_a_pull_that_fills_the_disk(kind, tmp_path, capfd):
         with pytest.raises(NoSpaceError):
             bring(url, there)
         filler.unlink()
-        assert bring(url, there)[0].kept_bytes > 0  # with what the stage holds
+        assert (bring(url, there)[0].kept_bytes > 0) is (found == "in the middle")  # with what the stage holds
         assert same(run / EXPORT, there / EXPORT)
         assert CheckpointStore(there).get(46).status is Status.COMMITTED
         assert not list((there.parent / ".ckptstore/trial0").glob("stage-*"))
