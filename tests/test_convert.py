@@ -19,7 +19,7 @@ from ckptstore import native  # noqa: E402
 from ckptstore.errors import DigestMismatchError, IntegrityError, RefusedError, SourceChangedError, StorageError, UsageError  # noqa: E402
 from ckptstore.formats import dcp as reader  # noqa: E402
 from ckptstore.frameworks.areal import convert  # noqa: E402
-from tests import areal_model, trees  # noqa: E402
+from tests import areal_model, trees, warm  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ROOT = Path(__file__).parent.parent
@@ -48,11 +48,11 @@ def equal(a, b) -> bool:
 
 
 def ranks(what: str, world_size: int, slot: Path, answer: Path, *, tied=False, optimizer=False) -> dict:
-    arguments = [what, str(world_size), str(slot), str(answer), "tied" if tied else "-", "optimizer" if optimizer else "-"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.areal_ranks", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = (what, world_size, slot, answer, "tied" if tied else "-", "optimizer" if optimizer else "-")
+    children = [warm.Python("-m", "tests.areal_ranks", rank, *arguments) for rank in range(world_size)]
+    for child in children:
+        done = child.finish(180)
+        assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(answer, weights_only=True)
 
 

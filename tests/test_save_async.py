@@ -18,6 +18,7 @@ from ckptstore import CheckpointStore, native, steps
 from ckptstore import background as core
 from ckptstore.errors import BusyError, CkptStoreError, UsageError
 from ckptstore.retention import Keep
+from tests import warm
 from tests.test_torch_state import same
 
 torch = pytest.importorskip("torch")
@@ -240,12 +241,10 @@ def test_a_save_in_flight_is_finished_at_exit(store: CheckpointStore, how: str, 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_killed_while_it_writes(store: CheckpointStore, name: str) -> None:
-    words = [sys.executable, "-c", SCRIPT, store.folder, "sleep", "30"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"writing\n"
-        os.kill(child.pid, getattr(signal, name))
-        child.wait(20)
+    child = warm.Python("-c", SCRIPT, store.folder, "sleep", "30")
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(getattr(signal, name))
+    assert child.finish(20).returncode == -getattr(signal, name)
     assert [one.step for one in store.list()] == [1]
     assert len(steps.leftovers(store.folder)) == 1
     ckpt.save(store, 2, {"a": torch.ones(1)})
