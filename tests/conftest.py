@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +24,14 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory):
     server = servers.start_seaweed(tmp_path_factory.mktemp("seaweed"))
     yield server
     server.stop()
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """As tmp_path, but in memory: for hundreds of commits in a test, which would wait for the disk most of the time."""
+    folder = tempfile.mkdtemp(prefix="ckptstore-test-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    yield Path(folder)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
