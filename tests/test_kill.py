@@ -30,7 +30,7 @@ from tests.kill_phases import PHASES
 
 CHILD = Path(__file__).parent / "kill_child.py"
 BIG_BYTES = 3 << 20
-WORDS = ("setup", "--as-is", "--json", "--run")
+WORDS = ("setup", "--as-is", "--json", "--areal-version", "1.0.0", "--run")
 
 
 @pytest.fixture(scope="module")
