@@ -5,35 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ckptstore.frameworks.areal import launch
 from tests import servers
 
 # Shells start what runs in the background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C mean the usual.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def asked_once() -> Iterator[None]:
-    """What the usual python on PATH has of AReaL does not change meanwhile, and each time to start it takes 0.3 s."""
-    ask, usual, found = launch._package_of_python_on_path, os.environ["PATH"], list[str]()
-
-    def package() -> str:
-        if os.environ["PATH"] != usual:
-            return ask()
-        if not found:
-            found.append(ask())
-        return found[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_package_of_python_on_path", package)
-        yield
+# As in an activated environment: `python` is what runs the tests, not a shim that takes longer to start than most commands.
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="session")

@@ -84,4 +84,5 @@ def _run(words: list[str], environment: dict[str, str], output: Connection, erro
         exec(compile(sys.argv[0], "-c", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
+        sys.path.insert(0, os.path.dirname(kind))
         runpy.run_path(kind, run_name="__main__")
