@@ -249,7 +249,7 @@ def test_kill_9_many_times(run, s3, seaweed, tmp_path):
 
 def test_ctrl_c(run, s3, seaweed, tmp_path):
     """Within seconds, exit 130, and the same command goes on."""
-    trees.set_age(add_big_file(run, 300).parent, 3600)
+    trees.set_age(add_big_file(run, 100).parent, 3600)
     CheckpointStore(run).seal(46)
     process = start("push", "46", "--run", run, "--to", s3, seaweed=seaweed)
     backend = open_backend(s3)
