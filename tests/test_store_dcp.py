@@ -268,7 +268,6 @@ def finish(children: list[warm.Python], timeout_s: float = 90) -> list[subproces
     finally:
         for child in children:
             child.kill()
-            child.wait()
 
 
 def run(doing: str, store: CheckpointStore, step: int, world: int, *more: object) -> None:

@@ -24,10 +24,7 @@ _forks.set_forkserver_preload(
 
 
 class Python:
-    """`python -m MODULE …`, `python -c CODE …` or `python SCRIPT …`, to be used as a subprocess.Popen of that is.
-
-    It has ended when the tests have.
-    """
+    """`python -m MODULE …`, `python -c CODE …` or `python SCRIPT …`, until `finish` or `kill`, or the end of the tests."""
 
     def __init__(self, *words: object, env: Mapping[str, str] | None = None) -> None:
         reading, writing = _forks.Pipe(duplex=False)
@@ -53,18 +50,21 @@ class Python:
         """What became of it; killed, with subprocess.TimeoutExpired, where it takes longer. Its output must fit a pipe."""
         try:
             code = self.wait(timeout_s)
-        finally:
-            self._process.kill()
-        with self.stdout, self._errors:
             self._errors.seek(0)
             return subprocess.CompletedProcess((), code, self.stdout.read(), self._errors.read())
+        finally:
+            self.kill()
 
     def send_signal(self, number: int) -> None:
         if self._process.exitcode is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
+        """If it still runs; what it said can be read no more."""
         self._process.kill()
+        self._process.join()
+        self.stdout.close()
+        self._errors.close()
 
 
 def _run(words: list[str], environment: dict[str, str], output: Connection, errors: Connection) -> None:
