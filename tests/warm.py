@@ -18,9 +18,7 @@ from multiprocessing.connection import Connection
 
 _forks = multiprocessing.get_context("forkserver")
 #: The last is what torch imports when a model is sharded.
-_forks.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "ckptstore.torch", "tests.store_ranks", "torch._dynamo"]
-)
+_forks.set_forkserver_preload(["torch.distributed.checkpoint", "ckptstore.torch", "tests.store_ranks", "torch._dynamo"])
 
 
 class Python:
