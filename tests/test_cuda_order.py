@@ -102,7 +102,7 @@ class Card:
         def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
             if pin_memory and not self.pinnable:
                 raise RuntimeError("CUDA error: out of memory")
-            made = real(*args, **kwargs)
+            made = real(*args, **kwargs).zero_()  # not by chance what another test has left there
             self.allocated += 1
             if pin_memory:
                 self.pinned.add(made.data_ptr())
