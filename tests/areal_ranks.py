@@ -1,4 +1,7 @@
-"""Run by torch's launcher-like spawn: loads, or saves, AReaL's DCP state under FSDP2 on several gloo ranks."""
+"""One of several gloo ranks that load, or save, AReaL's DCP state under FSDP2.
+
+python -m tests.areal_ranks RANK {load|save|grid} WORLD SLOT ANSWER {tied|-} {optimizer|-}
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -74,19 +76,12 @@ def grid(rank: int, slot: str, answer: str, tied: bool, optimizer: bool) -> None
         torch.save({"weights": whole}, answer)
 
 
-def _rank(rank: int, world_size: int, what: str, port_file: str, *arguments: object) -> None:
+if __name__ == "__main__":
+    rank, what, world_size, slot, answer, tied, optimizer = sys.argv[1:]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world_size)
-    try:
-        globals()[what](rank, *arguments)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    what, world_size, slot, answer, tied, optimizer = sys.argv[1:]
-    arguments = (int(world_size), what, f"{answer}.rendezvous", slot, answer, tied == "tied", optimizer == "optimizer")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_rank, arguments, nprocs=int(world_size))
+    dist.init_process_group("gloo", init_method=f"file://{answer}.rendezvous", rank=int(rank), world_size=int(world_size))
+    globals()[what](int(rank), slot, answer, tied == "tied", optimizer == "optimizer")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +17,8 @@ from tests import servers
 # Shells start what runs in the background with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C mean the usual.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# As in an activated environment: `python` is what runs the tests, not a shim that takes longer to start than most commands.
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +27,14 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory):
     server = servers.start_seaweed(tmp_path_factory.mktemp("seaweed"))
     yield server
     server.stop()
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """As tmp_path, but in memory: for hundreds of commits in a test, which would wait for the disk most of the time."""
+    folder = tempfile.mkdtemp(prefix="ckptstore-test-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    yield Path(folder)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 def main(doing: str, folder: str, step: int, rank: int, world: int, port: str, where: str = "") -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    timeout = timedelta(seconds=6 if doing == "die" else 30)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
     store = CheckpointStore(folder)
     seed = step if doing != "load" else 1000
     model = sharded(areal_model.make(seed, dtype=torch.float32))

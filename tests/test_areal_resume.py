@@ -476,8 +476,10 @@ def crashes(
     killer: Killer, tmp_path: Path, prepare: Callable[[Path], Run], act: Callable[[Run], object]
 ) -> Iterator[tuple[int, Run]]:
     """Runs on which `act` was killed before its first, second, … change; ends after the one that nothing killed."""
+    killer.budget = 1_000_000
+    template = prepare(tmp_path / "template")
     for budget in range(1000):
-        run = prepare(tmp_path / str(budget))
+        run = copied(template, tmp_path / "template", tmp_path / str(budget))
         killer.budget = budget
         try:
             act(run)
@@ -487,6 +489,12 @@ def crashes(
         else:
             assert budget > 5, "the hooks saw nothing"
             return
+
+
+def copied(run: Run, root: Path, to: Path) -> Run:
+    """The same run below another folder, times and all."""
+    shutil.copytree(root, to, symlinks=True)
+    return dataclasses.replace(run, trial=to / run.trial.relative_to(root))
 
 
 def two_parts(root: Path) -> Run:
@@ -517,10 +525,10 @@ def dcp_slot(root: Path) -> Run:
 
 @pytest.mark.parametrize(("prepare", "old"), [(two_parts, 140), (emptied, None), (dcp_slot, 140)])
 def test_a_crash_during_setup_is_never_silent(
-    tmp_path: Path, killer: Killer, method: str, prepare: Callable[[Path], Run], old: int | None
+    memory_path: Path, killer: Killer, method: str, prepare: Callable[[Path], Run], old: int | None
 ) -> None:
     seen = []
-    for budget, run in crashes(killer, tmp_path, prepare, lambda run: run.setup(Selection(step=100))):
+    for budget, run in crashes(killer, memory_path, prepare, lambda run: run.setup(Selection(step=100))):
         seen.append(judge(run, old, 100))
         killer.budget = 1_000_000
         commit.roll_forward(run.side)
@@ -532,15 +540,14 @@ def test_a_crash_during_setup_is_never_silent(
     assert order == ["old", "loud", "new"]
 
 
-def test_a_crash_during_undo_is_never_silent(tmp_path: Path, killer: Killer, method: str) -> None:
+def test_a_crash_during_undo_is_never_silent(memory_path: Path, killer: Killer, method: str) -> None:
     def prepare(root: Path) -> Run:
         run = two_parts(root)
-        killer.budget = 1_000_000
         run.setup(Selection(step=100))
         return run
 
     seen = []
-    for _, run in crashes(killer, tmp_path, prepare, lambda run: recovery.undo(run.backend)):
+    for _, run in crashes(killer, memory_path, prepare, lambda run: recovery.undo(run.backend)):
         seen.append(judge(run, 100, 140))
         killer.budget = 1_000_000
         commit.roll_forward(run.side)
@@ -551,16 +558,15 @@ def test_a_crash_during_undo_is_never_silent(tmp_path: Path, killer: Killer, met
 
 @pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("fallback", [False, True], ids=["exchange", "rename"])
-def test_kill_9_at_random_moments_is_never_silent(tmp_path: Path, fallback: bool, kills: int) -> None:
+def test_kill_9_at_random_moments_is_never_silent(memory_path: Path, fallback: bool, kills: int) -> None:
     """The command itself, killed from outside once its imports are done; then AReaL, then any command, then AReaL again."""
     chance = random.Random(f"{fallback} {kills}")
-    template = two_parts(tmp_path / "template")
+    template = two_parts(memory_path / "template")
     seen: collections.Counter[str] = collections.Counter()
     whole_s = 0.0  # how long an undisturbed one takes from its first phase on
     while sum(seen[how] for how in ("old", "loud", "new")) < kills:
-        root = tmp_path / "run"
-        shutil.copytree(tmp_path / "template", root, symlinks=True)
-        run = dataclasses.replace(template, trial=root / template.trial.relative_to(tmp_path / "template"))
+        root = memory_path / "run"
+        run = copied(template, memory_path / "template", root)
         reading, writing = os.pipe()
         words = ["setup", "--step", "100", "--areal-version", VERSIONS["A"], "--world-size", "2", "--force", "--json"]
         process = subprocess.Popen(

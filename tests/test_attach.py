@@ -22,7 +22,7 @@ from ckptstore.frameworks.areal import attach as attaching
 from ckptstore.frameworks.areal import keeping
 from ckptstore.frameworks.areal.attach import Attachment, attach, detach
 from ckptstore.listing import read_adopted
-from tests import areal_rules, trees
+from tests import areal_rules, trees, warm
 from tests.areal_rules import Engine
 
 REWARD = {"A": "grpo_actor/task_reward/avg", "B": "ppo_actor/task_reward/avg"}
@@ -466,7 +466,7 @@ def test_attaching_imports_neither_torch_nor_areal() -> None:
 
 def test_the_example(tmp_path: Path) -> None:
     example = Path(__file__).parent.parent / "examples" / "areal_attach.py"
-    done = subprocess.run([sys.executable, str(example), str(tmp_path)], capture_output=True, text=True, check=False)
+    done = warm.Python(example, tmp_path).finish()
     assert done.returncode == 1, done.stderr
     assert "training is halted at global step 38" in done.stdout
     (run,) = (tmp_path / "checkpoints").glob("*/attached/trial0")

@@ -45,7 +45,7 @@ from ckptstore.rules import (
     parse,
 )
 from ckptstore.streak import Watch
-from tests import trees
+from tests import trees, warm
 
 NAN, INF = math.nan, math.inf
 GOOD = 0.75
@@ -700,7 +700,8 @@ def test_the_listing_and_the_breaker_agree_on_the_last_good(tmp_path: Path) -> N
 
 def test_the_example_runs_as_its_text_says(tmp_path: Path) -> None:
     example = Path(__file__).parent.parent / "examples/breaker_in_a_loop.py"
-    done = subprocess.run([sys.executable, str(example), str(tmp_path)], capture_output=True, text=True, timeout=60, check=True)
+    done = warm.Python(example, tmp_path).finish(60)
+    assert done.returncode == 0, done
     assert "start 1: training is halted at global step 69" in done.stdout
     assert "start 2: training was halted at global step 69 (Train step 70 of the log) before this start" in done.stdout
     assert "passed over: step 69: health bad" in done.stdout
@@ -710,8 +711,8 @@ def test_the_example_runs_as_its_text_says(tmp_path: Path) -> None:
 def test_the_sample_run_with_real_files(tmp_path: Path) -> None:
     """The whole story on the run of examples/sample_run.py: 25 MB a checkpoint, a DCP slot, the log that tells it."""
     root = Path(__file__).parent.parent
-    make = [sys.executable, str(root / "examples/sample_run.py"), str(tmp_path), "--slot", "dcp"]
-    subprocess.run(make, capture_output=True, timeout=120, check=True)
+    make = warm.Python(root / "examples/sample_run.py", tmp_path, "--slot", "dcp")
+    assert make.finish(120).returncode == 0
     (run,) = tmp_path.glob("checkpoints/*/*/*")
     (log,) = tmp_path.glob("logs/*/*/*/main.log")
     replayed = {record.step: dict(record.metrics) for record in importing.read(str(log)).records}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ import pytest
 
 from ckptstore.breaker import CircuitBreaker
 from ckptstore.errors import UsageError
+from tests import warm
 
-ROOT = Path(__file__).parent.parent
 LIMIT_S = 100  #: for all scenarios; each would hang for the group's 30 s
 
 
@@ -23,20 +21,14 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What became of each scenario, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.breaker_rank", str(rank), str(request.param), str(folder)],
-            cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(request.param)
-    ]  # fmt: skip
+    words = ("-m", "tests.breaker_rank")
+    processes = [warm.Python(*words, rank, request.param, folder, env=environment) for rank in range(request.param)]
     try:
-        errors = [process.communicate(timeout=LIMIT_S)[1] for process in processes]
+        ended = [process.finish(LIMIT_S) for process in processes]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    assert all(done.returncode == 0 for done in ended), "\n".join(done.stderr for done in ended)
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(request.param)]
 
 

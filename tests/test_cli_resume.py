@@ -300,8 +300,7 @@ def test_ctrl_c_at_the_question(run: Path, tmp_path: Path) -> None:
     before = commands.snapshot(run.parent)
     with on_terminal(tmp_path, "--step", 93, *TRAINER) as terminal:
         terminal.expect("Replace the slot? [y/N]:")
-        terminal.type("\x03")
-        result = terminal.finish()
+        result = terminal.press_ctrl_c()
     assert result.code == 130
     assert "interrupted" in result.out
     assert commands.snapshot(run.parent) == before

@@ -111,7 +111,7 @@ class Card:
                 raise RuntimeError("CUDA error: out of memory")
             if torch.device(kwargs.get("device") or "cpu").type == "cuda":
                 return real(*args, **kwargs | {"device": "cpu"}).fill_(0).as_subclass(OnCard)
-            made = real(*args, **kwargs)
+            made = real(*args, **kwargs).zero_()  # not by chance what another test has left there
             self.allocated += 1
             if pin_memory:
                 self.pinned.add(made.data_ptr())

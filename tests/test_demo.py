@@ -10,7 +10,7 @@ import pytest
 
 from ckptstore.manifest import parse
 from ckptstore.model import MANIFEST_NAME
-from tests import commands, trees
+from tests import commands, trees, warm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPERIMENT = "example-grpo"
@@ -73,11 +73,11 @@ def test_setup_from_python(run: Path) -> None:
 
 def test_the_demo_shows_the_whole_way(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    result = example("demo.py")
-    assert result.code == 0, result.out + result.err
-    assert commands.ESCAPE not in result.out
+    done = warm.Python(EXAMPLES / "demo.py", env=commands.environment()).finish(120)
+    assert done.returncode == 0, done
+    assert commands.ESCAPE not in done.stdout
     order = [
-        result.out.index(text)
+        done.stdout.index(text)
         for text in (
             "$ ckptstore list", "$ ckptstore seal --all", "Then a disk flips one bit",
             "$ ckptstore setup --before-step 187 --dry-run",

@@ -18,9 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +30,7 @@ from tests.kill_phases import PHASES
 
 CHILD = Path(__file__).parent / "kill_child.py"
 BIG_BYTES = 3 << 20
-WORDS = ("setup", "--as-is", "--json", "--run")
+WORDS = ("setup", "--as-is", "--json", "--areal-version", "1.0.0", "--run")
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +149,6 @@ def quietly(*words) -> int:
     return code
 
 
-@pytest.fixture
-def place() -> Iterator[Path]:
-    folder = tempfile.mkdtemp(prefix="ckptstore-kill-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-    yield Path(folder)
-    shutil.rmtree(folder)
-
-
 #: The engine's system calls that a kill in the copy strikes: which, and at which of them.
 COPY_FAULTS = [f"{call}:{nth}" for nth in (1, 2, 3, 5, 7, 9) for call in ("pwrite64", "fsync", "futimens", "openat64")]
 
@@ -171,9 +162,9 @@ def every_point(campaign: Campaign, phase: str, *, fallback: bool) -> None:
 
 
 @pytest.mark.parametrize("fallback", [False, True], ids=["exchange", "fallback"])
-def test_killed_in_every_phase(place, faults, fallback):
+def test_killed_in_every_phase(memory_path, faults, fallback):
     """Twenty kills spread over all phases, for each way of replacing."""
-    campaign = Campaign(place, faults, "both")
+    campaign = Campaign(memory_path, faults, "both")
     for nth in (1, 200, 700):
         campaign.strike(fallback=fallback, phase="start-up", nth=nth, when="before")
     for fault in ("pwrite64:2", "fsync:3", "futimens:4"):
@@ -195,9 +186,9 @@ def test_killed_in_every_phase(place, faults, fallback):
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["one", "both", "half"])
 @pytest.mark.parametrize("fallback", [False, True], ids=["exchange", "fallback"])
-def test_two_hundred_kills(place, faults, fallback, kind, record_property):
+def test_two_hundred_kills(memory_path, faults, fallback, kind, record_property):
     """At least 200, and at least 20 in each phase: every operation of the commit, many of the copy, and random moments."""
-    campaign = Campaign(place, faults, kind)
+    campaign = Campaign(memory_path, faults, kind)
     chance = random.Random(f"{fallback} {kind}")
     for phase in PHASES[2:]:
         # Each operation once; then again with other ones until the phase has had its share.

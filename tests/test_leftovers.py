@@ -128,7 +128,7 @@ def test_a_push_that_goes_on_is_young_again(url, run, monkeypatch):
     """From its first step on, before it has sent anything."""
     die(run, url, monkeypatch)
     before = {blob.key: blob.mtime_ns for blob in open_backend(url).list()}
-    time.sleep(2.1)
+    time.sleep(1.1 if "s3" in url else 0.01)  # this server's times are whole seconds
     die(run, url, monkeypatch, at="_look_again")
     after = {blob.key: blob.mtime_ns for blob in open_backend(url).list()}
     assert [key for key in after if after[key] != before[key]] == [f"{EXPORT}/{CLAIM_NAME}"]

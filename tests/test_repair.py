@@ -394,7 +394,7 @@ def test_killed_in_the_middle(run, good, tmp_path):
     killing = Killing(run, good, tmp_path)
     operations = killing.strike(10**9, below=run / EXPORT)
     assert operations >= 12
-    for nth in range(2, operations + 1, 2):
+    for nth in range(2, operations + 1, 3):
         assert killing.strike(nth, below=run / EXPORT) == 0
     assert len(killing.states) >= 3, killing.states
 

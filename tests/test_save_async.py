@@ -18,6 +18,7 @@ from ckptstore import CheckpointStore, native, steps
 from ckptstore import background as core
 from ckptstore.errors import BusyError, CkptStoreError, UsageError
 from ckptstore.retention import Keep
+from tests import warm
 from tests.test_torch_state import same
 
 torch = pytest.importorskip("torch")
@@ -228,24 +229,29 @@ if sys.argv[2] == "sleep":
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1), ("fork", 0)])
-def test_a_save_in_flight_is_finished_at_exit(store: CheckpointStore, how: str, code: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, store.folder, how, "0.5"], capture_output=True, check=False, timeout=60
-    )
-    assert done.returncode == code, done.stderr
-    assert [one.step for one in store.list()] == [1, 2]
-    assert store.verify(2).ok
+def test_a_save_in_flight_is_finished_at_exit(tmp_path: Path) -> None:
+    """After an exception, and at the usual end, which is that of a process that has forked, too."""
+    ends = {"raise": 1, "fork": 0}
+    children = {
+        how: subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, tmp_path / how, how, "0.5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for how in ends
+    }
+    said = {how: child.communicate(timeout=90)[1] for how, child in children.items()}  # at once: most of it is to import torch
+    assert {how: child.returncode for how, child in children.items()} == ends, said
+    for how in ends:
+        store = CheckpointStore(tmp_path / how)
+        assert [one.step for one in store.list()] == [1, 2], how
+        assert store.verify(2).ok
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_killed_while_it_writes(store: CheckpointStore, name: str) -> None:
-    words = [sys.executable, "-c", SCRIPT, store.folder, "sleep", "30"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"writing\n"
-        os.kill(child.pid, getattr(signal, name))
-        child.wait(20)
+    child = warm.Python("-c", SCRIPT, store.folder, "sleep", "30")
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(getattr(signal, name))
+    assert child.finish(20).returncode == -getattr(signal, name)
     assert [one.step for one in store.list()] == [1]
     assert len(steps.leftovers(store.folder)) == 1
     ckpt.save(store, 2, {"a": torch.ones(1)})

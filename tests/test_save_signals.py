@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,12 +14,13 @@ import pytest
 
 from ckptstore import CheckpointStore, native
 from ckptstore.errors import UsageError
+from tests import warm
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
 
 ROOT = Path(__file__).parent.parent
-LOOP = [sys.executable, str(ROOT / "examples/save_in_a_loop.py")]
+LOOP = ROOT / "examples/save_in_a_loop.py"
 
 
 @pytest.fixture
@@ -130,41 +129,43 @@ def test_usage() -> None:
     assert failed
 
 
-def run_loop(store: CheckpointStore, steps: int, **more: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
-    words = [*LOOP, store.backend.location, str(steps)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+def run_loop(store: CheckpointStore, steps: int, **more: str) -> warm.Python:
+    return warm.Python(LOOP, store.backend.location, steps, env=os.environ | more)
 
 
 def test_the_loop_goes_on_where_it_stopped(store: CheckpointStore, tmp_path: Path) -> None:
     """Interrupted by SIGTERM and started again, it computes what an uninterrupted one computes."""
     child = run_loop(store, 100, STEP_S="0.02")
-    assert child.stdout is not None
     while "step 39" not in (line := child.stdout.readline()):
         assert line, "it ended"
     child.send_signal(signal.SIGUSR1)
     child.send_signal(signal.SIGTERM)
-    rest = child.communicate(timeout=60)[0]
-    assert child.returncode == 0, rest
-    stopped = int(re.search(r"SIGTERM.*: step (\d+) committed: True", rest)[1])  # type: ignore[index]
+    done = child.finish(60)
+    assert done.returncode == 0, done
+    stopped = int(re.search(r"SIGTERM.*: step (\d+) committed: True", done.stdout)[1])  # type: ignore[index]
     assert stopped in [one.step for one in store]
-    second = run_loop(store, 100)
-    out = second.communicate(timeout=60)[0]
-    assert second.returncode == 0, out
-    assert f"resumed after step {stopped}" in out
+    second = run_loop(store, 100).finish(60)
+    assert second.returncode == 0, second
+    assert f"resumed after step {stopped}" in second.stdout
     whole = CheckpointStore(tmp_path / "whole")
-    other = run_loop(whole, 100)
-    assert other.communicate(timeout=60)
+    assert run_loop(whole, 100).finish(60).returncode == 0
     one, two = ckpt.load(store, 99), ckpt.load(whole, 99)
     assert all(torch.equal(one["model"][key], two["model"][key]) for key in two["model"])
 
 
 def test_a_second_term_ends_it(store: CheckpointStore) -> None:
     child = run_loop(store, 100, STEP_S="2")
-    assert child.stdout is not None
-    time.sleep(8)
+    deadline = time.monotonic() + 30
+    while not catches(child.pid, signal.SIGTERM):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(10) in (-signal.SIGTERM, 0)
-    child.stdout.close()
+    assert child.finish(10).returncode in (-signal.SIGTERM, 0)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler of that signal."""
+    masks = re.search(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(masks and int(masks[1], 16) >> (number - 1) & 1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,11 @@ from ckptstore.parts import read_manifest
 from ckptstore.pull import pull
 from ckptstore.retention import Keep
 from ckptstore.server_digests import Said
-from tests import commands, faults, servers
+from tests import commands, faults, servers, warm
 from tests.test_push_pull import send
 from tests.test_remote_looking import sealed_run
 from tests.test_server_digests import damaging
 
-ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
@@ -304,7 +301,7 @@ def test_a_store_that_goes_at_the_manifest(
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
-from tests.test_store_dcp import blank, finish, make_state, ranks  # noqa: E402
+from tests.test_store_dcp import blank, finish, make_state, ranks, run  # noqa: E402
 from tests.test_store_dcp import load as load_dcp  # noqa: E402
 from tests.test_store_dcp import save as save_dcp  # noqa: E402
 from tests.test_torch_state import same  # noqa: E402
@@ -377,18 +374,15 @@ def test_a_part_of_the_state_reads_a_part(s3: str, proxy: faults.Proxy) -> None:
 def test_two_ranks(s3: str, tmp_path: Path) -> None:
     """Each sends its own shard, rank 0 commits; another number of ranks loads; a rank that dies means no commit."""
     store = CheckpointStore(s3)
-    results = finish(ranks("save", store, 5, 2, tmp_path / "saved.pt"))
-    assert all(code == 0 and "DONE" in out for code, out in results), results
+    run("save", store, 5, 2, tmp_path / "saved.pt")
     assert store.verify(5).ok
     assert {key.rpartition("/")[2] for key in keys(s3)} == {"__0_0.distcp", "__1_0.distcp", ".metadata", MANIFEST_NAME}
-    results = finish(ranks("load", store, 5, 1, tmp_path / "loaded.pt"))
-    assert all(code == 0 for code, _ in results), results
+    run("load", store, 5, 1, tmp_path / "loaded.pt")
     assert same(torch.load(tmp_path / "loaded.pt"), torch.load(tmp_path / "saved.pt"))
     children = ranks("die", store, 5, 2, "1:after")
-    (code, out) = finish([children[0]])[0]
-    assert (code, "FAILED" in out) == (7, True), out
+    (done,) = finish([children[0]])
+    assert (done.returncode, "FAILED" in done.stdout) == (7, True), done
     children[1].kill()
-    finish([children[1]])
     assert store.verify(5).ok
     assert same(torch.load(tmp_path / "loaded.pt"), torch.load(tmp_path / "saved.pt"))
 
@@ -411,19 +405,17 @@ def campaign(seaweed: servers.Server, url: str, *, rounds: int, seed: int) -> in
     """Kill saves over a step that is there: it is the old one or the new one, whole. How many were killed."""
     dice = random.Random(seed)
     store = CheckpointStore(url)
-    environment = commands.environment(**seaweed.environment()) | {"PYTHONPATH": str(ROOT)}
+    environment = commands.environment(**seaweed.environment())
     ckpt.save(store, 5, state_of(0))
     good, killed = {0}, 0
     for number in range(1, rounds + 1):
-        words = [sys.executable, "-c", SCRIPT, url, str(number)]
-        child = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
+        child = warm.Python("-c", SCRIPT, url, number, env=environment)
         assert child.stdout.readline() == "BEGIN\n"
         time.sleep(dice.uniform(0, 0.5))
         child.send_signal(signal.SIGKILL)
         done = "DONE" in child.stdout.read()
         killed += child.wait() == -signal.SIGKILL and not done
-        child.stdout.close()
+        child.kill()
         assert store.verify(5).ok
         found = ckpt.load(store)
         assert found["step"] in good | {number}

@@ -8,8 +8,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,13 @@ from ckptstore.retention import Candidate, Keep
 torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 from ckptstore.torch import StoreWriter  # noqa: E402
+from tests import warm  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
 def run(*words: object, timeout_s: float = 120) -> Any:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-m", "tests.node_ranks", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s, env=environment)
+    done = warm.Python("-m", "tests.node_ranks", *words).finish(timeout_s)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

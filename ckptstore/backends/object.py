@@ -112,7 +112,8 @@ class ObjectBackend(Backend):
                         yield Blob(last[cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
                 return
             except self._failures as error:  # an answer that broke off is not asked for again by obstore
-                if not (isinstance(error, self._obstore.exceptions.GenericError) and tries.again()):
+                refused = _NO_BUCKET.search(str(error)) or _DENIED.search(str(error))
+                if refused or not (isinstance(error, self._obstore.exceptions.GenericError) and tries.again()):
                     self._raise(error, "listing", prefix)
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
