@@ -78,6 +78,8 @@ def pull(
     here = {part.name: _here(run, _home(source, part), part, manifest) for part, manifest in parts}
     ordered = sorted(parts, key=lambda pair: pair[0].name == layout.MAIN_PART)
     if dry_run or all(here.values()):
+        if not dry_run:
+            _forget(_side(run), _key(source, checkpoint, ordered))
         return [
             _result(source, run, checkpoint, part, manifest=manifest, kept=0, here=here[part.name])
             for part, manifest in ordered
@@ -86,7 +88,7 @@ def pull(
         os.makedirs(run, exist_ok=True)
     except OSError as error:
         raise from_os_error(error, doing="creating", path=run) from error
-    side = side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+    side = _side(run)
     side_folders.make_side(side)
     with RunLock(side, f"pulling step {checkpoint.step}") as lock:
         stage = side_folders.open_stage(side, _key(source, checkpoint, ordered))
@@ -110,6 +112,18 @@ def pull(
                 _publish(stage.part(part.name), os.path.join(run, _home(source, part)), model=os.stat(run))
         side_folders.discard(side, os.path.basename(stage.path))
     return results
+
+
+def _side(run: str) -> str:
+    return side_folders.side_folder(run, os.path.join(run, layout.MAIN_PART, layout.SLOT))
+
+
+def _forget(side: str, key: str) -> None:
+    """Remove the stage of a pull that was killed when all was in its place."""
+    for name, found in side_folders.stages(side):
+        if found == key:
+            with RunLock(side, "removing a stage"):
+                side_folders.discard(side, name)
 
 
 def _home(source: Backend, part: Part) -> str:

@@ -232,7 +232,9 @@ def campaign(run: Path, s3: str, seaweed, folder: Path, *, rounds: int, seed: in
         assert process.wait(60) == 0, process.communicate()[1]
         process.communicate()
         assert same(run / EXPORT, there / EXPORT)
-        left = [name for name in os.listdir(there.parent / ".ckptstore/trial0") if name != "lock"]
+        left = [
+            name for name in os.listdir(there.parent / ".ckptstore/trial0") if name != "lock" and not name.startswith("trash-")
+        ]
         assert left == []
     return killed
 

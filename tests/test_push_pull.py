@@ -15,6 +15,7 @@ import pytest
 
 from ckptstore import fetching, listing, sending
 from ckptstore import push as pushing
+from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.errors import (
     AlreadyExistsError,
@@ -150,6 +151,24 @@ def test_a_file_lost_there_is_sent_again(url, run):
     again = send(run, url)
     assert again[0].sent_bytes == (run / EXPORT / "vocab.json").stat().st_size
     assert listing.scan(open_backend(url)).checkpoints[0].status is Status.COMMITTED
+
+
+def test_killed_when_all_was_in_its_place(url, run, tmp_path, monkeypatch):
+    """The next pull finds that it is there, and removes the stage that was left."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    send(run, url)
+    there = tmp_path / "box/trial0"
+    with monkeypatch.context() as patch:
+        patch.setattr(side_folders, "discard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bring(url, there)
+    side = there.parent / ".ckptstore/trial0"
+    assert list(side.glob("stage-*"))
+    assert bring(url, there)[0].there_before
+    assert not list(side.glob("stage-*"))
 
 
 def test_dry_runs_change_nothing(url, run, tmp_path):
