@@ -7,6 +7,7 @@ GPU) gets checked chunks through a `Landing`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,8 +123,9 @@ def _from_disk(
         if count == 0:
             return
         queue = iter(chunks)
+        largest = max(min(chunk_bytes, chunk.entry.size_bytes) for chunk in chunks)
         with ThreadPoolExecutor(count, thread_name_prefix="ckptstore-load") as pool:
-            list(pool.map(lambda _: _work(queue, chunk_bytes, landing), range(count)))
+            list(pool.map(lambda _: _work(queue, chunk_bytes, landing and functools.partial(landing, largest)), range(count)))
     finally:
         for fd in fds:
             os.close(fd)
@@ -163,9 +165,9 @@ def _by_chunk(wants: Sequence[Want], chunk_bytes: int) -> Mapping[int, list[Want
     return found
 
 
-def _work(queue: Iterator[_Chunk], chunk_bytes: int, landing: Callable[[int], Landing] | None) -> None:
+def _work(queue: Iterator[_Chunk], chunk_bytes: int, landing: Callable[[], Landing] | None) -> None:
     scratch = memoryview(bytearray(0))
-    ours = landing(chunk_bytes) if landing is not None else None
+    ours = landing() if landing is not None else None
     try:
         while (chunk := next(queue, None)) is not None:
             begin = chunk.number * chunk_bytes

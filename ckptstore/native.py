@@ -307,7 +307,10 @@ def write_range(folder: Path, name: str, offset_bytes: int, data: Buffer) -> Non
 
 
 def allocate(fd: int, size_bytes: int, path: Path) -> None:
-    """Give an open, empty file its size and room on the disk, where the file system can; NoSpaceError. `path` is for errors."""
+    """Give an open file that size, where it has less, and room on the disk, where the file system can; NoSpaceError.
+
+    `path` is for errors.
+    """
     try:
         _native.allocate(fd, size_bytes, os.fsencode(path))
     except _native.NativeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import IntegrityError, from_os_error
+from ckptstore.errors import IntegrityError, NoSpaceError, from_os_error
 from ckptstore.fetching import Wanted, fetch
 from ckptstore.manifest import Manifest
 from ckptstore.model import Part
@@ -67,6 +68,21 @@ def bring(
     return {name: digest for name, digest in fetched.items() if isinstance(digest, native.Digest)}
 
 
+def _check_room(target: str, part: Part) -> None:
+    """NoSpaceError where the files do not fit: before they take what room there is from others."""
+    there = {name: os.path.join(target, name) for name in (file.name for file in part.files)}
+    held = {name: os.stat(path).st_blocks * 512 for name, path in there.items() if os.path.exists(path)}
+    lacking = sum(max(0, file.size_bytes - held.get(file.name, 0)) for file in part.files)
+    free = shutil.disk_usage(target).free
+    if lacking > free:
+        raise NoSpaceError(
+            f"{part.path} needs {lacking / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on {target}",
+            operation="fetching",
+            path=target,
+            hint="Free some space; `ckptstore clean` removes leftovers.",
+        )
+
+
 def fill(
     source: Backend,
     part: Part,
@@ -90,6 +106,7 @@ def fill(
         os.makedirs(target, mode=0o700, exist_ok=True)
         side_folders.keep_only(target, (file.name for file in part.files))
         have = _right_chunks(target, part, expected, chunk_bytes)
+        _check_room(target, part)
         for file in part.files:
             path = os.path.join(target, file.name)
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)

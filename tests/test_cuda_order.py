@@ -23,6 +23,8 @@ from ckptstore.errors import DigestMismatchError, UsageError
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+
 from ckptstore.torch import StoreReader, StoreWriter, background, blocks, landing, memory  # noqa: E402
 
 CARD = torch.device("cuda", 1)
@@ -48,8 +50,10 @@ class Stream:
                 self.work[self.done]()
                 self.done += 1
 
-    def record_event(self) -> Event:
-        return Event(self, len(self.work))
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.stream, event.at = self, len(self.work)
+        return event
 
     def wait_event(self, event: Event) -> None:
         self.add(event.synchronize)
@@ -59,10 +63,12 @@ class Stream:
 
 
 class Event:
-    def __init__(self, stream: Stream, at: int) -> None:
-        self.stream, self.at = stream, at
+    def __init__(self, blocking: bool = False) -> None:
+        self.stream: Stream | None = None
+        self.at = 0
 
     def synchronize(self) -> None:
+        assert self.stream is not None
         self.stream.run(self.at)
 
 
@@ -85,7 +91,14 @@ class OnCard(torch.Tensor):  # type: ignore[misc]
         if function is torch.Tensor.copy_ and not isinstance(args[1], OnCard):
             under, source = args[0].as_subclass(torch.Tensor), args[1]
             assert kwargs.get("non_blocking"), "a copy that holds the reader up"
-            torch.cuda.current_stream(CARD).add(lambda: under.copy_(source))  # the source as it is then
+            if under.is_inference() and not torch.is_inference_mode_enabled():
+                raise RuntimeError("Inplace update to inference tensor outside InferenceMode")  # as torch does
+
+            def late() -> None:
+                with torch.inference_mode():
+                    under.copy_(source)  # as it is then
+
+            torch.cuda.current_stream(CARD).add(late)
             return args[0]
         if function is torch.Tensor.cpu:
             target = torch.empty(args[0].shape, dtype=args[0].dtype)
@@ -121,6 +134,8 @@ class Card:
         patch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in self.pinned)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: getattr(self.local, "stream", self.default))
         patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(memory, "_streams", {})
         patch.setattr(torch.cuda, "stream", self.stream)
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
@@ -290,7 +305,12 @@ def loaded(card: Card, store: CheckpointStore, like: Any, how: str) -> Any:
             found = ckpt.load(store, 1, map_location="cuda:1")["model"]
         else:
             under = torch.zeros_like(like)
-            side.add(lambda: under.fill_(-7))  # what the trainer still does with that memory
+
+            def trainer() -> None:  # what it still does with that memory
+                with torch.inference_mode():
+                    under.fill_(-7)
+
+            side.add(trainer)
             found = {"w": under.as_subclass(OnCard), "small": torch.zeros(3).as_subclass(OnCard)}
             dcp.load(found, storage_reader=StoreReader(store, 2), no_dist=True)
     done = [tensor.as_subclass(torch.Tensor).clone() for tensor in (found["w"], found["small"])]
@@ -340,6 +360,39 @@ def test_no_load_in_the_capture_of_a_graph(card: Card, store: CheckpointStore, l
     card.capturing = True
     with pytest.raises(UsageError, match="capture"):
         loaded(card, store, large, "load")
+
+
+@pytest.mark.parametrize("how", ["load", "dcp.load"])
+def test_loads_in_inference_mode(card: Card, store: CheckpointStore, large: Any, how: str) -> None:
+    """The mode is a thread's, and other threads fill what was made in it."""
+    with torch.inference_mode():
+        assert torch.equal(loaded(card, store, large, how)[0], large)
+
+
+def test_a_default_device(card: Card, store: CheckpointStore) -> None:
+    """Host buffers are on the host, whatever the trainer's default."""
+    tensor, _ = weights(card.default, 3.0)
+    with torch.device("meta"):
+        ckpt.save(store, 1, {"model": {"w": tensor}})
+        ckpt.save_async(store, 2, {"model": {"w": tensor}}).wait(30)
+        dcp.save({"w": tensor, "more": tensor[::2]}, storage_writer=StoreWriter(store, 3), no_dist=True)
+    assert saved(store, 1) == saved(store, 2) == [3.0]
+    found = {"w": torch.zeros(1000), "more": torch.zeros(1000)[::2]}
+    with torch.device("meta"):
+        dcp.load(found, storage_reader=StoreReader(store, 3), no_dist=True)
+    assert found["w"].tolist() == [3.0] * 1000
+    assert found["more"].tolist() == [3.0] * 500
+
+
+def test_priority(card: Card, store: CheckpointStore) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    tensor, _ = weights(card.default, 1.0)
+    dcp.save({"w": tensor}, storage_writer=StoreWriter(store, 1, nice=5), no_dist=True)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+    with pytest.raises(CheckpointException) as caught:
+        dcp.save({"w": tensor}, storage_writer=StoreWriter(store, 2, nice=-3), no_dist=True)
+    assert "nice is -3" in str(caught.value.failures)
+    assert not os.path.exists(os.path.join(store.folder, "step-2"))
 
 
 def test_archives_of_many_blocks(card: Card, store: CheckpointStore) -> None:

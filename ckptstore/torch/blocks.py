@@ -8,6 +8,7 @@ host memory, and its copy, its digest and its write overlap.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ckptstore import native
+from ckptstore.errors import UsageError
 from ckptstore.formats import streaming
 from ckptstore.torch import memory
 from ckptstore.uploading import Written
@@ -37,7 +39,7 @@ class Tail(NamedTuple):
     make: Callable[[int], bytes]
 
 
-Part = bytes | torch.Tensor | Tail
+Part = bytes | memoryview | torch.Tensor | Tail
 
 
 class File(NamedTuple):
@@ -52,7 +54,7 @@ class File(NamedTuple):
 
 
 class Streams:
-    """A stream of our own on each device, after all that the caller has asked of its current stream there.
+    """A stream beside the caller's on each device, after all that the caller has asked of its current stream there.
 
     Made by the thread that trains; UsageError while it captures a graph.
     """
@@ -61,8 +63,7 @@ class Streams:
         self._of: dict[torch.device, Any] = {}
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             memory.refuse_capture(device)
-            new: Any = torch.cuda.Stream  # torch gives it no types
-            self._of[device] = new(device)
+            self._of[device] = memory.side_stream(device, 0)
             self._of[device].wait_event(torch.cuda.current_stream(device).record_event())
 
     def __bool__(self) -> bool:
@@ -74,8 +75,7 @@ class Streams:
 
     def synchronize(self) -> None:
         """Wait for these streams: not for the device, on which the trainer may have much work waiting."""
-        for one in self._of.values():
-            one.synchronize()
+        memory.synchronize(self._of.values())
 
 
 def write(
@@ -90,24 +90,32 @@ def write(
 ) -> dict[str, Written]:
     """Write new files into a folder, durable and digested. Errors as native.write_files.
 
-    `buffers` is the ring: grown or cut to `ring_bytes`, at most, and the caller's to keep. `staged` is called when all of the
-    tensors has been copied; what it raises ends the write. Blocks; the tensors must not change before.
+    `buffers` is the ring: made of `ring_bytes`, at most, and the caller's to keep. `staged` is called when all of the tensors
+    has been copied; what it raises ends the write. Blocks; the tensors must not change before. UsageError for a negative
+    `nice`, the priority of the writing threads.
     """
+    if not 0 <= nice <= 19:
+        raise UsageError(f"nice is {nice}, and 0 to 19 lower a priority")
     _fit(buffers, min(ring_bytes, sum(file.size_bytes for file in files.values())), pinned=bool(streams))
     return _Run(folder, buffers, streams).run(files, staged, nice)
 
 
 def _fit(buffers: list[torch.Tensor], wanted_bytes: int, *, pinned: bool) -> None:
-    """Make the ring of buffers that there are and of new ones."""
-    if buffers and memory.pinned(buffers[0]) != pinned:
-        buffers.clear()
+    """Make the ring of the buffers that there are and of new ones."""
     count = max(1, -(-wanted_bytes // BLOCK_BYTES))
-    del buffers[count:]
+    if len(buffers) > count or (buffers and memory.pinned(buffers[0]) != pinned):
+        buffers.clear()  # all of it: each is a piece of a larger allocation
     while (lacking := count - len(buffers)) > 0:
         # Few and large, by powers of two: pinned memory costs a call each, and torch rounds it up to one.
-        some = min(_SLAB_BLOCKS, 1 << (lacking.bit_length() - 1))
-        slab = memory.host((some * BLOCK_BYTES,), torch.uint8, pinned=pinned)
-        buffers += memory.cut(slab, BLOCK_BYTES)
+        buffers += memory.buffers(min(_SLAB_BLOCKS, 1 << (lacking.bit_length() - 1)), BLOCK_BYTES, pinned=pinned)
+
+
+def _be_nice(nice: int) -> None:
+    """Lower the priority of this thread alone; as the engine does it: best effort, and never raised."""
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):
+        if nice > os.getpriority(os.PRIO_PROCESS, thread):
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 @dataclass(slots=True)
@@ -151,7 +159,13 @@ class _Block:
     buffer: torch.Tensor
     length: int = 0
     slices: list[_Slice] = field(default_factory=list)
-    events: list[Any] = field(default_factory=list)  #: after the copies into it
+    streams: set[Any] = field(default_factory=set)  #: that copy into it
+    events: list[tuple[Any, Any]] = field(default_factory=list)  #: of these streams, after the copies
+
+    def filled(self) -> _Block:
+        """All copies have been asked for."""
+        self.events = [(stream, memory.mark(stream)) for stream in self.streams]
+        return self
 
 
 class _Run:
@@ -171,7 +185,7 @@ class _Run:
             for name, file in files.items():
                 stack.enter_context(streaming.created(os.path.join(self.folder, name), file.size_bytes))
             # Inside of the files: no thread writes to one that is closed.
-            pool = stack.enter_context(ThreadPoolExecutor(threads, "ckptstore-block", initializer=os.nice, initargs=(nice,)))
+            pool = stack.enter_context(ThreadPoolExecutor(threads, "ckptstore-block", initializer=_be_nice, initargs=(nice,)))
             try:
                 for name, file in files.items():
                     for block in self._blocks(name, file):
@@ -193,7 +207,9 @@ class _Run:
         block: _Block | None = None
         offset = 0
         crc = _Crc(0)
-        for part, following in zip(file.parts, [*file.parts[1:], b""], strict=True):
+        flat: torch.Tensor | None = None
+        for part, following in itertools.pairwise([*file.parts, b""]):
+            flat = None  # a copy on the device, before there is the next
             flat, stream, tail = self._source(part)
             if not isinstance(part, Tail):
                 crc = _Crc(_length(part))
@@ -208,36 +224,40 @@ class _Run:
                     block = _Block(name, offset, buffer)
                 size = min(length - begin, BLOCK_BYTES - block.length)
                 if flat is not None:
-                    with torch.cuda.stream(stream):
+                    with memory.on(stream):
                         target = block.buffer[block.length : block.length + size]
                         target.copy_(flat[begin : begin + size], non_blocking=stream is not None)
                 if tail is not None or isinstance(following, Tail):
                     block.slices.append(_Slice(block.length, size, begin, crc, tail))
                 begin, offset = begin + size, offset + size
                 block.length += size
-                if stream is not None and (block.length == BLOCK_BYTES or begin == length):
-                    block.events.append(stream.record_event())
+                if stream is not None:
+                    block.streams.add(stream)
                 if block.length == BLOCK_BYTES:
-                    yield block
+                    yield block.filled()
                     block = None
         if block is not None:
-            yield block
+            yield block.filled()
 
     def _source(self, part: Part) -> tuple[torch.Tensor | None, Any, Tail | None]:
         """(bytes to copy, the stream for it, what is made later)."""
         if isinstance(part, Tail):
             return None, None, part
         if isinstance(part, bytes):
-            return torch.frombuffer(bytearray(part), dtype=torch.uint8) if part else None, None, None
+            part = memoryview(bytearray(part))  # torch wants memory that can be written
+        if isinstance(part, memoryview):
+            return torch.frombuffer(part, dtype=torch.uint8) if part else None, None, None
         stream = self.streams.of(part)
-        with torch.cuda.stream(stream):
+        with memory.on(stream):
             return part.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8), stream, None
 
     def _put(self, block: _Block) -> tuple[int, int, int]:
         """Digest and write a block, on a thread of the pool. Blocks before it have been begun: their CRCs come."""
         try:
-            for event in block.events:
-                event.synchronize()
+            if self.failed.is_set():
+                return block.offset, block.length, 0
+            for stream, event in block.events:
+                memory.await_event(stream, event)
             view = memory.bytes_of(block.buffer)[: block.length]
             for piece in block.slices:
                 if piece.tail is None:

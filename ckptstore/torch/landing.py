@@ -1,13 +1,14 @@
 """Loads straight to a GPU: each thread reads a chunk into pinned memory, checks it, and copies it over while it reads the next.
 
-The copies go on a stream of our own, after what the caller has asked of its current stream: what a tensor's memory was used for
-before has ended. `close` waits for them, so that the caller may use what was loaded on any stream.
+The copies go on a stream beside the caller's, after what the caller has asked of its current stream: what a tensor's memory
+was used for before has ended. `close` waits for them, so that the caller may use what was loaded on any stream.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,34 +52,33 @@ def target_of(tensor: torch.Tensor) -> memoryview | DeviceBytes:
 class Landing:
     """One thread's, for the devices with what each is to wait for."""
 
-    def __init__(self, ready: Mapping[torch.device, Any], chunk_bytes: int) -> None:
-        slab = memory.host((_BUFFERS * chunk_bytes,), torch.uint8, pinned=True)
-        self._buffers = memory.cut(slab, chunk_bytes)
+    def __init__(self, ready: Mapping[torch.device, Any], numbers: Iterator[int], chunk_bytes: int) -> None:
+        self._buffers = memory.buffers(_BUFFERS, chunk_bytes, pinned=True)
         self._views = [memory.bytes_of(buffer) for buffer in self._buffers]
-        self._events: list[list[Any]] = [[] for _ in self._buffers]
+        self._events: list[list[tuple[Any, Any]]] = [[] for _ in self._buffers]
         self._now = 0
-        new: Any = torch.cuda.Stream  # torch gives it no types
-        self._streams = {device: new(device) for device in ready}
+        number = next(numbers)
+        self._streams = {device: memory.side_stream(device, number) for device in ready}
         for device, stream in self._streams.items():
             stream.wait_event(ready[device])
 
     def buffer(self) -> memoryview:
         """The buffer after the last one, as soon as the copies from it have ended."""
-        self._events[self._now] = [stream.record_event() for stream in self._streams.values()]
+        self._events[self._now] = [(stream, memory.mark(stream)) for stream in self._streams.values()]
         self._now = (self._now + 1) % len(self._buffers)
-        for event in self._events[self._now]:
-            event.synchronize()
+        for stream, event in self._events[self._now]:
+            memory.await_event(stream, event)
         return self._views[self._now]
 
     def deliver(self, target: DeviceBytes, begin: int) -> None:
         """Begin to copy the buffer to its place, from `begin` on."""
-        with torch.cuda.stream(self._streams[target.device]):
+        # That mode is a thread's: what the caller made in it can be changed in no other, and other tensors in it too.
+        with torch.inference_mode(), memory.on(self._streams[target.device]):
             target.fill(self._buffers[self._now][begin : begin + len(target)])
 
     def close(self) -> None:
         """Wait for the copies."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        memory.synchronize(self._streams.values())
 
 
 def onto(tensors: Iterable[torch.Tensor]) -> Callable[[int], Landing] | None:
@@ -90,4 +90,4 @@ def onto(tensors: Iterable[torch.Tensor]) -> Callable[[int], Landing] | None:
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         memory.refuse_capture(device)
         ready[device] = torch.cuda.current_stream(device).record_event()
-    return functools.partial(Landing, ready) if ready else None
+    return functools.partial(Landing, ready, itertools.count(1)) if ready else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     }.items()
     if hasattr(torch, known)
 }
+_HUGE_PAGE_BYTES = 2 << 20
 _log = logging.getLogger("ckptstore")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -56,26 +59,86 @@ def host(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Ten
     """New host memory. Where no more can be pinned (a container's limit) it is pageable: slower to copy to, and as right."""
     if pinned:
         try:
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=True)
         except RuntimeError as error:  # torch has no narrower one for this
             _log.warning("no pinned host memory for staging, the copy is slower: %s", error)
-            found = torch.empty(tuple(shape), dtype=dtype)
+            found = torch.empty(tuple(shape), dtype=dtype, device="cpu")
             found.pageable = True  # type: ignore[attr-defined]
             return found
-    return torch.empty(tuple(shape), dtype=dtype)
+    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
 
-def cut(slab: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """What `host` made, as pieces of `size` items."""
-    pieces = [slab[begin : begin + size] for begin in range(0, len(slab), size)]
+def buffers(count: int, size_bytes: int, *, pinned: bool) -> list[torch.Tensor]:
+    """That many pieces of one allocation, of whole pages: a disk takes them without another copy."""
+    slab = host((count * size_bytes,), torch.uint8, pinned=True) if pinned else _pages(count * size_bytes)
+    pieces = [slab[begin : begin + size_bytes] for begin in range(0, len(slab), size_bytes)]
     for piece in pieces:
         piece.pageable = getattr(slab, "pageable", False)  # type: ignore[attr-defined]
     return pieces
 
 
+def _pages(size_bytes: int) -> torch.Tensor:
+    """Pageable memory, of huge pages where the kernel gives them: a disk's request takes a limited number of pages."""
+    mapped = mmap.mmap(-1, size_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    found = torch.frombuffer(mapped, dtype=torch.uint8)
+    return found[-found.data_ptr() % _HUGE_PAGE_BYTES :][:size_bytes]
+
+
 def pinned(tensor: torch.Tensor) -> bool:
     """Whether `host` made it as pinned memory, or would have."""
     return getattr(tensor, "pageable", False) or tensor.is_pinned()
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+_streams: dict[tuple[torch.device, int], Any] = {}
+
+
+def side_stream(device: torch.device, number: int) -> Any:
+    """A stream to copy on beside the caller's. The same one each time: torch keeps memory for each stream."""
+    if (device, number) not in _streams:
+        new: Any = torch.cuda.Stream  # torch gives it no types
+        _streams[device, number] = new(device)
+    return _streams[device, number]
+
+
+@contextlib.contextmanager
+def on(stream: Any) -> Iterator[None]:
+    """With that stream current, and its device; None: nothing, and CUDA is not touched.
+
+    The device first: else the end of torch.cuda.stream makes device 0 current, and a context there, on a thread that had none.
+    """
+    if stream is None:
+        yield
+        return
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
+
+
+def mark(stream: Any) -> Any:
+    """An event after what the stream has been asked for. Who waits for it sleeps."""
+    new: Any = torch.cuda.Event
+    return stream.record_event(new(blocking=True))
+
+
+def await_event(stream: Any, event: Any) -> None:
+    """Wait for an event of that stream, on any thread."""
+    with torch.cuda.device(stream.device):  # not device 0, where a fresh thread would make a context
+        event.synchronize()
+
+
+def synchronize(streams: Iterable[Any]) -> None:
+    """Wait for all of them, also where one fails; the first error is raised then."""
+    first: RuntimeError | None = None
+    for stream in streams:
+        try:
+            stream.synchronize()
+        except RuntimeError as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def refuse_capture(device: torch.device) -> None:

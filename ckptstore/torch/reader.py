@@ -217,7 +217,7 @@ class _Reading:
         self.head, self.found = layout.head, bytearray(len(layout.head))
         yield Want(item.offset, memoryview(self.found))
         if not layout.data_bytes:
-            self.whole = torch.empty(shape, dtype=getattr(torch, dtype))
+            self.whole = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
             return
         begin = item.offset + len(layout.head)
         if len(self.stored.requests) == 1:
@@ -230,7 +230,7 @@ class _Reading:
                 self.target = target
                 yield Want(begin + place * torchzip.ITEM_BYTES[dtype], target_of(target))
                 return
-        self.whole = torch.empty(shape, dtype=getattr(torch, dtype))
+        self.whole = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
         yield Want(begin, bytes_of(self.whole))
 
     def deliver(self) -> bool:

@@ -36,9 +36,9 @@ class Waves:
             for file, tensors in encoded.tensors.items()
             for name, tensor in tensors.items()
         ]
-        self._streams = blocks.Streams([tensor for _, tensor, _ in self._versions])
         self._ring_bytes = max_host_bytes // BLOCK_BYTES * BLOCK_BYTES
         self.fits = sum(file.size_bytes for file in self._files.values()) <= max_host_bytes
+        self._streams = blocks.Streams([] if self.fits else [tensor for _, tensor, _ in self._versions])
 
     def write(
         self,
@@ -61,8 +61,9 @@ class Waves:
             staged()
 
         def put(folder: str) -> dict[str, Written]:
-            more: dict[str, Any] = {"streams": self._streams, "ring_bytes": self._ring_bytes, "nice": nice}
-            written = blocks.write(folder, self._files, buffers, staged=unchanged, **more)
+            written = blocks.write(
+                folder, self._files, buffers, streams=self._streams, ring_bytes=self._ring_bytes, staged=unchanged, nice=nice
+            )
             return written | saving.write_buffers(store.backend, folder, self._rest)
 
         return simple.commit(store, step, put, metrics=metrics, keep=keep)

@@ -202,7 +202,7 @@ class StoreWriter(StorageWriter):
     def _write_blocks(
         self, place: _Place, folder: str, items: Sequence[WriteItem], values: Sequence[Any], streams: blocks.Streams
     ) -> list[WriteResult]:
-        """What lies on a GPU, without all of it in host memory."""
+        """What lies on a GPU, without all of it in host memory, but for dtypes that torch's archives hold otherwise."""
         archives = [_parts(item.type, value) for item, value in zip(items, values, strict=True)]
         files = {place.file: blocks.File([part for archive in archives for part in archive])}
         written = blocks.write(folder, files, [], streams=streams, nice=self._options.nice)
@@ -300,10 +300,9 @@ def _parts(kind: WriteItemType, value: Any) -> list[blocks.Part]:
     """One item as blocks.py takes it: as _archive makes it, its tensor where it is."""
     name = "" if kind == WriteItemType.BYTE_IO else str(value.dtype).removeprefix("torch.")
     if name not in torchzip.ITEM_BYTES:
-        return [bytes(buffer) for buffer in _archive(kind, value).buffers]
+        return list(_archive(kind, value).buffers)
     layout = torchzip.tensor(name, value.shape)
-    tail_bytes = layout.length - len(layout.head) - layout.data_bytes
-    return [layout.head, value.detach(), blocks.Tail(tail_bytes, layout.tail)]
+    return [layout.head, value.detach(), blocks.Tail(layout.tail_bytes, layout.tail)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
