@@ -30,6 +30,7 @@ COMPARED = (
          "rclone copy, sync"),
     ),
     ("copy, 16 shards, cold", "ckptstore", ("fio read and write at once", "cp -r, sync", "cp -r, sync, b3sum of both")),
+    ("copy, one file, warm", "ckptstore", ("fio write", "cp -r, sync", "cp -r, sync, b3sum of both", "rsync -a, sync")),
     ("copy, small files, warm", "ckptstore", ("cp -r, sync",)),
     ("digest, warm", "ckptstore", ("cat >/dev/null", "b3sum", "sha256sum")),
     ("save from memory", "ckptstore.torch.save", ("fio write", "DCP", "DCP, 4 threads", "torch.save", "safetensors, fsync")),

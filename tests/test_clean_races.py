@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Callable
 
+import fsspec
 import pytest
 
 from ckptstore import claims, conditions, leftovers, listing, sending
@@ -152,6 +153,8 @@ def stage(tmp_path, monkeypatch):
             thread.join(60)
             assert not thread.is_alive(), told.operations
         look(url, outcome, told, place)
+        memory = fsspec.filesystem("memory")
+        memory.rm(url, recursive=True)  # it lists by looking at all that it holds, from whatever schedule
         return told
 
     return play
