@@ -176,6 +176,7 @@ def picture(tables: dict[str, list[Row]], path: Path) -> bool:
     shown = [group for group in tables if "in memory" not in group or ("KiB" in group and "1024" in group)]
     if not shown:  # a run of other benchmarks alone
         return False
+    shown.sort(key=lambda group: -len(tables[group]))  # those side by side are of like height
     columns = 2
     lines = -(-len(shown) // columns)
     heights = [max(len(tables[g]) for g in shown[i * columns : (i + 1) * columns]) for i in range(lines)]
