@@ -376,8 +376,8 @@ def test_stall(benchmark, place, tensors, device, name, turn):
     )
     for wait in waiting:
         wait()
-    for (made_for, _), one in list(_kept.items()):
-        if made_for == path and hasattr(one, "close"):
+    for key in [key for key in _kept if key[0] == path]:
+        if hasattr(one := _kept.pop(key), "close"):
             one.close()
     if name == "ckptstore.torch.save_async":
         assert CheckpointStore(path).verify(2).ok

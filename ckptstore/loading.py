@@ -2,7 +2,7 @@
 
 A chunk that is wanted in part is read whole, since its digest covers all of it. On a disk what nobody wants goes to a scratch
 buffer; at a URL the chunks come by fetching.py, and what is wanted is copied out of them. Memory that a read cannot fill (of a
-GPU) gets checked chunks through a `Landing`.
+GPU) gets checked chunks by way of `BounceBuffers`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _MOST_VIEWS = 1000  # a preadv takes IOV_MAX (1024)
 _MOST_THREADS = 16
 
 
-class Away(Protocol):
+class DeviceMemory(Protocol):
     """Memory that a read cannot fill: its length in bytes, and parts of it by slices."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, part: slice, /) -> Away: ...
+    def __getitem__(self, part: slice, /) -> DeviceMemory: ...
 
 
-class Landing(Protocol):
-    """How one thread's chunks get to memory that is away."""
+class BounceBuffers(Protocol):
+    """Host memory by which one thread's chunks get to a device."""
 
     def buffer(self) -> memoryview:
         """Room for a chunk, free to be written; the last ones may still be read from."""
         ...
 
     def deliver(self, target: Any, begin: int, /) -> None:
-        """Begin to fill memory that is away from the buffer, from `begin` on there."""
+        """Begin to fill the device's memory from the buffer, from `begin` on there."""
         ...
 
     def close(self) -> None:
@@ -54,7 +54,7 @@ class Want(NamedTuple):
     """Bytes of a file, from `offset` on, and the writable memory that they fill."""
 
     offset: int
-    memory: memoryview | Away
+    memory: memoryview | DeviceMemory
 
 
 class _Chunk(NamedTuple):
@@ -70,19 +70,19 @@ def read_into(
     files: Sequence[tuple[FileEntry, Sequence[Want]]],
     *,
     chunk_bytes: int,
-    landing: Callable[[int], Landing] | None = None,
+    bounce: Callable[[int], BounceBuffers] | None = None,
 ) -> None:
     """Fill all wanted memory from files in a folder of `backend`; wants of one file must not overlap.
 
-    `landing` makes one for chunks of that size, for each thread, where some of the memory is away: only on a disk.
+    `bounce` makes these buffers for chunks of that size, for each thread, where some memory is a device's: only on a disk.
 
     DigestMismatchError where a chunk is not what the manifest records, IntegrityError for a file of another size; the
     memory then holds anything. NotFoundError, AccessError, StorageError. Blocks; releases the GIL while it reads.
     """
     if backend.is_folder:
-        _from_disk(os.path.join(backend.location, folder), files, chunk_bytes, landing)
+        _from_disk(os.path.join(backend.location, folder), files, chunk_bytes, bounce)
     else:
-        assert landing is None
+        assert bounce is None
         _from_url(backend, folder, files, chunk_bytes)
 
 
@@ -111,7 +111,7 @@ def _from_disk(
     root: str,
     files: Sequence[tuple[FileEntry, Sequence[Want]]],
     chunk_bytes: int,
-    landing: Callable[[int], Landing] | None,
+    bounce: Callable[[int], BounceBuffers] | None,
 ) -> None:
     fds: list[int] = []
     try:
@@ -125,7 +125,7 @@ def _from_disk(
         queue = iter(chunks)
         largest = max(min(chunk_bytes, chunk.entry.size_bytes) for chunk in chunks)
         with ThreadPoolExecutor(count, thread_name_prefix="ckptstore-load") as pool:
-            list(pool.map(lambda _: _work(queue, chunk_bytes, landing and functools.partial(landing, largest)), range(count)))
+            list(pool.map(lambda _: _work(queue, chunk_bytes, bounce and functools.partial(bounce, largest)), range(count)))
     finally:
         for fd in fds:
             os.close(fd)
@@ -165,16 +165,14 @@ def _by_chunk(wants: Sequence[Want], chunk_bytes: int) -> Mapping[int, list[Want
     return found
 
 
-def _work(queue: Iterator[_Chunk], chunk_bytes: int, landing: Callable[[], Landing] | None) -> None:
+def _work(queue: Iterator[_Chunk], chunk_bytes: int, bounce: Callable[[], BounceBuffers] | None) -> None:
     scratch = memoryview(bytearray(0))
-    ours = landing() if landing is not None else None
+    ours = bounce() if bounce is not None else None
     try:
         while (chunk := next(queue, None)) is not None:
             begin = chunk.number * chunk_bytes
             end = min(begin + chunk_bytes, chunk.entry.size_bytes)
-            away = [want for want in chunk.wants if not isinstance(want.memory, memoryview)]
-            if away:
-                assert ours is not None
+            if ours is not None and any(not isinstance(want.memory, memoryview) for want in chunk.wants):
                 whole = ours.buffer()[: end - begin]
                 _check(chunk, begin, [whole])
                 for offset, memory in chunk.wants:

@@ -9,16 +9,14 @@ there yet (mirrored.py).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
-from ckptstore import mirrored, places
+from ckptstore import mirrored, native, places
 from ckptstore.backends import Bandwidth, normal_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
@@ -126,8 +124,7 @@ class Mirror:
         self._thread.join()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        native.be_nice(NICENESS)
         pause_s = POLL_S
         while not self._ended.is_set():
             try:

@@ -317,6 +317,11 @@ def allocate(fd: int, size_bytes: int, path: Path) -> None:
         raise _error_of(*error.args) from None
 
 
+def be_nice(nice: int) -> None:
+    """Lower the priority of the calling thread alone to `nice`, 0 to 19. Best effort: never raises it, and no error."""
+    _native.be_nice(nice)
+
+
 def rename_exchange(a: Path, b: Path) -> None:
     """Swap two names atomically. Plain OSError: EINVAL or ENOSYS where the file system cannot."""
     _rename(a, b, _RENAME_EXCHANGE)

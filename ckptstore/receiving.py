@@ -70,9 +70,11 @@ def bring(
 
 def _check_room(target: str, part: Part) -> None:
     """NoSpaceError where the files do not fit: before they take what room there is from others."""
-    there = {name: os.path.join(target, name) for name in (file.name for file in part.files)}
-    held = {name: os.stat(path).st_blocks * 512 for name, path in there.items() if os.path.exists(path)}
-    lacking = sum(max(0, file.size_bytes - held.get(file.name, 0)) for file in part.files)
+    lacking = 0
+    for file in part.files:
+        path = os.path.join(target, file.name)
+        held_bytes = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0
+        lacking += max(0, file.size_bytes - held_bytes)
     free = shutil.disk_usage(target).free
     if lacking > free:
         raise NoSpaceError(

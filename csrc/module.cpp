@@ -296,6 +296,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("data"), py::arg("offset"));
   module.def("allocate", allocate, py::arg("fd"), py::arg("bytes"), py::arg("path"),
              py::call_guard<py::gil_scoped_release>());
+  module.def("be_nice", be_nice, py::arg("nice"));
   module.def("sync_path", sync_path, py::arg("path"), py::call_guard<py::gil_scoped_release>());
   module.def("supports_direct", supports_direct, py::arg("folder"),
              py::call_guard<py::gil_scoped_release>());

@@ -100,7 +100,7 @@ def test_waves(stream: Any, store: CheckpointStore) -> None:
         tensor.fill_(-1.0)
         handle.wait(60)
         assert values(store, step) == [float(step)]
-    assert all(piece.is_pinned() for piece in background._buffers[os.path.realpath(store.folder)].pieces)
+    assert all(piece.is_pinned() for piece in background._buffers[os.path.realpath(store.folder)].ring)
 
 
 def test_waves_find_a_step_that_came_too_early(store: CheckpointStore) -> None:

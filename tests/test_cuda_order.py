@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, loading
+from ckptstore import CheckpointStore, loading, native
 from ckptstore.errors import DigestMismatchError, UsageError
 
 torch = pytest.importorskip("torch")
@@ -25,7 +25,7 @@ ckpt = pytest.importorskip("ckptstore.torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
-from ckptstore.torch import StoreReader, StoreWriter, background, blocks, landing, memory  # noqa: E402
+from ckptstore.torch import StoreReader, StoreWriter, background, blocks, bounce, memory  # noqa: E402
 
 CARD = torch.device("cuda", 1)
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -218,8 +218,6 @@ def test_planted_a_copy_that_nobody_waits_for(
 
 def test_no_buffer_is_filled_while_it_is_written(card: Card, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second save waits for the first one's write before the first copy into its buffers."""
-    from ckptstore import native
-
     real, entered, go = native.write_files, threading.Event(), threading.Event()
 
     def write_files(*args: Any, **kwargs: Any) -> Any:
@@ -332,7 +330,7 @@ def test_loads(card: Card, store: CheckpointStore, large: Any, how: str) -> None
 @pytest.mark.parametrize("planted", ["a buffer is filled while it is copied", "nobody waits for the end"])
 def test_planted_loads(card: Card, store: CheckpointStore, large: Any, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
     if planted == "nobody waits for the end":
-        monkeypatch.setattr(landing.Landing, "close", lambda self: None)
+        monkeypatch.setattr(bounce.BounceBuffers, "close", lambda self: None)
     else:
         monkeypatch.setattr(Event, "synchronize", lambda self: None)
     found, _ = loaded(card, store, large, "load")
@@ -384,10 +382,19 @@ def test_a_default_device(card: Card, store: CheckpointStore) -> None:
     assert found["more"].tolist() == [3.0] * 500
 
 
-def test_priority(card: Card, store: CheckpointStore) -> None:
+def test_priority(card: Card, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = native.write_range
+
+    def write_range(*args: Any) -> None:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        real(*args)
+
+    monkeypatch.setattr(native, "write_range", write_range)
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     tensor, _ = weights(card.default, 1.0)
     dcp.save({"w": tensor}, storage_writer=StoreWriter(store, 1, nice=5), no_dist=True)
+    assert set(seen) == {max(before, 5)}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     with pytest.raises(CheckpointException) as caught:
         dcp.save({"w": tensor}, storage_writer=StoreWriter(store, 2, nice=-3), no_dist=True)

@@ -86,16 +86,16 @@ def test_the_same_files_as_ever(store: CheckpointStore, tmp_path: Path) -> None:
 def test_memory_is_bounded_and_used_again(store: CheckpointStore) -> None:
     save(store, 1, make(1)).wait(60)
     kept = background._buffers[os.path.realpath(store.folder)]
-    before = [buffer.data_ptr() for buffer in kept.pieces]
-    assert sum(buffer.nbytes for buffer in kept.pieces) == LIMIT
+    before = [buffer.data_ptr() for buffer in kept.ring]
+    assert sum(buffer.nbytes for buffer in kept.ring) == LIMIT
     assert kept.tensors == []
     save(store, 2, make(2)).wait(60)
-    assert [buffer.data_ptr() for buffer in kept.pieces] == before
+    assert [buffer.data_ptr() for buffer in kept.ring] == before
     assert all(pointer % 4096 == 0 for pointer in before), "the disk takes them as they are"
     small = ckpt.save_async(store, 3, {"a": torch.ones(5)}, max_host_bytes=LIMIT)
     assert small.staged, "what fits is copied at once, as ever"
     small.wait(60)
-    assert kept.pieces == []
+    assert kept.ring == []
     assert same(ckpt.load(store, 2), make(2))
     assert same(ckpt.load(store, 3), {"a": torch.ones(5)})
 

@@ -33,7 +33,7 @@ class _Buffers:
     tensors: list[torch.Tensor] = field(default_factory=list)
     next: int = 0
     devices: set[torch.device] = field(default_factory=set)
-    pieces: list[torch.Tensor] = field(default_factory=list)  #: of waves.py
+    ring: list[torch.Tensor] = field(default_factory=list)  #: of waves.py
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         source = tensor.detach().resolve_conj().resolve_neg()
@@ -104,8 +104,8 @@ def save_async(
             _ = store.folder  # UsageError at a URL
             buffers.tensors.clear()
             more: dict[str, Any] = {"metrics": metrics, "keep": keep, "nice": nice}
-            return functools.partial(waves.write, store, step, buffers.pieces, staged=handle.mark_staged, **more)
-        buffers.pieces.clear()
+            return functools.partial(waves.write, store, step, buffers.ring, staged=handle.mark_staged, **more)
+        buffers.ring.clear()
         buffers.begin()
         files = simple.files_of(state_dict, config, take=buffers.take)
         buffers.finish()

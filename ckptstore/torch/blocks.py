@@ -110,14 +110,6 @@ def _fit(buffers: list[torch.Tensor], wanted_bytes: int, *, pinned: bool) -> Non
         buffers += memory.buffers(min(_SLAB_BLOCKS, 1 << (lacking.bit_length() - 1)), BLOCK_BYTES, pinned=pinned)
 
 
-def _be_nice(nice: int) -> None:
-    """Lower the priority of this thread alone; as the engine does it: best effort, and never raised."""
-    thread = threading.get_native_id()
-    with contextlib.suppress(OSError):
-        if nice > os.getpriority(os.PRIO_PROCESS, thread):
-            os.setpriority(os.PRIO_PROCESS, thread, nice)
-
-
 @dataclass(slots=True)
 class _Crc:
     """The CRC-32 of a tensor, from its pieces in any order."""
@@ -126,6 +118,10 @@ class _Crc:
     pieces: list[tuple[int, int, int]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     known: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        if not self.missing_bytes:
+            self.known.set()
 
     def add(self, begin: int, data: memoryview) -> None:
         crc = native.crc32(data)
@@ -149,7 +145,7 @@ class _Slice(NamedTuple):
     length: int
     begin: int  #: in the tensor, or the tail
     crc: _Crc
-    tail: Tail | None
+    tail: Tail | None  #: None: the tensor itself
 
 
 @dataclass(slots=True)
@@ -185,7 +181,9 @@ class _Run:
             for name, file in files.items():
                 stack.enter_context(streaming.created(os.path.join(self.folder, name), file.size_bytes))
             # Inside of the files: no thread writes to one that is closed.
-            pool = stack.enter_context(ThreadPoolExecutor(threads, "ckptstore-block", initializer=_be_nice, initargs=(nice,)))
+            pool = stack.enter_context(
+                ThreadPoolExecutor(threads, "ckptstore-block", initializer=native.be_nice, initargs=(nice,))
+            )
             try:
                 for name, file in files.items():
                     for block in self._blocks(name, file):
@@ -206,16 +204,14 @@ class _Run:
         """The file's blocks in order, filled or being filled; the last one may end early."""
         block: _Block | None = None
         offset = 0
-        crc = _Crc(0)
+        crc: _Crc | None = None  #: of the tensor before a tail
         flat: torch.Tensor | None = None
         for part, following in itertools.pairwise([*file.parts, b""]):
             flat = None  # a copy on the device, before there is the next
             flat, stream, tail = self._source(part)
-            if not isinstance(part, Tail):
-                crc = _Crc(_length(part))
-                if not crc.missing_bytes:
-                    crc.known.set()
             begin, length = 0, _length(part)
+            if tail is None:
+                crc = _Crc(length) if isinstance(following, Tail) else None
             while begin < length:
                 if block is None:
                     buffer = self.free.get()
@@ -227,7 +223,7 @@ class _Run:
                     with memory.on(stream):
                         target = block.buffer[block.length : block.length + size]
                         target.copy_(flat[begin : begin + size], non_blocking=stream is not None)
-                if tail is not None or isinstance(following, Tail):
+                if crc is not None:
                     block.slices.append(_Slice(block.length, size, begin, crc, tail))
                 begin, offset = begin + size, offset + size
                 block.length += size

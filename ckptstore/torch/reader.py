@@ -1,7 +1,7 @@
 """StoreReader: torch.distributed.checkpoint loads from a store of steps, every byte that is used checked against the manifest.
 
 `.metadata` is read as data, never unpickled. A tensor's bytes go from the file into the target's own memory (that of a GPU by
-landing.py) where what is wanted lies in one piece there and in the file; else by way of a buffer. Objects (items that are no
+bounce.py) where what is wanted lies in one piece there and in the file; else by way of a buffer. Objects (items that are no
 tensors) are handed to torch's planner, which unpickles them: their digests have been checked by then.
 """
 
@@ -36,7 +36,7 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.parts import files_folder_of
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import nodes
-from ckptstore.torch.landing import onto, target_of
+from ckptstore.torch.bounce import onto, target_of
 from ckptstore.torch.memory import bytes_of
 from ckptstore.torch.simple import find
 
@@ -174,8 +174,8 @@ class StoreReader(StorageReader):
             wants.setdefault(stored.item.file, []).extend(reading.wants())
             after.append(reading)
         files = [(self._files[name], parts) for name, parts in wants.items()]
-        landing = onto(reading.target for reading in after if reading.target is not None)
-        read_into(self._backend, self._folder, files, chunk_bytes=self._manifest.chunk_bytes, landing=landing)
+        bounce = onto(reading.target for reading in after if reading.target is not None)
+        read_into(self._backend, self._folder, files, chunk_bytes=self._manifest.chunk_bytes, bounce=bounce)
         for reading in after:
             if not reading.deliver():
                 data = bytearray(reading.stored.item.length)

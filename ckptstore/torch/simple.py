@@ -21,7 +21,7 @@ from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, memory
 from ckptstore.torch import state as states
-from ckptstore.torch.landing import onto, target_of
+from ckptstore.torch.bounce import onto, target_of
 from ckptstore.uploading import Written
 
 CONFIG_NAME = "config.json"
@@ -45,8 +45,8 @@ def save(
     afterwards. UsageError names what cannot be saved without a pickle; other errors as CheckpointStore.save.
     """
     encoded = states.Encoder(state_dict, torch.Tensor.detach)
-    streams = blocks.Streams([tensor for inside in encoded.tensors.values() for tensor in inside.values()])
-    if not streams or not store.backend.is_folder:
+    tensors = [tensor for inside in encoded.tensors.values() for tensor in inside.values()]
+    if not store.backend.is_folder or not (streams := blocks.Streams(tensors)):
         return write(store, step, _buffers_of(encoded, config, memory.plain), metrics=metrics, keep=keep)
     files, rest = blocks_of(encoded), documents(encoded, config)
 
@@ -138,7 +138,7 @@ def commit(
 def load(store: CheckpointStore, step: int | None = None, *, map_location: torch.device | str | None = None) -> dict[str, Any]:
     """The state saved as `step` (None: the newest whole one), on the CPU or at `map_location`.
 
-    Read once, in parallel, into the new tensors' memory (that of a GPU by pinned buffers, landing.py), every digest checked:
+    Read once, in parallel, into the new tensors' memory (that of a GPU by pinned buffers, bounce.py), every digest checked:
     DigestMismatchError for damage, NothingToResumeError where there is no step. What was not saved by `save` is UsageError.
     """
     part, manifest = find(store, step)
@@ -153,8 +153,8 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
     document = json.loads(text)
     wanted = states.tensors_in(document)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
-    direct = map_location is not None and torch.device(map_location).type == "cuda" and store.backend.is_folder
-    device = torch.device(map_location if direct and map_location is not None else "cpu")
+    wanted_on = torch.device(map_location or "cpu")
+    device = wanted_on if wanted_on.type == "cuda" and store.backend.is_folder else torch.device("cpu")
     reads = []
     headers: list[tuple[bytes, bytearray, str]] = []
     for file, names in wanted.items():
@@ -165,13 +165,13 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
         again = bytearray(len(header))
         headers.append((header, again, entry.path))
         reads.append((entry, [Want(0, memoryview(again)), *wants]))
-    landing = onto(tensor for inside in tensors.values() for tensor in inside.values())
-    read_into(store.backend, folder, reads, chunk_bytes=manifest.chunk_bytes, landing=landing)
+    bounce = onto(tensor for inside in tensors.values() for tensor in inside.values())
+    read_into(store.backend, folder, reads, chunk_bytes=manifest.chunk_bytes, bounce=bounce)
     for first, again, name in headers:  # the header that was believed is the one whose digest was checked
         if first != again:
             raise IntegrityError(f"{part.path}/{name} changed while it was read", hint="Use another checkpoint.")
-    if map_location is not None and not direct:
-        tensors = {file: {name: tensor.to(map_location) for name, tensor in inside.items()} for file, inside in tensors.items()}
+    if device != wanted_on:
+        tensors = {file: {name: tensor.to(wanted_on) for name, tensor in inside.items()} for file, inside in tensors.items()}
     result = states.decode(document, tensors)
     assert isinstance(result, dict)
     return result

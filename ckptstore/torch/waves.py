@@ -1,7 +1,7 @@
-"""Saves of a state that is larger than the host memory for its copy: staged and written piece by piece, in waves.
+"""Saves of a state that is larger than the host memory for its copy: staged and written block by block, in waves.
 
-The first pieces fill the buffers; each buffer that has been written takes the next piece. The state may change when the last
-piece has been copied (`staged`). In-place changes before that are found by torch's version counters: such a save fails.
+The first blocks fill the buffers; each buffer that has been written takes the next block. The state may change when the last
+block has been copied (`staged`). In-place changes that torch counts are found before that: such a save fails.
 """
 
 from __future__ import annotations

@@ -188,10 +188,10 @@ class StoreWriter(StorageWriter):
 
     def _write(self, place: _Place, folder: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         values = [planner.resolve_data(item) for item in items]
-        streams = blocks.Streams([value for value in values if isinstance(value, torch.Tensor)])
-        if streams and self._store.backend.is_folder:
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if self._store.backend.is_folder and (streams := blocks.Streams(tensors)):
             return self._write_blocks(place, folder, items, values, streams)
-        for device in {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}:
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()  # the pool's threads copy on another stream
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), thread_name_prefix="ckptstore-crc32") as pool:
             pieces = list(pool.map(_archive, (item.type for item in items), values))

@@ -2,14 +2,17 @@
 
 import errno
 import json
+import mmap
 import os
 import random
+import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ckptstore import native
-from ckptstore.errors import AccessError, NotFoundError, RefusedError, StorageError, UsageError
+from ckptstore.errors import AccessError, NoSpaceError, NotFoundError, RefusedError, StorageError, UsageError
 
 from .conftest import mounted, random_bytes, run_python
 from .test_faults import COMMON
@@ -25,6 +28,21 @@ def folder(request, tmp_path):
     else:
         with mounted(request.param, tmp_path / "mount", size_mib=320 if request.param == "xfs" else 64) as at:
             yield at
+
+
+def whole_pages(data):
+    """The same bytes, at the start of a page."""
+    mapped = mmap.mmap(-1, max(1, len(data)))
+    mapped[: len(data)] = data
+    return memoryview(mapped)[: len(data)]
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE, MIB - 1, MIB, 9 * MIB + 5])
+def test_memory_of_whole_pages_goes_as_it_is(folder, size):
+    data = random_bytes(size, seed=3)
+    (folder / "file").write_bytes(b"")
+    native.write_range(folder, "file", 0, whole_pages(data))
+    assert (folder / "file").read_bytes() == data
 
 
 @pytest.mark.parametrize("tail", [0, 1, PAGE - 1, PAGE, 777_777])
@@ -88,8 +106,11 @@ def test_what_is_no_file_there(tmp_path):
 SWEEP = (
     COMMON
     + """
-import json
-data = random_bytes((9 << 20) + 1234, seed=5)
+import json, mmap
+data = memory = random_bytes((9 << 20) + 1234, seed=5)
+if sys.argv[4] == "pages":
+    memory = mmap.mmap(-1, len(data))
+    memory[:] = data
 outcomes = {}
 for action in sys.argv[3].split():
     outcomes[action] = []
@@ -99,7 +120,7 @@ for action in sys.argv[3].split():
         before = state()
         arm("pwrite64", nth, action)
         try:
-            native.write_range(destination, "file", 0, data)
+            native.write_range(destination, "file", 0, memory)
             outcome = "ok"
         except errors.CkptStoreError as error:
             outcome = type(error).__name__
@@ -115,9 +136,10 @@ print(json.dumps(outcomes))
 )
 
 
-def test_every_write_fails_in_turn(faults, tmp_path):
-    actions = [errno.EIO, errno.ENOSPC, errno.EINVAL, errno.EINTR, "short"]
-    done = run_python(SWEEP, faults, tmp_path, " ".join(map(str, actions)), preload=faults)
+@pytest.mark.parametrize("memory", ["any", "pages"])
+def test_every_write_fails_in_turn(faults, tmp_path, memory):
+    actions = [errno.EIO, errno.ENOSPC, errno.EINVAL, errno.EFAULT, errno.EINTR, "short"]
+    done = run_python(SWEEP, faults, tmp_path, " ".join(map(str, actions)), memory, preload=faults)
     assert done.returncode == 0, done.stdout + done.stderr
     got = json.loads(done.stdout)
     assert len(got["5"]) >= 3  # two blocks and the tail
@@ -125,3 +147,39 @@ def test_every_write_fails_in_turn(faults, tmp_path):
     assert set(got["28"]) == {"NoSpaceError"}
     assert set(got["4"]) == set(got["short"]) == {"ok"}
     assert got["22"][:2] == ["ok", "ok"]  # refused: the cache takes it
+    assert got["14"][:2] == ["ok", "ok"]  # EFAULT: so does memory of a device driver that a disk may not read
+
+
+# --- what writers need beside it -----------------------------------------------------------------------------------
+
+
+def test_room_is_taken_and_content_stays(folder):
+    (folder / "file").write_bytes(b"content")
+    with (folder / "file").open("r+b") as file:
+        native.allocate(file.fileno(), 8 * MIB, folder / "file")
+    assert (folder / "file").read_bytes() == b"content" + bytes(8 * MIB - 7)
+    assert (folder / "file").stat().st_blocks * 512 >= 8 * MIB
+
+
+def test_no_room(tmp_path):
+    with mounted("tmpfs", tmp_path / "mount", size_mib=64) as at, (at / "file").open("wb") as file:
+        with pytest.raises(NoSpaceError, match="file"):
+            native.allocate(file.fileno(), 100 * MIB, at / "file")
+        assert shutil.disk_usage(at).free > 60 * MIB
+
+
+def test_priority_of_one_thread():
+    """Lowered for the thread that asks, and never raised."""
+    seen = []
+
+    def work():
+        for nice in (3, 7, 5):
+            native.be_nice(nice)
+            seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [max(before, nice) for nice in (3, 7, 7)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

@@ -1,4 +1,4 @@
-"""Loads straight to a GPU: each thread reads a chunk into pinned memory, checks it, and copies it over while it reads the next.
+"""Loads onto a GPU by bounce buffers: each thread reads a chunk into pinned memory, checks it, and copies it over meanwhile.
 
 The copies go on a stream beside the caller's, after what the caller has asked of its current stream: what a tensor's memory
 was used for before has ended. `close` waits for them, so that the caller may use what was loaded on any stream.
@@ -19,7 +19,7 @@ _BUFFERS = 2  #: a thread: one is read into while the other's copies are under w
 
 
 class DeviceBytes:
-    """The memory of a contiguous tensor on a device, as loading.Away."""
+    """The memory of a contiguous tensor on a device, as loading.DeviceMemory."""
 
     __slots__ = ("_bytes",)
 
@@ -49,7 +49,7 @@ def target_of(tensor: torch.Tensor) -> memoryview | DeviceBytes:
     return DeviceBytes(tensor) if tensor.is_cuda else memory.bytes_of(tensor)
 
 
-class Landing:
+class BounceBuffers:
     """One thread's, for the devices with what each is to wait for."""
 
     def __init__(self, ready: Mapping[torch.device, Any], numbers: Iterator[int], chunk_bytes: int) -> None:
@@ -81,8 +81,8 @@ class Landing:
         memory.synchronize(self._streams.values())
 
 
-def onto(tensors: Iterable[torch.Tensor]) -> Callable[[int], Landing] | None:
-    """What read_into takes as `landing` for these tensors; None where none is on a GPU. UsageError in a graph's capture.
+def onto(tensors: Iterable[torch.Tensor]) -> Callable[[int], BounceBuffers] | None:
+    """What read_into takes as `bounce` for these tensors; None where none is on a GPU. UsageError in a graph's capture.
 
     Called by the thread whose current streams they belong to.
     """
@@ -90,4 +90,4 @@ def onto(tensors: Iterable[torch.Tensor]) -> Callable[[int], Landing] | None:
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         memory.refuse_capture(device)
         ready[device] = torch.cuda.current_stream(device).record_event()
-    return functools.partial(Landing, ready, itertools.count(1)) if ready else None
+    return functools.partial(BounceBuffers, ready, itertools.count(1)) if ready else None
