@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,7 +28,7 @@ from ckptstore.errors import TransitError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-STREAMS = 8  #: parts of one file on their way at once: what a kill may cost
+STREAMS = 8  #: parts of one file on their way at once, to begin with: what a kill may cost
 ROUNDS = 3
 LOOKED_AT = 4  #: the newest uploads of a key, and the parts of each, that are looked at for a right one
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -48,17 +49,19 @@ def upload(
     content: Content,
     *,
     part_bytes: int,
-    streams: int,
+    streams: Callable[[], int],
+    sent: Callable[[float, float, int], None],
     stop: parallel.Stop,
     progress: Callable[[int], None],
 ) -> int:
     """Make the object; how many of its bytes were found there.
 
-    `progress` gets the bytes of each part that is there, from several threads. Errors as S3Multipart's and `read`'s: no object
-    is made then, the parts stay, and the next call goes on with them. TransitError where the store keeps other bytes than were
-    sent.
+    `streams` says how many parts may be on their way now. Called from several threads: `sent`, for each part that was sent,
+    with the monotonic times from its reading to the store's answer, and its bytes; `progress`, with the bytes of each part that
+    is there. Errors as S3Multipart's and `read`'s: no object is made then, the parts stay, and the next call goes on with them.
+    TransitError where the store keeps other bytes than were sent.
     """
-    return _Uploading(store, content, part_bytes, streams, stop, progress).run()
+    return _Uploading(store, content, part_bytes, streams, sent, stop, progress).run()
 
 
 @dataclass(slots=True)
@@ -68,7 +71,8 @@ class _Uploading:
     store: S3Multipart
     content: Content
     part_bytes: int
-    streams: int
+    streams: Callable[[], int]
+    sent: Callable[[float, float, int], None]
     stop: parallel.Stop
     progress: Callable[[int], None]
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -129,8 +133,10 @@ class _Uploading:
             part = there.get(number)
             right = part is not None and self._is_right(part)
             if part is None or not right:
+                begun_s = time.monotonic()
                 crc = self.content.crc(offset, length)
                 part = self.store.put(at, number, self.content.read(offset, length), crc64=crc, stop=stop)
+                self.sent(begun_s, time.monotonic(), length)
             with self.lock:
                 parts[number] = part._replace(crc64=self.content.crc(offset, length))
                 sent += not right
@@ -140,7 +146,7 @@ class _Uploading:
             if new:
                 self.progress(length)
 
-        parallel.each(range(1, self.count + 1), one, threads=min(self.streams, self.count), tick=self.stop.check)
+        parallel.each(range(1, self.count + 1), one, threads=lambda: min(self.streams(), self.count), tick=self.stop.check)
         return sent
 
     def _is_right(self, part: Part) -> bool:

@@ -1,4 +1,7 @@
-"""Send files to a backend: part by part, the largest first, memory bounded, what fails as a whole sent anew for a while."""
+"""Send files to a backend: part by part, the largest first, memory bounded, what fails as a whole sent anew for a while.
+
+How many parts of our own uploads to S3 are on their way at once is tuned to what they bring (tuning.py).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptstore import multipart, native, parallel
 from ckptstore.backends.base import Backend
 from ckptstore.errors import NoSpaceError, StorageError
+from ckptstore.tuning import Tuner
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -21,7 +25,7 @@ MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
 FILES_AT_ONCE = 4
 FILE_TRIES = 4
 SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
-BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most
+BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most, and of our own there may be so many
 
 
 class Outgoing(NamedTuple):
@@ -59,6 +63,17 @@ def send(
     found = 0
     total = there + sum(file.size_bytes for file in ordered)
     threads = min(max(FILES_AT_ONCE // crew, 1), max(len(ordered), 1))
+    large = [file for file in ordered if file.size_bytes > part_size(file.size_bytes)]
+    at_once = max(BUDGET_BYTES // crew // part_size(large[0].size_bytes), 1) if large else 1
+    tuner = Tuner(min(at_once, multipart.STREAMS * min(threads, max(len(large), 1))), 2 * at_once)
+    shared_by = 0  #: files whose parts are tuned together
+
+    def streams() -> int:
+        return max(tuner.limit // max(shared_by, 1), 1)
+
+    def sent(begun_s: float, ended_s: float, size_bytes: int) -> None:
+        with lock:
+            tuner.done(begun_s, ended_s, size_bytes)
 
     def moved(count_bytes: int) -> None:
         nonlocal done
@@ -66,7 +81,7 @@ def send(
             done += count_bytes
 
     def send_one(file: Outgoing, stop: parallel.Stop) -> None:
-        nonlocal found
+        nonlocal found, shared_by
         part_bytes = part_size(file.size_bytes)
 
         def parts() -> Iterator[Buffer]:
@@ -75,16 +90,22 @@ def send(
                 yield data
                 moved(memoryview(data).nbytes)
 
-        at_once = max(BUDGET_BYTES // crew // threads // part_bytes, 1)
         if file.size_bytes <= part_bytes:
             target.put(file.key, b"".join(parts()))
         elif uploads is not None and file.content is not None:
-            streams = min(at_once, multipart.STREAMS)
-            before = multipart.upload(uploads, file.content, part_bytes=part_bytes, streams=streams, stop=stop, progress=moved)
+            with lock:
+                shared_by += 1
+            try:
+                before = multipart.upload(
+                    uploads, file.content, part_bytes=part_bytes, streams=streams, sent=sent, stop=stop, progress=moved
+                )
+            finally:
+                with lock:
+                    shared_by -= 1
             with lock:
                 found += before
         else:
-            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=at_once)
+            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=max(at_once // threads, 1))
         file.arrived()
 
     def send_again(file: Outgoing, stop: parallel.Stop) -> None:

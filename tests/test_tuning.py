@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptstore import fetching, native, parallel, tuning
-from ckptstore.backends import open_backend
+from ckptstore import fetching, multipart, native, parallel, sending, tuning
+from ckptstore.backends import open_backend, s3multipart
+from ckptstore.backends.s3control import control
 from ckptstore.fetching import Wanted, fetch
 from ckptstore.tuning import HOLD_S, WARM_S, Tuner
 from tests.faults import Meter
@@ -195,3 +196,82 @@ def test_no_more_over_a_slow_line(line, s3, small, monkeypatch):
     assert most == 16
     monkeypatch.setattr(fetching, "MOST_THREADS", fetching.THREADS)
     assert tuned < 1.1 * through(s3, 48 * MIB)[0]
+
+
+# --- up ------------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """Uploads of a backend, and how many of their parts were on their way at once."""
+
+    def __init__(self, uploads: s3multipart.S3Multipart) -> None:
+        self._uploads, self._lock, self._under_way, self.most = uploads, threading.Lock(), 0, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._uploads, name)
+
+    def put(self, *arguments: object, **more: object) -> object:
+        with self._lock:
+            self._under_way += 1
+            self.most = max(self.most, self._under_way)
+        try:
+            return self._uploads.put(*arguments, **more)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+
+def up_through(url: str, data: bytes) -> tuple[float, int]:
+    """Seconds that it takes to send a file, which is right; and how many parts were on their way at once."""
+    backend = open_backend(url)
+    uploads = Counted(s3multipart.multipart(control(backend), digests=True))
+
+    def read(offset: int, length: int) -> memoryview:
+        return memoryview(data)[offset : offset + length]
+
+    def crc(offset: int, length: int) -> int:
+        return native.crc64(read(offset, length))
+
+    content = multipart.Content("up", len(data), native.crc64(data), read, crc)
+    began = time.monotonic()
+    sending.send(backend, [sending.Outgoing("up", len(data), lambda _: iter(()), content=content)], uploads=uploads)
+    took = time.monotonic() - began
+    assert control(backend).head("up") == (len(data), native.crc64(data))
+    return took, uploads.most
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of 5 MiB, no smaller ones are allowed; 2 to 8 of them at once, soon."""
+    monkeypatch.setattr(tuning, "WARM_S", 0.4)
+    monkeypatch.setattr(multipart, "STREAMS", 2)
+    monkeypatch.setattr(sending, "part_size", lambda size_bytes: 5 * MIB)
+    monkeypatch.setattr(sending, "BUDGET_BYTES", 20 * MIB)
+
+
+def test_more_parts_go_up_over_slow_connections(line, s3, small_parts):
+    line(MIB, each_bytes_per_s=8e6)
+    _, most = up_through(s3, os.urandom(100 * MIB))
+    assert most == 8
+
+
+@pytest.mark.soak
+def test_twice_as_fast_up_over_slow_connections(line, s3, small_parts, monkeypatch):
+    line(MIB, each_bytes_per_s=4e6)
+    data = os.urandom(200 * MIB)
+    tuned, most = up_through(s3, data)
+    assert most == 8
+    monkeypatch.setattr(sending, "BUDGET_BYTES", 5 * MIB)
+    plain, most = up_through(s3, data)
+    assert most == 2
+    assert plain > 2 * tuned, (plain, tuned)
+
+
+@pytest.mark.soak
+def test_no_more_parts_go_up_over_a_slow_line(line, s3, small_parts, monkeypatch):
+    line(MIB, together_bytes_per_s=16e6)
+    data = os.urandom(150 * MIB)
+    tuned, most = up_through(s3, data)
+    assert most == 4
+    monkeypatch.setattr(sending, "BUDGET_BYTES", 5 * MIB)
+    assert tuned < 1.1 * up_through(s3, data)[0]
