@@ -77,6 +77,19 @@ def find_uploads(target: Backend) -> tuple[S3Multipart | None, str]:
     return uploads, ""
 
 
+def look_for_uploads(target: Backend) -> tuple[S3Multipart | None, str]:
+    """Of find_uploads(), what can be known without writing: those that are there are listed, and none may be begun."""
+    from ckptstore.backends.s3control import control
+    from ckptstore.backends.s3multipart import multipart
+
+    try:
+        uploads = multipart(control(target), digests=False)
+        uploads.unfinished(PROBE)
+    except (UnavailableError, AccessError) as error:
+        return None, str(error)
+    return uploads, ""
+
+
 def _digests(target: Backend, key: str) -> tuple[S3Control | None, str]:
     """The control calls and the digest's name, or None and why not; `key` holds _DATA, and may be overwritten."""
     from ckptstore.backends.s3control import control
