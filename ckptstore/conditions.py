@@ -5,13 +5,14 @@ A store may ignore a condition, keep no digest, or repeat the one that it was to
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import secrets
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptstore import native
 from ckptstore.backends.base import Backend
-from ckptstore.errors import AccessError, AlreadyExistsError, UnavailableError
+from ckptstore.errors import AccessError, AlreadyExistsError, NotFoundError, UnavailableError
 from ckptstore.manifest import ALGORITHM
 from ckptstore.model import DRAFT_PREFIX
 
@@ -36,9 +37,12 @@ def look(target: Backend) -> Conditions:
     from ckptstore.backends.s3control import control
 
     try:
-        return Conditions(control(target), "")
-    except UnavailableError as error:
+        store = control(target)
+        with contextlib.suppress(NotFoundError):
+            store.head(PROBE)
+    except (UnavailableError, AccessError) as error:
         return Conditions(None, str(error))
+    return Conditions(store, "")
 
 
 @functools.lru_cache(maxsize=16)
@@ -72,6 +76,19 @@ def find_uploads(target: Backend) -> tuple[S3Multipart | None, str]:
     try:
         uploads = multipart(digests or control(target), digests=digests is not None)
         uploads.try_out(PROBE)
+    except (UnavailableError, AccessError) as error:
+        return None, str(error)
+    return uploads, ""
+
+
+def look_for_uploads(target: Backend) -> tuple[S3Multipart | None, str]:
+    """Of find_uploads(), what can be known without writing: those that are there are listed, and none may be begun."""
+    from ckptstore.backends.s3control import control
+    from ckptstore.backends.s3multipart import multipart
+
+    try:
+        uploads = multipart(control(target), digests=False)
+        uploads.unfinished(PROBE)
     except (UnavailableError, AccessError) as error:
         return None, str(error)
     return uploads, ""

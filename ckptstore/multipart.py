@@ -64,6 +64,11 @@ def upload(
     return _Uploading(store, content, part_bytes, streams, sent, stop, progress).run()
 
 
+def look(store: S3Multipart, content: Content, *, part_bytes: int, streams: int, tick: Callable[[], None]) -> int:
+    """How many bytes upload() would find there now. Nothing is begun or ended. Errors as upload's; `tick` is called often."""
+    return _Uploading(store, content, part_bytes, streams, parallel.Stop(), lambda _: None).look(tick)
+
+
 @dataclass(slots=True)
 class _Uploading:
     """One upload() at work."""
@@ -110,6 +115,21 @@ class _Uploading:
             path=self.content.key,
             hint="The way there, or the store, damages data; or somebody else writes there.",
         )
+
+    def look(self, tick: Callable[[], None]) -> int:
+        """What is there of the upload that run() would go on with."""
+        try:
+            parts = self.store.parts(found) if (found := self._find()) is not None else []
+        except GoneError:
+            parts = []
+
+        def one(part: Part, stop: parallel.Stop) -> None:
+            if self._is_right(part):
+                with self.lock:
+                    self.there_bytes += part.size_bytes
+
+        parallel.each(parts, one, threads=min(self.streams, len(parts)), tick=tick)
+        return self.there_bytes
 
     def _find(self) -> Upload | None:
         """The newest upload that has some of this content."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,13 +47,14 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import ATTEMPT_PREFIX, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
-from ckptstore.sending import Outgoing, part_size, send
+from ckptstore.sending import Outgoing, look, part_size, send
 from ckptstore.server_digests import Said, ask_all
 from ckptstore.verify import Notify
 
 if TYPE_CHECKING:
     from ckptstore.backends.s3multipart import S3Multipart
 
+    Find = Callable[[Backend], tuple[S3Multipart | None, str]]
 
 _DAMAGES = "The way there, or the store, damages data; or somebody else writes there. Nothing was committed."
 
@@ -196,7 +197,9 @@ class _Push:
             missing += [file for file in lies_there if self.said[file.path] in (Said.OTHER, Said.MISSING)]
         there = self.manifest.size_bytes - sum(file.size_bytes for file in missing)
         sent = self.manifest.size_bytes - there
-        if not dry_run:
+        if dry_run:
+            self._look_for_parts(missing, lambda: progress(0, self.manifest.size_bytes))
+        else:
             self._move(missing, there, progress)
             self._look_again()
             if not self.committed:
@@ -251,24 +254,30 @@ class _Push:
 
     def send(self, missing: Sequence[FileEntry], there: int, progress: native.Progress) -> None:
         """Send files of the part by this process alone."""
-        uploads = self._uploads(missing)
-        files = [
-            Outgoing(
-                self._key(file.path),
-                file.size_bytes,
-                functools.partial(self._read, file),
-                functools.partial(self._compare, file),
-                self._content(file),
-            )
-            for file in missing
-        ]
+        uploads = self._uploads(missing, conditions.find_uploads)
+        files = [self._outgoing(file) for file in missing]
         self.found_bytes = send(self.target, files, there=there, crew=self.crew, uploads=uploads, progress=progress)
 
-    def _uploads(self, missing: Sequence[FileEntry]) -> S3Multipart | None:
+    def _outgoing(self, file: FileEntry) -> Outgoing:
+        return Outgoing(
+            self._key(file.path),
+            file.size_bytes,
+            functools.partial(self._read, file),
+            functools.partial(self._compare, file),
+            self._content(file),
+        )
+
+    def _look_for_parts(self, missing: Sequence[FileEntry], tick: Callable[[], None]) -> None:
+        """What send() would find of files that were cut short. Nothing is written."""
+        uploads = self._uploads(missing, conditions.look_for_uploads)
+        if uploads is not None:
+            self.found_bytes = look(uploads, [self._outgoing(file) for file in missing], tick=tick)
+
+    def _uploads(self, missing: Sequence[FileEntry], find: Find) -> S3Multipart | None:
         """By what files of several parts go on after a crash; None where it cannot be, which the notes then say."""
         if all(file.size_bytes <= part_size(file.size_bytes) for file in missing):
             return None
-        uploads, why = conditions.find_uploads(self.target)
+        uploads, why = find(self.target)
         if uploads is None:
             self.notes = (f"a file that is cut short on its way there starts over: {why}",)
         return uploads

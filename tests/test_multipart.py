@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -258,6 +259,96 @@ def test_etags_that_are_no_md5_prove_nothing(proxy, seaweed, s3, run):
     assert [one.upload_id for one in control(open_backend(s3)).uploads()] == [upload.upload_id]
 
 
+# --- a dry run -----------------------------------------------------------------------------------------------------
+
+
+def what_lies_there(url: str):
+    """Keys with their sizes and times, unfinished uploads, and what has arrived of each."""
+    backend = open_backend(url)
+    uploads = sorted(control(backend).uploads())
+    return sorted(backend.list()), uploads, [store_of(url).parts(upload) for upload in uploads]
+
+
+def figures(sent: pushing.Sent) -> tuple[int, int, tuple[str, ...]]:
+    return sent.sent_bytes, sent.there_bytes, sent.notes
+
+
+@pytest.mark.parametrize("there", [(), (1,), (2, 3), (1, 2, 3, 4), "one is wrong", "of others"])
+def test_a_dry_run_counts_what_a_push_would_find(proxy, s3, run, there):
+    """And only looks."""
+    parts = pieces(run)
+    if there == "of others":
+        leave(s3, {1: os.urandom(PART_BYTES)})
+    elif there == "one is wrong":
+        leave(s3, {1: parts[0], 2: flipped(parts[1]), 3: parts[2]})
+    elif there:
+        leave(s3, {number: parts[number - 1] for number in there})
+    before = what_lies_there(s3)
+    proxy.seen.clear()
+    (would,) = send(run, s3, dry_run=True)
+    assert {request.method for request in proxy.seen} <= {"GET", "HEAD"}
+    assert what_lies_there(s3) == before
+    assert figures(would) == figures(send(run, s3)[0])
+    expected = {"one is wrong": (1, 3), "of others": ()}.get(there, there)
+    assert would.there_bytes == sum(len(parts[number - 1]) for number in expected)
+
+
+def test_a_dry_run_of_an_attempt_that_was_cut_short(proxy, s3, run, tmp_path):
+    """What somebody else committed lies there; ours was to replace it."""
+    other = sealed_run(tmp_path / "other", (46,))
+    send(other, s3)
+    proxy.instead = lambda request: faults.response(b"403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>")
+
+    def choose(request: faults.Request) -> str:
+        """The last part is refused once the others are there."""
+        if "partNumber=4" not in request.path:
+            return ""
+        while sum(map(len, what_lies_there(s3)[2])) < 3:
+            time.sleep(0.05)
+        return "instead"
+
+    proxy.choose = choose
+    with pytest.raises(AccessError):
+        send(run, s3, replace=True)
+    proxy.choose = lambda request: ""
+    before = what_lies_there(s3)
+    (would,) = send(run, s3, replace=True, dry_run=True)
+    assert what_lies_there(s3) == before
+    assert would.there_bytes >= 3 * PART_BYTES
+    assert figures(would) == figures(send(run, s3, replace=True)[0])
+
+
+@pytest.mark.parametrize("why", ["denied", "no extra", "encryption"])
+def test_a_dry_run_says_too_that_a_file_starts_over(proxy, s3, run, monkeypatch, why):
+    leave(s3, {1: pieces(run)[0]})
+    if why == "denied":
+        proxy.instead = lambda request: faults.response(b"403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>")
+        proxy.choose = lambda request: "instead" if request.method == "GET" and "uploads=" in request.path else ""
+    elif why == "no extra":
+        monkeypatch.setitem(sys.modules, "awscrt.auth", None)
+    else:
+        monkeypatch.setenv("AWS_SERVER_SIDE_ENCRYPTION", "AES256")
+        proxy.choose = lambda request: "instead" if b"server-side-encryption" in request.head else ""
+    (would,) = send(run, s3, dry_run=True)
+    assert [note for note in would.notes if "starts over" in note]
+    assert (would.sent_bytes, would.there_bytes) == (CheckpointStore(run).get(46).size_bytes, 0)
+
+
+def test_a_dry_run_in_which_the_upload_ends(proxy, s3, run):
+    """Another push completes or aborts it while it is looked at: nothing is there."""
+    upload = leave(s3, {1: pieces(run)[0]})
+    store = control(open_backend(s3))
+    looks = iter([False, True])
+
+    def choose(request: faults.Request) -> str:
+        if request.method == "GET" and "uploadId=" in request.path and next(looks, False):
+            store.abort(upload)
+        return ""
+
+    proxy.choose = choose
+    assert send(run, s3, dry_run=True)[0].there_bytes == 0
+
+
 # --- two at once ---------------------------------------------------------------------------------------------------
 
 
@@ -475,15 +566,22 @@ sys.exit(run(sys.argv[2:]))
 """
 
 
-def push_through(port: int, run, url: str) -> subprocess.Popen[bytes]:
+def push_through(port: int, run, url: str, *words: str) -> subprocess.Popen[bytes]:
     """The command, with parts as small as here."""
     return subprocess.Popen(
-        [sys.executable, "-c", PUSHING, str(PART_BYTES), "push", "46", "--run", str(run), "--to", url],
+        [sys.executable, "-c", PUSHING, str(PART_BYTES), "push", "46", "--run", str(run), "--to", url, *words],
         env=commands.environment(**servers.environment(port), PYTHONPATH=os.pathsep.join(sys.path)),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def told(process: subprocess.Popen[bytes]) -> list[dict[str, object]]:
+    """What it says of each part, when it has ended well."""
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == 0, error
+    return json.loads(out)["parts"]
 
 
 def test_kill_9_in_the_middle_of_a_file(seaweed, s3, tmp_path):
@@ -507,15 +605,20 @@ def test_kill_9_in_the_middle_of_a_file(seaweed, s3, tmp_path):
         (upload,) = control(open_backend(s3)).uploads()
         there = sum(part.size_bytes for part in store_of(s3).parts(upload))
         assert there > total * 0.75 - (multiparts.STREAMS + 1) * PART_BYTES
-        process = push_through(meter.port, run, s3)
-        assert process.wait(30) == 0, process.communicate()
-        process.communicate()
-        again = meter.up_bytes - before
+        then = what_lies_there(s3)
+        would = told(push_through(meter.port, run, s3, "--dry-run", "--json"))
+        assert what_lies_there(s3) == then
+        looked = meter.up_bytes
+        really = told(push_through(meter.port, run, s3, "--json"))
+        again = meter.up_bytes - looked
     finally:
         meter.close()
     assert again <= (total - before) + multiparts.STREAMS * PART_BYTES + (2 << 20)
     assert total - there <= again <= total - there + (2 << 20)
     remote = open_backend(s3)
+    same = ("step", "part", "url", "sent_bytes", "there_bytes", "committed_before", "manifest_sha256", "notes")
+    assert [{name: part[name] for name in same} for part in would] == [{name: part[name] for name in same} for part in really]
+    assert there <= would[0]["there_bytes"] < there + PART_BYTES  # and small files
     report = verify(remote, listing.scan(remote).checkpoints[0], Level.FULL)
     assert (report.ok, report.checkpoint.status) == (True, Status.COMMITTED)
     assert list(control(remote).uploads()) == []

@@ -2,12 +2,11 @@
 
 One request at a time each; as many as there are threads that ask at once. The caller's memory is handed to the kernel as it
 is, piece by piece, so that a caller that shall stop ends within moments. No redirect is followed: a signature must not be
-carried elsewhere. Proxies and certificates as Python's: `$https_proxy`, `$no_proxy`, `$SSL_CERT_FILE`.
+carried elsewhere. Proxies as the library's requests take (proxies.py); certificates by `$SSL_CERT_FILE`, and those given.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import http.client
@@ -18,12 +17,11 @@ import struct
 import termios
 import threading
 import time
-import urllib.request
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from ckptstore import stalls
+from ckptstore.backends import proxies
 from ckptstore.parallel import Stop
 
 if TYPE_CHECKING:
@@ -55,9 +53,13 @@ class Answer(NamedTuple):
 
 
 class Connections:
-    """Connections to wherever requests go. Thread-safe. Errors as http.client's: OSError and HTTPException."""
+    """Connections to wherever requests go. Thread-safe. Errors as http.client's: OSError and HTTPException; and as proxies'.
 
-    def __init__(self) -> None:
+    `authorities`: a file of certificates, of those who may vouch for a server beside those that this machine trusts.
+    """
+
+    def __init__(self, authorities: str = "") -> None:
+        self._authorities = authorities
         self._lock = threading.Lock()
         self._idle: list[tuple[tuple[str, str], http.client.HTTPConnection]] = []
         self._tls: ssl.SSLContext | None = None
@@ -97,25 +99,28 @@ class Connections:
         return self._connect(*where), False
 
     def _connect(self, scheme: str, host: str) -> http.client.HTTPConnection:
-        proxy = _proxy(scheme, host)
-        reached = host if proxy is None else urlsplit(proxy).netloc.rpartition("@")[2]
+        proxy = proxies.choose(scheme, host)
+        reached, port = (host, None) if proxy is None else (proxy.host, proxy.port)
         if scheme != "https":
-            return http.client.HTTPConnection(reached, timeout=CONNECT_S)
+            return http.client.HTTPConnection(reached, port, timeout=CONNECT_S)
         if self._tls is None:
-            self._tls = ssl.create_default_context()
-        connection = http.client.HTTPSConnection(reached, timeout=CONNECT_S, context=self._tls)
+            context = ssl.create_default_context()
+            if self._authorities:
+                context.load_verify_locations(self._authorities)
+            self._tls = context
+        connection = http.client.HTTPSConnection(reached, port, timeout=CONNECT_S, context=self._tls)
         if proxy is not None:
-            connection.set_tunnel(host, headers=_proxy_headers(proxy))
+            connection.set_tunnel(host, headers=proxy.headers)
         return connection
 
 
 def _exchange(connection: http.client.HTTPConnection, request: Request, timeout_s: float, stop: Stop) -> Answer:
-    proxy = _proxy(request.scheme, request.host) if request.scheme == "http" else None
+    proxy = proxies.choose(request.scheme, request.host) if request.scheme == "http" else None
     target = request.target if proxy is None else f"http://{request.host}{request.target}"
     if connection.sock is not None:
         connection.sock.settimeout(timeout_s)
     connection.putrequest(request.method, target, skip_host=True, skip_accept_encoding=True)
-    for name, value in {**request.headers, **(_proxy_headers(proxy) if proxy else {})}.items():
+    for name, value in {**request.headers, **(proxy.headers if proxy else {})}.items():
         connection.putheader(name, value)
     connection.endheaders()
     sock, body = connection.sock, memoryview(request.body).cast("B")
@@ -213,18 +218,3 @@ def _answer(connection: http.client.HTTPConnection, patience: _Patience) -> Answ
         if response.length or (response.chunked and not response.isclosed()):  # read(most) does not say it
             raise http.client.IncompleteRead(body, response.length)
         return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body)
-
-
-def _proxy(scheme: str, host: str) -> str | None:
-    found = urllib.request.getproxies().get(scheme)
-    if not found or urllib.request.proxy_bypass(host):
-        return None
-    return found if "://" in found else f"http://{found}"
-
-
-def _proxy_headers(proxy: str) -> dict[str, str]:
-    parts = urlsplit(proxy)
-    if parts.username is None:
-        return {}
-    user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}

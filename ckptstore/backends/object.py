@@ -15,9 +15,11 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
+from ckptstore.backends import proxies
 from ckptstore.backends.base import Backend, Blob
 from ckptstore.errors import (
     AccessError,
@@ -45,6 +47,8 @@ REQUEST = timedelta(seconds=300)
 #: What is sent at once on any line.
 SMALL_BYTES = 64 << 10
 
+CERTIFICATES = "Name the file with the certificates of your own CA: $AWS_CA_BUNDLE (s3://) or $SSL_CERT_FILE."
+_REFUSED_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
 _BAD_DIGEST = re.compile(r"<Code>(BadDigest|InvalidDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
 _DENIED = re.compile(r"status code: 40[13] ")
@@ -68,8 +72,11 @@ class ObjectBackend(Backend):
             self._store = _store(parts.scheme, parts.netloc, {"read_timeout": STALL})
             self._sending = _store(parts.scheme, parts.netloc, {})
         except (*self._failures, ValueError) as error:
+            trusted = [f"${name}" for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
             raise UsageError(
-                f"{url}: {_said(error)}", hint="Credentials and endpoint come from the environment: docs/object-stores.md."
+                f"{url}: {_said(error)}",
+                hint="Credentials and endpoint come from the environment: docs/object-stores.md."
+                + (f" Are the certificates right ({', '.join(trusted)})?" if trusted else ""),
             ) from None
 
     def get(self, key: str, *, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
@@ -270,6 +277,13 @@ class ObjectBackend(Backend):
                 path=f"{self.location}/{key}",
                 hint="The way there, or this machine's memory, damages data. Look for another one.",
             ) from None
+        if refused := _REFUSED_CERTIFICATE.search(str(error)):
+            raise StorageError(
+                f"{what}: the server's certificate is refused: {refused[1]}",
+                operation=doing,
+                path=f"{self.location}/{key}",
+                hint=CERTIFICATES,
+            ) from None
         # A LIST that is refused comes as a general error: only its text has the status.
         if isinstance(error, (kinds.PermissionDeniedError, kinds.UnauthenticatedError)) or _DENIED.search(str(error)):
             raise AccessError(
@@ -279,7 +293,8 @@ class ObjectBackend(Backend):
             f"{what}: {_said(error)}",
             operation=doing,
             path=f"{self.location}/{key}",
-            hint="It was tried several times. Is the store there, and its name right? The same command goes on.",
+            hint="It was tried several times. Is the store there, and its name right? The same command goes on."
+            + proxies.hint(),
         ) from None
 
 
@@ -330,11 +345,21 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     if endpoint.startswith("http://"):
         options["allow_http"] = True
+    elif found := authorities():
+        try:
+            options["root_certificate"] = Path(found).read_bytes()
+        except OSError as error:
+            raise UsageError(f"$AWS_CA_BUNDLE ({found}) cannot be read: {error.strerror}") from None
     if not os.environ.get("AWS_CHECKSUM_ALGORITHM"):
         config["checksum_algorithm"] = "CRC64NVME"  # the server checks what arrives, and keeps it
     if not os.environ.get("AWS_UNSIGNED_PAYLOAD"):
         config["unsigned_payload"] = True  # SHA-256 of every byte costs more than all else here together
     return S3Store(bucket, config=config, client_options=options, retry_config=retries)
+
+
+def authorities() -> str:
+    """The file with certificates of those who vouch for an S3 store, beside those that this machine trusts; or ""."""
+    return os.environ.get("AWS_CA_BUNDLE", "")
 
 
 def static_keys() -> dict[str, str]:

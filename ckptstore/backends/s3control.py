@@ -12,6 +12,7 @@ import binascii
 import http.client
 import os
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -20,6 +21,7 @@ from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
 from xml.etree import ElementTree
 
 from ckptstore.backends import object as objects
+from ckptstore.backends import proxies
 from ckptstore.backends.base import Backend
 from ckptstore.backends.connections import Connections, Request
 from ckptstore.backends.object import ObjectBackend
@@ -75,7 +77,7 @@ class S3Control:
     def __init__(self, backend: ObjectBackend, auth: Any) -> None:
         self.backend = backend
         self._auth = auth
-        self._connections = Connections()
+        self._connections = Connections(objects.authorities())
         keys = objects.static_keys()
         self._identity = keys.get("access_key_id", "")
         if self._identity:
@@ -169,9 +171,16 @@ class S3Control:
             limit = objects.REQUEST if long else objects.STALL
             try:
                 answer = self._connections.ask(request, timeout_s=limit.total_seconds(), stop=stop)
+            except ssl.SSLCertVerificationError as error:
+                raise StorageError(
+                    f"{doing} {self.where(key)}: the server's certificate is refused: {error.verify_message}",
+                    operation=doing,
+                    path=self.where(key),
+                    hint=objects.CERTIFICATES,
+                ) from None
             except (OSError, http.client.HTTPException) as error:
                 if not tries.again(stop.wait):
-                    self._fail(doing, key, type(error).__name__)
+                    self._fail(doing, key, _said(error))
                 continue
             status = 500 if answer.status == 200 and _ERROR.match(answer.body) else answer.status
             if 200 <= status < 300:
@@ -244,8 +253,14 @@ class S3Control:
             f"{doing} {self.where(key)}: {said}",
             operation=doing,
             path=self.where(key),
-            hint="It was tried several times. Is the store there, and its name right?",
+            hint=f"It was tried several times. Is the store there, and its name right?{proxies.hint()}",
         )
+
+
+def _said(error: Exception) -> str:
+    """What happened to a request, without anything that the other side has sent but a proxy's refusal."""
+    text = "".join(letter for letter in str(error) if letter.isprintable()) if isinstance(error, OSError) else ""
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def control(backend: Backend) -> S3Control:

@@ -28,7 +28,7 @@ _OTHER_PARTS = (*DAMAGED, "InvalidPart", "EntityTooSmall")
 #: What the library sends along when these are set, and we do not: an encryption, above all.
 _UNKNOWN = (
     "AWS_SERVER_SIDE_ENCRYPTION", "AWS_SSE_KMS_KEY_ID", "AWS_SSE_BUCKET_KEY_ENABLED", "AWS_SSE_CUSTOMER_KEY_BASE64",
-    "AWS_REQUEST_PAYER", "AWS_S3_EXPRESS", "AWS_PROXY_URL", "AWS_ALLOW_INVALID_CERTIFICATES",
+    "AWS_REQUEST_PAYER", "AWS_S3_EXPRESS",
 )  # fmt: skip
 _NO = ("", "0", "false", "no", "off")
 
