@@ -40,7 +40,7 @@ class Content(NamedTuple):
     key: str
     size_bytes: int
     crc64: int
-    read: Callable[[int, int], Buffer]  #: its bytes, checked against the digests
+    read: Callable[[int, int], Buffer]  #: its bytes, checked against the digests; they hold until the thread reads again
     crc: Callable[[int, int], int]  #: the CRC-64/NVME of such bytes
 
 
@@ -66,7 +66,11 @@ def upload(
 
 def look(store: S3Multipart, content: Content, *, part_bytes: int, streams: int, tick: Callable[[], None]) -> int:
     """How many bytes upload() would find there now. Nothing is begun or ended. Errors as upload's; `tick` is called often."""
-    return _Uploading(store, content, part_bytes, streams, parallel.Stop(), lambda _: None).look(tick)
+    return _Uploading(store, content, part_bytes, lambda: streams, _nothing, parallel.Stop(), _nothing).look(tick)
+
+
+def _nothing(*_: float) -> None:
+    """Nobody is told."""
 
 
 @dataclass(slots=True)
@@ -128,7 +132,7 @@ class _Uploading:
                 with self.lock:
                     self.there_bytes += part.size_bytes
 
-        parallel.each(parts, one, threads=min(self.streams, len(parts)), tick=tick)
+        parallel.each(parts, one, threads=min(self.streams(), len(parts)), tick=tick)
         return self.there_bytes
 
     def _find(self) -> Upload | None:

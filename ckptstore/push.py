@@ -24,6 +24,7 @@ A crash leaves a claim, whole files and uploads, which no reader takes for a che
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -293,8 +294,14 @@ class _Push:
                 value = native.crc64_combine(value, file.chunks[start // step], min(step, offset + length - start))
             return value
 
-        def read(offset: int, length: int) -> bytes:
-            return self._checked(file, offset, length, 0)[0]
+        reading = threading.local()  # new memory for each part would cost as much time as all the rest
+
+        def read(offset: int, length: int) -> memoryview:
+            if not hasattr(reading, "memory"):
+                reading.memory = memoryview(bytearray(min(part_size(file.size_bytes), file.size_bytes)))
+            data: memoryview = reading.memory[:length]
+            self._fill(file, offset, data, 0)
+            return data
 
         return multipart.Content(self._key(file.path), file.size_bytes, file.crc, read, crc)
 
@@ -305,19 +312,19 @@ class _Push:
                 self.target, self.store.control, self._key(file.path), file, keep=self.committed, hint=_DAMAGES
             )
 
-    def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytes]:
+    def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytearray]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""
         crc = 0
         for start in range(0, file.size_bytes, part_bytes):
-            data, crc = self._checked(file, start, min(part_bytes, file.size_bytes - start), crc)
+            data = bytearray(min(part_bytes, file.size_bytes - start))
+            crc = self._fill(file, start, memoryview(data), crc)
             yield data
 
-    def _checked(self, file: FileEntry, start: int, length: int, crc: int) -> tuple[bytes, int]:
-        """Bytes of a file, and the digest so far of the chunk that they end in; `crc`: of the one that they begin in."""
-        data = self.backend.get(f"{self.folder}/{file.path}", offset_bytes=start, length_bytes=length)
-        if len(data) != length:
+    def _fill(self, file: FileEntry, start: int, view: memoryview, crc: int) -> int:
+        """Read bytes of a file; the digest so far of the chunk that they end in. `crc`: of the one that they begin in."""
+        length = len(view)
+        if self.backend.fill(f"{self.folder}/{file.path}", start, view) != length:
             raise SourceChangedError(f"{self.part.path}/{file.path} became shorter while it was pushed", path=file.path)
-        view = memoryview(data)
         position = start
         while position < start + length:
             number = position // self.manifest.chunk_bytes
@@ -329,7 +336,7 @@ class _Push:
                     raise mismatch(file.path, number * self.manifest.chunk_bytes)
                 crc = 0
             position = end
-        return data, crc
+        return crc
 
     def _refuse_changed(self) -> None:
         """The manifest must still be that of what lies here."""

@@ -90,6 +90,9 @@ def test_ranges(medium, offset, length, expected):
     """Shorter only where the file ends."""
     medium.put("deep/file", b"0123456789")
     assert medium.backend.get("deep/file", offset_bytes=offset, length_bytes=length) == expected
+    memory = bytearray(b"-" * (12 if length is None else length))
+    assert medium.backend.fill("deep/file", offset, memoryview(memory)) == len(expected)
+    assert memory == expected + b"-" * (len(memory) - len(expected))
 
 
 def test_views_are_exact(medium):
@@ -104,7 +107,11 @@ def test_views_are_exact(medium):
 @pytest.mark.parametrize("key", ["none", "none/inner", "deep/none"])
 def test_missing(medium, key):
     medium.put("deep/file", b"1")
-    for ask in (medium.backend.get, lambda key: medium.backend.view(key, 0, 1)):
+    for ask in (
+        medium.backend.get,
+        lambda key: medium.backend.view(key, 0, 1),
+        lambda key: medium.backend.fill(key, 0, memoryview(bytearray(1))),
+    ):
         with pytest.raises(NotFoundError, match=key):
             ask(key)
     medium.backend.delete(key)
@@ -115,6 +122,7 @@ def test_nothing_outside(medium, key):
     """Names come from files that others wrote."""
     for ask in (
         medium.backend.get,
+        lambda key: medium.backend.fill(key, 0, memoryview(bytearray(1))),
         lambda key: medium.backend.put(key, b"x"),
         lambda key: medium.backend.put_parts(key, [b"x"], part_bytes=MIB),
         medium.backend.delete,

@@ -234,14 +234,14 @@ def test_digests_that_are_told_need_no_reading(proxy, seaweed, s3, run, monkeypa
     leave(s3, {1: parts[0], 2: parts[1], 3: parts[2]})
     proxy.instead, proxy.choose = telling(seaweed, {1: parts[0], 2: flipped(parts[1]), 3: parts[2]})
     read: list[int] = []
-    real = pushing._Push._checked
+    real = pushing._Push._fill
 
-    def counted(self, file, start, length, crc):
+    def counted(self, file, start, view, crc):
         if file.path in KEY:
             read.append(start // PART_BYTES + 1)
-        return real(self, file, start, length, crc)
+        return real(self, file, start, view, crc)
 
-    monkeypatch.setattr(pushing._Push, "_checked", counted)
+    monkeypatch.setattr(pushing._Push, "_fill", counted)
     proxy.seen.clear()
     send(run, s3)
     assert (sorted(read), sent_parts(proxy)) == ([2, 4], [2, 4])

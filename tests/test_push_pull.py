@@ -452,15 +452,15 @@ def test_an_interrupted_push_goes_on(url, run, monkeypatch):
     path = add_big_file(run, 20)
     trees.set_age(path.parent, 3600)
     CheckpointStore(run).seal(46)
-    real = pushing._Push._checked
+    real = pushing._Push._fill
 
-    def stop_at_the_large_one(self, file, start, length, crc):
+    def stop_at_the_large_one(self, file, start, view, crc):
         if start:
             raise KeyboardInterrupt
-        return real(self, file, start, length, crc)
+        return real(self, file, start, view, crc)
 
     with monkeypatch.context() as planted:
-        planted.setattr(pushing._Push, "_checked", stop_at_the_large_one)
+        planted.setattr(pushing._Push, "_fill", stop_at_the_large_one)
         planted.setattr(sending.parallel, "each", each_in_turn)
         with pytest.raises(KeyboardInterrupt):
             send(run, url)

@@ -81,6 +81,12 @@ class Backend(ABC):
         """The bytes of a range that is known to be there, copied as little as the medium allows. StorageError if shorter."""
         return self._exact(key, offset_bytes, length_bytes, self.get(key, offset_bytes=offset_bytes, length_bytes=length_bytes))
 
+    def fill(self, key: str, offset_bytes: int, memory: memoryview) -> int:
+        """Read from `offset_bytes` on into `memory`; how many bytes came, fewer only where the file ends. Errors as get's."""
+        data = self.get(key, offset_bytes=offset_bytes, length_bytes=len(memory))
+        memory[: len(data)] = data
+        return len(data)
+
     def _pay(self, count_bytes: int) -> None:
         """Wait until so much may go."""
         if self.bandwidth is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from ckptstore import native
 from ckptstore.backends.base import Backend, Blob
-from ckptstore.errors import NotFoundError, StorageError, from_os_error
+from ckptstore.errors import CkptStoreError, NotFoundError, StorageError, from_os_error
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+_MOST_BYTES = 1 << 26  #: of one call: Ctrl-C waits for no more
 
 
 class LocalBackend(Backend):
@@ -29,27 +33,42 @@ class LocalBackend(Backend):
 
     def get(self, key: str, *, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
         """See Backend.get."""
-        try:
-            descriptor = open_beneath(self.location, key)
-        except OSError as error:
-            raise from_os_error(error, doing="reading", path=f"{self.location}/{key}") from error
-        try:
-            info = os.fstat(descriptor)
-            if not stat.S_ISREG(info.st_mode):
-                raise StorageError(f"reading {self.location}/{key}: not a regular file", operation="open", path=key)
-            wanted = max(info.st_size - offset_bytes, 0)
+        with self._open(key) as descriptor:
+            wanted = max(os.fstat(descriptor).st_size - offset_bytes, 0)
             if length_bytes is not None:
                 wanted = min(wanted, length_bytes)
             parts = []
-            while wanted > 0 and (data := os.pread(descriptor, min(wanted, 1 << 26), offset_bytes)):
+            while wanted > 0 and (data := os.pread(descriptor, min(wanted, _MOST_BYTES), offset_bytes)):
                 parts.append(data)
                 offset_bytes += len(data)
                 wanted -= len(data)
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def fill(self, key: str, offset_bytes: int, memory: memoryview) -> int:
+        """See Backend.fill."""
+        filled = 0
+        with self._open(key) as descriptor:
+            while filled < len(memory) and (
+                count := os.preadv(descriptor, [memory[filled : filled + _MOST_BYTES]], offset_bytes + filled)
+            ):
+                filled += count
+        return filled
+
+    @contextlib.contextmanager
+    def _open(self, key: str) -> Iterator[int]:
+        """A descriptor of a regular file; what fails while it is used, too, is said as an error of reading it."""
+        try:
+            descriptor = open_beneath(self.location, key)
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise StorageError(f"reading {self.location}/{key}: not a regular file", operation="open", path=key)
+                yield descriptor
+            finally:
+                os.close(descriptor)
+        except CkptStoreError:  # some of which are OSErrors too
+            raise
         except OSError as error:
             raise from_os_error(error, doing="reading", path=f"{self.location}/{key}") from error
-        finally:
-            os.close(descriptor)
 
     def tree(self, prefix: str = "", *, max_depth: int = 4) -> dict[str, native.Folder]:
         """See Backend.tree."""
