@@ -27,7 +27,7 @@ LAYERS = (
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe", "journal", "background"),
     ("places",),
-    ("damage", "ledger", "halt", "pins", "inplace", "rendezvous"),
+    ("damage", "ledger", "halt", "pins", "inplace", "prepared", "rendezvous"),
     ("parts", "listing", "health", "importing", "mirrored"),
     ("verify", "seal", "commit", "running"),
     ("choose",),
