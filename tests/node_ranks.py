@@ -4,6 +4,8 @@ python -m tests.node_ranks look ROOT                       what saves and loads 
 python -m tests.node_ranks at ROOT WHO WHERE               one rank is killed in a phase of the commit
 python -m tests.node_ranks finish ROOT                     what resume_step makes of drafts that a crash may have left
 python -m tests.node_ranks kill ROOT WORLD TIMES SEED      a rank, or all of a node, killed at random moments
+python -m tests.node_ranks save ROOT WORLD NUMBER STEP      one save
+python -m tests.node_ranks load URL WORLD STEP              what so many ranks load from one place, as JSON
 
 As in killed_ranks, from which much comes: ranks are forked, and all values of a save are its number.
 """
@@ -417,6 +419,13 @@ def plant(where: str, number: int) -> None:
 
 def main(doing: str, root: Path, *words: str) -> None:
     torch.set_num_threads(1)
+    if doing in ("save", "load"):
+        world, *numbers = map(int, words)
+        if doing == "save":
+            print(json.dumps(saved(root, world, *numbers)))
+        else:
+            print(json.dumps(together(world, lambda rank, mesh: load(CheckpointStore(sys.argv[2]), numbers[0], mesh))))
+        return
     if doing == "look":
         print(json.dumps(look(root)))
         return

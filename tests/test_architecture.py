@@ -35,7 +35,7 @@ LAYERS = (
     ("receiving", "claims"),
     ("room", "staging", "steps", "loading"),
     ("node_sets",),
-    ("recovery", "adopt", "push", "pull", "retention", "uploading", "leftovers", "unfinished"),
+    ("recovery", "adopt", "gathering", "push", "pull", "retention", "uploading", "leftovers", "unfinished"),
     ("repair",),
     ("mirror", "saving", "sharing"),
     ("store",),

@@ -58,15 +58,18 @@ class _AbortedError(_GivenUpError):
 
 
 class Channel:
-    """What the leaders of one save tell each other. Any failure of the store itself is a RuntimeError of torch's."""
+    """What the leaders of one save tell each other, by the group's key-value store, or another one.
 
-    def __init__(self, name: str) -> None:
-        store: Any = _get_default_store()
+    Any failure of the store itself is a RuntimeError of torch's.
+    """
+
+    def __init__(self, name: str, store: Any = None) -> None:
+        store = _get_default_store() if store is None else store
         self._store = PrefixStore(f"ckptstore/{name}", store)
         self.timeout_s: float = store.timeout.total_seconds()
 
     def tell(self, key: str, document: Mapping[str, Any]) -> None:
-        """Once a key."""
+        """Once a key, but for what is small."""
         data = json.dumps(document)
         count = -(-len(data) // _VALUE_BYTES)
         for number in range(count):
