@@ -23,13 +23,20 @@ from ckptstore.sharing import deal
 from ckptstore.verify import verify
 from tests import commands, warm
 from tests.faults import Proxy
-from tests.test_sharing import _no_process_is_left, ended, popen  # noqa: F401 (a fixture)
+from tests.test_sharing import _no_process_is_left, popen  # noqa: F401 (a fixture)
 
 torch = pytest.importorskip("torch")
 from tests.killed_ranks import free_port, values  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 STEP = 6
+#: The streams of a process that was forked are those of the one that it was forked from.
+COMMAND = """
+import sys
+sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
+from ckptstore.recover import main
+main()
+"""
 
 
 def node_ranks(*words: object) -> Any:
@@ -55,19 +62,26 @@ def there(s3: str, seaweed: Any) -> Any:
     proxy.close()
 
 
-def push(there: Any, root: Path, count: int, *words: object, nodes: int = 2, stores: tuple[str, ...] = ()) -> list[Any]:
+def push(
+    there: Any, root: Path, count: int, *more: str, stores: tuple[str, str] = ("node0", "node1"), command: str = COMMAND
+) -> list[warm.Python]:
     """So many ranks on two nodes, as a launcher other than torchrun starts them: nobody stops the others when one dies."""
     port = free_port()
     started = []
     for rank in range(count):
-        local = count // nodes
+        local = count // 2
         place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        store = root / (stores or ("node0", "node1"))[rank // local]
-        command = [sys.executable, "-m", "ckptstore.recover", "push", *map(str, words or (STEP,))]
-        command += ["--run", str(store), "--to", there.url]
-        started.append(popen(command, there.env | {name: str(value) for name, value in place.items()}))
+        words = ("push", STEP, "--run", root / stores[rank // local], "--to", there.url, *more)
+        env = there.env | {name: str(value) for name, value in place.items()}
+        started.append(warm.Python("-c", command, *words, env=env))
     return started
+
+
+def ended(processes: list[warm.Python], timeout_s: float = 60) -> tuple[list[int], list[str], str]:
+    """Exit codes and outputs."""
+    done = [process.finish(timeout_s) for process in processes]
+    return [one.returncode for one in done], [one.stdout for one in done], "".join(one.stderr for one in done)
 
 
 def is_whole(url: str, step: int = STEP) -> None:
@@ -92,19 +106,20 @@ def test_four_ranks_of_two_nodes(there: Any, saved: Path, tmp_path: Path) -> Non
     is_whole(there.url)
     size = CheckpointStore(there.url).get(STEP).size_bytes
     assert sum(len(r.body) for r in there.proxy.seen if r.method in ("PUT", "POST")) < size + 200_000
-    for world in (1, 3):
-        assert node_ranks("load", there.url, world, STEP) == [[STEP]] * world
+    assert node_ranks("load", there.url, 3, STEP) == [[STEP]] * 3
+    assert node_ranks("load", there.url, 1, STEP) == [[STEP]]
     pulled = commands.spawn("pull", STEP, "--from", there.url, "--to", tmp_path / "back", env=there.env)
     assert pulled.code == 0, pulled.err
     assert values(tmp_path / f"back/step-{STEP}") == STEP
     # Again, by other ranks, which see the nodes the other way round: all is there.
     before = len(there.proxy.seen)
-    codes, (out, _), err = ended(push(there, saved, 2, STEP, stores=("node1", "node0")))
+    codes, (out, _), err = ended(push(there, saved, 2, stores=("node1", "node0")))
     assert codes == [0, 0], err
     assert "there already, committed" in out
     assert not [r for r in there.proxy.seen[before:] if r.method == "PUT" and ".distcp" in r.path]
 
 
+@pytest.mark.soak
 def test_two_launchers_of_torch(there: Any, saved: Path) -> None:
     """A torchrun a node, as on two machines; all steps, the newest one first as a dry run."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
@@ -115,8 +130,9 @@ def test_two_launchers_of_torch(there: Any, saved: Path) -> None:
             where = ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port]
             command = ["push", *words, "--run", str(saved / f"node{node}"), "--to", there.url]
             both.append(popen([*launcher, *where, "-m", "--", "ckptstore.recover", *command], there.env))
-        codes, (out, _), err = ended(both)
-        assert codes == [0, 0], err
+        outs = [process.communicate(timeout=90) for process in both]
+        assert [process.returncode for process in both] == [0, 0], outs
+        out = outs[0][0]
         if "--dry-run" in words:
             assert "would be sent" in out
             assert list(open_backend(there.url).list()) == []
@@ -130,8 +146,8 @@ def test_a_rank_is_killed(there: Any, saved: Path, victim: int) -> None:
     there.proxy.choose = lambda request: "stall" if request.method == "PUT" and "__3_0.distcp" in request.path else ""
     processes = push(there, saved, 4)
     deadline = time.monotonic() + 40
-    arrived = ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp"]
-    while {blob.key.rpartition("/")[2] for blob in open_backend(there.url).list()} < set(arrived):
+    arrived = {"__0_0.distcp", "__1_0.distcp", "__2_0.distcp"}
+    while not arrived <= {blob.key.rpartition("/")[2] for blob in open_backend(there.url).list()}:
         assert time.monotonic() < deadline, "nothing came"
         time.sleep(0.1)
     processes[victim].send_signal(signal.SIGKILL)
@@ -147,7 +163,36 @@ def test_a_rank_is_killed(there: Any, saved: Path, victim: int) -> None:
     assert codes == [0, 0], err
     is_whole(there.url)
     sent = {r.path.rpartition("/")[2].partition("?")[0] for r in there.proxy.seen[before:] if r.method == "PUT"}
-    assert not sent & set(arrived), sent
+    assert not sent & arrived, sent
+    assert "__3_0.distcp" in sent
+
+
+def test_a_rank_that_never_comes(there: Any, saved: Path) -> None:
+    """Bounded, and it is said which one is missing."""
+    hasty = f"from ckptstore import rendezvous\nrendezvous.MEET_S = 3\n{COMMAND}"
+    processes = push(there, saved, 4, command=hasty)
+    processes[2].kill()
+    codes, _, err = ended([process for process in processes if process is not processes[2]], 30)
+    assert all(codes), codes
+    assert "rank 2 did not come within 3 s" in err
+    assert list(open_backend(there.url).list()) == []
+
+
+@pytest.mark.soak
+def test_another_save_of_the_step(there: Any, saved: Path, tmp_path: Path) -> None:
+    """Takes the place of what is there in one act, and only when told to."""
+    root = tmp_path / "again"
+    shutil.copytree(saved, root)
+    assert ended(push(there, saved, 2))[0] == [0, 0]
+    node_ranks("save", root, 4, 7, STEP)
+    codes, _, err = ended(push(there, root, 2))
+    assert all(codes)
+    assert "with other bytes" in commands.flat(err)
+    assert node_ranks("load", there.url, 1, STEP) == [[STEP]]
+    codes, _, err = ended(push(there, root, 2, "--replace"))
+    assert codes == [0, 0], err
+    assert node_ranks("load", there.url, 1, STEP) == [[7]]
+    is_whole(there.url)
 
 
 def test_refusals(there: Any, saved: Path, tmp_path: Path) -> None:
@@ -155,10 +200,10 @@ def test_refusals(there: Any, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved / "node1", tmp_path / "lacking")
     shutil.rmtree(tmp_path / f"lacking/step-{STEP}")
     os.symlink(saved / "node0", tmp_path / "node0")
-    codes, _, err = ended(push(there, tmp_path, 2, STEP, stores=("node0", "lacking")))
+    codes, _, err = ended(push(there, tmp_path, 2, stores=("node0", "lacking")))
     assert all(codes)
     assert f"rank 1 ({tmp_path / 'lacking'}) has no step {STEP}" in commands.flat(err), err
-    codes, _, err = ended(push(there, tmp_path, 2, STEP, stores=("node0", "node0")))
+    codes, _, err = ended(push(there, tmp_path, 2, stores=("node0", "node0")))
     assert all(codes)
     assert "no rank has node 2's part" in commands.flat(err), err
     alone = commands.spawn("push", STEP, "--run", saved / "node1", "--to", there.url, env=there.env)

@@ -7,11 +7,12 @@ when, is as in rendezvous.py.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import TCPStore
 
 from ckptstore.errors import CkptStoreError, RankError, UsageError
 from ckptstore.rendezvous import MEET_S, POLL_S, Launch, Rendezvous
@@ -27,12 +28,17 @@ class Meeting(Rendezvous):
 
     def _meet(self) -> None:
         deadline = time.monotonic() + MEET_S
+        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        if not address or not port.isdigit():
+            raise UsageError("the launch does not say where its ranks meet", hint="torchrun sets MASTER_ADDR and MASTER_PORT.")
+        hosts = self.leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the launcher does
         try:
-            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
-        except ValueError as error:
-            raise UsageError(f"the ranks cannot meet: {error}", hint="torchrun sets MASTER_ADDR and MASTER_PORT.") from error
-        except RuntimeError as error:
-            raise RankError(f"rank {self.rank} did not find rank 0 within {MEET_S:.0f} s: {error}", rank=0) from error
+            timeout = timedelta(seconds=MEET_S)
+            store = TCPStore(address, int(port), None, hosts, timeout, wait_for_workers=False, multi_tenant=True)
+        except RuntimeError as error:  # torch's
+            raise RankError(
+                f"no store of keys for the ranks at {address}:{port} within {MEET_S:.0f} s: {error}", rank=0
+            ) from error
         self._channel = Channel(self._launch.name, store)
         self._heart.start()
         self._write(f"alive-{self.rank}", self._state(0))

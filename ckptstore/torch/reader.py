@@ -113,8 +113,8 @@ class StoreReader(StorageReader):
             raise NotWholeError(
                 f"step {self.step} in {self._path} is of {group.whose}, and this rank needs {shown}, which other nodes have",
                 files=tuple(lacking),
-                hint="It loads on as many ranks as saved it, each on its node. For any others copy the *.distcp files of all "
-                "nodes beside one node's .metadata, and load them by plain dcp.load.",
+                hint="It loads on as many ranks as saved it, each on its node. For any others push it from all nodes "
+                "at once to a URL (torchrun … -m -- ckptstore.recover push), and load it there, or pull it.",
             )
         if lacking:
             raise IntegrityError(
