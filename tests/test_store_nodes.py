@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ckptstore import CheckpointStore, errors, manifest, node_sets, prepared, retention, steps
+from ckptstore import side as side_folders
 from ckptstore.cli import run as command
 from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
 from ckptstore.manifest import Manifest
@@ -236,13 +237,13 @@ def test_whose_writer_lives_is_none(tmp_path: Path) -> None:
 class _OnePlace:
     """Two nodes in this process, over a key-value store of torch's."""
 
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int = 3) -> None:
         meeting = torch.distributed.HashStore()
         meeting.set_timeout(timedelta(seconds=5))
         monkeypatch.setattr(nodes, "_get_default_store", lambda: meeting)
         self.stores = [CheckpointStore(tmp_path / f"node{node}") for node in range(2)]
-        self.draft = steps.begin(self.stores[0].folder, 3)
-        other = steps.begin(self.stores[1].folder, 3, name=self.draft.name)
+        self.draft = steps.begin(self.stores[0].folder, step)
+        other = steps.begin(self.stores[1].folder, step, name=self.draft.name)
         self.follower = nodes.Follower(nodes.Channel(self.draft.name), 1, other)
 
     def commit(self) -> Manifest:
@@ -288,6 +289,23 @@ def test_who_may_give_up_what_is_prepared(tmp_path: Path, monkeypatch: pytest.Mo
             place.commit()
         monkeypatch.setattr(steps, "publish", publish)
         assert place.left() == left, name
+    for step, left in ((2, [(2, 0), (1, 1)]), (4, [(3, 0), (2, 0)])):
+        place = _OnePlace(tmp_path / "the other", monkeypatch, step)
+        place.commit()
+        assert place.left() == left, "it goes with a step that is not older"
+
+
+def test_a_draft_is_durable_before_it_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the folders that it is found by: a power cut may come as soon as another node has published."""
+    done: list[str] = []
+    sync, tell = side_folders.sync_folder, nodes.Channel.tell
+    monkeypatch.setattr(side_folders, "sync_folder", lambda path: (done.append(path), sync(path))[1])
+    monkeypatch.setattr(nodes.Channel, "tell", lambda self, key, document: (done.append(key), tell(self, key, document))[1])
+    place = _OnePlace(tmp_path, monkeypatch)
+    place.commit()
+    place.follower.stop()
+    home = f"{steps.side_of(place.stores[1].folder)}/save-{place.draft.name}"
+    assert {f"{home}/step", home, os.path.dirname(home)} <= set(done[: done.index("prepared/1")])
 
 
 def _nothing() -> Any:
