@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckptstore import damage
+from ckptstore import damage, prepared
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
@@ -101,8 +101,10 @@ def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
         Checkpoint(step, -1, -1, "export", (read_part(backend, layout.MAIN_PART, folder, tree, read_signs=steps.read_signs),))
         for step, folder in steps.steps_in(tree).items()
     ]
+    notes: tuple[str, ...] = ()
     if side := _side(backend):
         checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
+        notes = tuple(one.note for one in prepared.left(side))
     newest = (
         max(
             (file.mtime_ns, f"{folder_of(backend, part)}/{file.name}")
@@ -113,7 +115,7 @@ def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
         if any(c.file_count for c in checkpoints)
         else (0, "")
     )
-    return Listing(layout.run_ref(backend.location), tuple(checkpoints), None, None, (), (), newest[1], newest[0], "steps")
+    return Listing(layout.run_ref(backend.location), tuple(checkpoints), None, None, (), notes, newest[1], newest[0], "steps")
 
 
 def _with_known_damage(

@@ -1,7 +1,7 @@
 """What a store on one node's disk knows of the other nodes': its own name, and which steps all nodes of a set have.
 
 In the side folder `id` holds the name, and an empty `whole-STEP-SET` says that all nodes of the set have the step. Until then
-what a step replaced is kept, as `old-step-STEP-…`.
+what a step replaced is kept, as `old-step-STEP-SET`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import re
 import secrets
 
+from ckptstore import prepared, steps
 from ckptstore import side as side_folders
-from ckptstore import steps
 from ckptstore.errors import RefusedError, from_os_error
 from ckptstore.model import NodeSet
 
@@ -43,10 +43,17 @@ def identity(root: str) -> str:
         raise from_os_error(error, doing="naming the store by", path=path) from error
 
 
+def settle(root: str, step: int, group: NodeSet) -> None:
+    """All nodes of the set have the step: note it, and remove what was kept until then. A full disk is a StorageError."""
+    note_whole(root, step, group)
+    discard_old(root, step)
+    prepared.discard(steps.side_of(os.path.realpath(root)), up_to=step)
+
+
 def discard_old(root: str, step: int) -> None:
     """Remove what was kept of a step that was replaced."""
     side = steps.side_of(os.path.realpath(root))
-    for name in steps.names_in(side):
+    for name in prepared.names_in(side):
         if name.startswith(f"old-step-{step}-"):
             side_folders.discard(side, name)
 
@@ -72,7 +79,7 @@ def known_whole(root: str, step: int, group: NodeSet) -> bool:
 def forget_whole(root: str, step: int, *, but: str = "") -> None:
     """Remove what was noted of a step that is gone, or of those before it."""
     side = steps.side_of(os.path.realpath(root))
-    for name in steps.names_in(side):
+    for name in prepared.names_in(side):
         if name.startswith(f"whole-{step}-") and name != but:
             with contextlib.suppress(OSError):  # says nothing of any other step
                 os.unlink(os.path.join(side, name))

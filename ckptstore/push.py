@@ -99,6 +99,7 @@ def push(
     *,
     replace: bool = False,
     dry_run: bool = False,
+    whole: Manifest | None = None,
     sending: Sending | None = None,
     notify: Notify | None = None,
 ) -> list[Sent]:
@@ -108,7 +109,7 @@ def push(
     trainer writes it meanwhile; AlreadyExistsError where another content of this step lies there, or came first. With
     `replace` the new one takes its place in one act, and the old files stay until they are cleaned; RefusedError where that
     cannot be one act. After any error and any kill, readers see what they saw before. `sending` sends the files, where
-    this process alone shall not (sharing.py).
+    this process alone shall not (sharing.py); `whole` says what they are, where this machine has a part of them (gathering.py).
     """
     if target.is_folder or not backend.is_folder:
         raise UsageError("a push goes from a folder to a URL", hint="Say --to s3://BUCKET/PREFIX.")
@@ -128,14 +129,14 @@ def push(
 
         def progress(done_bytes: int, _: int, before: int = before, doing: str = doing) -> None:
             if notify is not None:
-                notify(doing, before + done_bytes, checkpoint.size_bytes)
+                notify(doing, before + done_bytes, checkpoint.size_bytes if whole is None else whole.size_bytes)
 
         def digesting(done_bytes: int, total_bytes: int, part: Part = part) -> None:
             if notify is not None:
                 notify(f"digesting {part.name}", done_bytes, total_bytes)
 
         folder = folder_of(backend, part)
-        manifest = describe(backend, checkpoint, part, digesting)
+        manifest = describe(backend, checkpoint, part, digesting) if whole is None else whole
         fixed = part.name == layout.RECOVER_INFO  # read where AReaL reads it
         place = Place(target, folder, manifest.at_home, replace=replace, fixed=fixed)
         way = _Push(backend, folder, part, manifest.at_home, place, store, sending)

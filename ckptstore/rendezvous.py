@@ -177,7 +177,7 @@ class Rendezvous:
             return f"rank {rank} failed: {failed.get('why', 'it did not say why')}"
         if self._read(f"bye-{rank}") is not None:
             return ""
-        if not os.path.isdir(self._folder):
+        if self._has_ended():
             return f"rank {rank}, which led, has ended before this one"
         before, since = self._seen.get(rank, (None, now))
         if beat != before or rank not in self._seen:
@@ -289,6 +289,9 @@ class Rendezvous:
         with contextlib.suppress(OSError), os.scandir(os.path.join(self.side, name)) as entries:
             newest = max((entry.stat().st_mtime for entry in entries), default=0.0)
         return time.time() - newest < 2 * STALE_S
+
+    def _has_ended(self) -> bool:
+        return not os.path.isdir(self._folder)
 
     def _state(self, beat: int) -> dict[str, Any]:
         return {**self._me, "beat": beat, "progress": self.progress}

@@ -18,8 +18,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptstore import gathering, native
 from ckptstore import manifest as manifests
-from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, IntegrityError, from_os_error
@@ -42,6 +42,7 @@ class Shared:
     def __init__(self, group: Rendezvous, *, source: Backend | None = None, target: Backend | None = None) -> None:
         self._group, self._source, self._target = group, source, target
         self._numbers = itertools.count()
+        self._holders: Mapping[str, Sequence[int]] | None = None
 
     def bring(
         self,
@@ -78,6 +79,17 @@ class Shared:
         self._finish(number, lambda: self._look(number, done - others, total, progress))
         return digests
 
+    def gather(self, step: int) -> Manifest:
+        """The whole of a step of which each node has a part, for `push`; errors as gathering.whole. Each node sends its own."""
+        assert self._source is not None
+        number = self._begin({"look": step})
+        own = gathering.look(self._source, step)
+        self._finish(number, self._group.check)
+        ranks = self._group.members
+        told = [own if rank == self._group.rank else self._group.wait(f"part-{number}-{rank}") for rank in ranks]
+        manifest, self._holders = gathering.whole(step, told)
+        return manifest
+
     def send(
         self,
         folder: str,
@@ -91,7 +103,8 @@ class Shared:
         """See push.Sending."""
         assert self._source is not None
         assert self._target is not None
-        shares = deal([(file.path, file.size_bytes) for file in missing], self._group.size)
+        files = [(file.path, file.size_bytes) for file in missing]
+        shares = deal(files, self._group.size, holders=self._holders)
         number = self._begin(
             {"folder": folder, "base": base, "manifest": manifest.to_bytes().decode("ascii"), "shares": shares}
         )
@@ -158,6 +171,9 @@ def help_push(group: Rendezvous, source: Backend, target: Backend) -> None:
     """Send this rank's share of each job until the leader says that all is committed."""
 
     def work(job: Mapping[str, Any], told: native.Progress) -> None:
+        if "look" in job:
+            group.tell(f"part-{group.progress[0]}-{group.rank}", gathering.look(source, job["look"]))
+            return
         manifest = manifests.parse(job["manifest"].encode("ascii"))
         mine = job["shares"][group.index]
         folder, base = check_name(job["folder"]), check_name(job["base"]) if job["base"] else ""
@@ -232,12 +248,12 @@ def share_of(wanted: Sequence[Wanted], index: int, size: int, *, chunk_bytes: in
     return mine
 
 
-def deal(files: Sequence[tuple[str, int]], size: int) -> list[list[str]]:
-    """Names in `size` shares of about the same bytes: the largest first, each to who has least."""
+def deal(files: Sequence[tuple[str, int]], size: int, *, holders: Mapping[str, Sequence[int]] | None = None) -> list[list[str]]:
+    """Names in `size` shares of about the same bytes: the largest first, each to who has least, of those who hold it."""
     shares: list[list[str]] = [[] for _ in range(size)]
     loads = [0] * size
     for name, size_bytes in sorted(files, key=lambda file: (-file[1], file[0])):
-        least = loads.index(min(loads))
+        least = min(range(size) if holders is None else holders[name], key=loads.__getitem__)
         shares[least].append(name)
         loads[least] += size_bytes
     return shares

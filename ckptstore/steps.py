@@ -9,6 +9,8 @@
     5  sync        the store's folder, and the one that was renamed from
     6  discard     the old one, renamed out of the way first
 
+A draft that a node has prepared, and whose writer died, is none of the leftovers: prepared.py.
+
 Steps 4 to 6 hold the store's lock; writing does not, so that saves of different steps may overlap.
 """
 
@@ -26,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ckptstore
-from ckptstore import native, probe
+from ckptstore import native, prepared, probe
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import (
@@ -45,11 +47,10 @@ from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
 from ckptstore.names import check_names
+from ckptstore.prepared import OWNER, Prepared, is_dead, is_settled, names_in
 
-OWNER = "owner"
 PART = "default"
 LOCK_PATIENCE_S = 60.0
-_NEWBORN_S = 60.0  # what is younger may be alive though nothing is locked: a probe, a draft before its lock
 _ASIDE = re.compile(r"aside-([0-9]+)-[0-9a-f]+")
 
 
@@ -90,7 +91,7 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
     if not os.path.isdir(side):
         make_store(root)
     sweep(root)
-    name = name or secrets.token_hex(8)
+    name = name or secrets.token_hex(16)
     home, unborn = home_of(root, name), os.path.join(side, f"new-{name}")
     try:
         os.makedirs(os.path.join(unborn, "step"), 0o700)
@@ -145,6 +146,7 @@ def commit(
     try:
         manifest = describe(draft, digests, chunk_bytes=chunk_bytes, metrics=metrics or {}, source=source)
         publish(draft, manifest)
+        prepared.discard(side_of(draft.root), up_to=draft.step)
     except (NotCommitted, CommitUncertain):
         raise
     except CkptStoreError as error:
@@ -174,6 +176,46 @@ def abandon(draft: Draft) -> None:
         side_folders.discard(os.path.dirname(draft.home), os.path.basename(draft.home))
     os.close(draft.descriptor)
     draft.descriptor = -1
+
+
+def leave(draft: Draft) -> None:
+    """Let go of a draft that is prepared: it stays as after a kill (prepared.py)."""
+    if draft.descriptor >= 0 and draft.process == os.getpid():
+        os.close(draft.descriptor)
+        draft.descriptor = -1
+
+
+def take_over(root: str, found: Prepared) -> Draft:
+    """Hold a draft that a dead writer left prepared. BusyError where somebody else has it by now."""
+    try:
+        os.makedirs(found.home, 0o700, exist_ok=True)
+        descriptor = os.open(os.path.join(found.home, OWNER), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        draft = Draft(os.path.realpath(root), found.manifest.step, found.home, descriptor)
+        try:
+            _hold(descriptor)
+            if found.path != draft.path:
+                os.rename(found.path, draft.path)
+        except BaseException:
+            leave(draft)
+            raise
+    except BlockingIOError as error:
+        raise BusyError(
+            f"{found.home} is held by another process", hint="Is another launch resuming from this store?"
+        ) from error
+    except OSError as error:
+        raise from_os_error(error, doing="taking over", path=found.path) from error
+    return draft
+
+
+def _hold(descriptor: int) -> None:
+    for patience in range(50, -1, -1):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:  # somebody may just be looking whether it is held
+            if not patience:
+                raise
+            time.sleep(0.02)
 
 
 def files_in(directory: str) -> list[native.FileSpec]:
@@ -232,14 +274,15 @@ def needs_mending(root: str) -> bool:
 
 
 def leftovers(root: str) -> list[str]:
-    """Names in the side folder that dead writers left: drafts that nobody holds, and trash."""
+    """Names in the side folder that dead writers left: drafts that nobody holds, and trash. The newest prepared one stays."""
     side = side_of(root)
+    kept = [one.name for one in prepared.left(side)[-1:]]
     return [
         name
         for name in names_in(side)
         if name.startswith("trash-")
-        or (name.startswith(("probe-", "new-")) and _age_s(side, name) > _NEWBORN_S)
-        or (name.startswith("save-") and _is_dead_draft(side, name))
+        or (name.startswith(("probe-", "new-")) and is_settled(os.path.join(side, name)))
+        or (name.startswith("save-") and name not in kept and is_dead(os.path.join(side, name)))
     ]
 
 
@@ -248,35 +291,6 @@ def sweep(root: str) -> None:
     for name in leftovers(root):
         with contextlib.suppress(CkptStoreError):
             side_folders.discard(side_of(root), name)
-
-
-def _is_dead_draft(side: str, name: str) -> bool:
-    try:
-        descriptor = os.open(os.path.join(side, name, OWNER), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return _age_s(side, name) > _NEWBORN_S
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _age_s(side: str, name: str) -> float:
-    try:
-        return time.time() - os.stat(os.path.join(side, name)).st_mtime
-    except OSError:
-        return 0.0  # gone, or not ours to judge
-
-
-def names_in(side: str) -> list[str]:
-    """What lies in a side folder, in order; nothing where it cannot be told."""
-    try:
-        return sorted(os.listdir(side))
-    except OSError:
-        return []
 
 
 def describe(
@@ -336,7 +350,7 @@ def _publish(draft: Draft, manifest: Manifest, *, keep_old: bool) -> None:
     target = os.path.join(draft.root, layout.folder_name(draft.step))
     side = side_of(draft.root)
     replaces = os.path.lexists(target)
-    old = f"old-step-{draft.step}-{secrets.token_hex(4)}" if replaces and keep_old else ""
+    old = f"old-step-{draft.step}-{draft.name}" if replaces and keep_old else ""
     try:
         if not replaces:
             side_folders.rename_in(draft.path, target)
@@ -345,7 +359,12 @@ def _publish(draft: Draft, manifest: Manifest, *, keep_old: bool) -> None:
             if old:  # nobody sweeps this name, whichever of the two a crash leaves under it
                 place = os.path.join(side, old)
                 os.rename(draft.path, place)
-            native.rename_exchange(place, target)
+            try:
+                native.rename_exchange(place, target)
+            except OSError:
+                if old and not _is_in(target, manifest):
+                    os.rename(place, draft.path)
+                raise
         else:
             aside = _replace_by_two_renames(draft, target)
             if old:

@@ -2,7 +2,10 @@
 
 python -m tests.node_ranks look ROOT                       what saves and loads give, as JSON
 python -m tests.node_ranks at ROOT WHO WHERE               one rank is killed in a phase of the commit
+python -m tests.node_ranks finish ROOT                     what resume_step makes of drafts that a crash may have left
 python -m tests.node_ranks kill ROOT WORLD TIMES SEED      a rank, or all of a node, killed at random moments
+python -m tests.node_ranks save ROOT WORLD NUMBER STEP      one save
+python -m tests.node_ranks load URL WORLD STEP              what so many ranks load from one place, as JSON
 
 As in killed_ranks, from which much comes: ranks are forked, and all values of a save are its number.
 """
@@ -31,13 +34,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from ckptstore import CheckpointStore, steps
+from ckptstore import CheckpointStore, native, prepared, steps
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, NothingToResumeError, NotWholeError
-from ckptstore.model import Status
+from ckptstore.model import MANIFEST_NAME, Status
 from ckptstore.parts import read_manifest
 from ckptstore.retention import Keep
-from ckptstore.torch import StoreReader, StoreWriter, nodes, resume_step
+from ckptstore.torch import StoreReader, StoreWriter, nodes, resume_step, resuming
 from tests import killed_ranks
 from tests.killed_ranks import END_S, GROUP_TIMEOUT_S, Board, await_end, free_port
 
@@ -144,6 +147,99 @@ def look(root: Path) -> dict[str, Any]:
     return report
 
 
+def finish(root: Path) -> dict[str, Any]:
+    """Saves of which one node has only a draft, as a kill leaves it, and what is wrong with some of them. By case: what is
+    resumed from, what is loaded from there, and how many drafts are left on each node.
+    """
+    for number in (5, 6):
+        saved(root / "whole", NODES, number, number)
+    shutil.copytree(root / "whole", root / "saved again")
+    saved(root / "saved again", NODES, 7, 6)
+
+    def with_draft(case: str, node: int = 1, *, of: str = "whole") -> Path:
+        shutil.copytree(root / of, root / case)
+        return unpublish(root / case / f"node{node}", 6)
+
+    with_draft("cut")
+    with_draft("cut on the coordinator's", 0)
+    flip(with_draft("a changed bit") / "__1_0.distcp")
+    (with_draft("a file is missing") / "__1_0.distcp").unlink()
+    os.truncate(with_draft("shorter") / "__1_0.distcp", 1000)
+    (with_draft("one file more") / "more").touch()
+    edit(with_draft("another digest"), digest="0" * 64)
+    edit(with_draft("more nodes"), nodes=3)
+    edit(with_draft("of the other node"), node=0)
+    with_draft("published by none")
+    unpublish(root / "published by none/node0", 6)
+    # The draft is of an earlier save of that step; of the later one the node has nothing.
+    shutil.rmtree(with_draft("another set", of="saved again").parent)
+    shutil.copytree(
+        with_draft("x").parent, root / "another set/node1/.ckptstore" / next((root / "x/node1").glob("*/save-*")).name
+    )
+    # Cut between the renames of a replacement: the new one lies under the name that the old one is to have.
+    draft = with_draft("between renames", of="saved again")
+    shutil.copytree(root / "whole/node1/step-6", root / "between renames/node1/step-6")
+    draft.rename(draft.parent.parent / f"old-step-6-{draft.parent.name.removeprefix('save-')}")
+    shutil.rmtree(draft.parent)
+    # The bugs that these cases are for.
+    planted = {
+        "published by none": ("undone", lambda ranks: sorted({save for rank in ranks for save in rank.prepared})),
+        "a changed bit": ("_check", lambda one: None),
+        "another digest": ("identity", lambda manifest: str(manifest.step)),
+    }
+    cases = [path.name for path in sorted(root.iterdir()) if path.name not in ("whole", "saved again", "x")]
+    for case in planted:
+        shutil.copytree(root / case, root / f"planted: {case}")
+
+    def work(rank: int, mesh: Any) -> Any:
+        report = {}
+        for case in [*cases, *(f"planted: {case}" for case in planted)]:
+            store = store_of(root / case, rank, NODES)
+            if case.startswith("planted"):
+                name, bug = planted[case.removeprefix("planted: ")]
+                kept = getattr(resuming, name)
+                setattr(resuming, name, bug)
+            step = resume_step(store)
+            loaded = load(store, step, mesh)
+            if case.startswith("planted"):
+                setattr(resuming, name, kept)
+            report[case] = [step, loaded if not isinstance(loaded[0], tuple) else loaded[0][0]]
+        return report
+
+    answers = together(NODES, work)
+    assert answers[0] == answers[1], answers
+    for case, answer in answers[0].items():
+        answer += [len(prepared.left(str(root / case / f"node{node}/.ckptstore"))) for node in range(NODES)]
+    return dict(answers[0])
+
+
+def unpublish(store: Path, step: int) -> Path:
+    """As if the node had been killed before it published the step."""
+    folder = store / f"step-{step}"
+    home = store / ".ckptstore" / f"save-{json.loads((folder / MANIFEST_NAME).read_bytes())['group']['id']}"
+    home.mkdir()
+    (home / "owner").touch()
+    folder.rename(home / "step")
+    for note in store.glob(f".ckptstore/whole-{step}-*"):
+        note.unlink()
+    return home / "step"
+
+
+def flip(path: Path) -> None:
+    info = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def edit(draft: Path, **changed: Any) -> None:
+    path = draft / MANIFEST_NAME
+    document = json.loads(path.read_bytes())
+    document["group"] |= changed
+    path.write_text(json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n")
+
+
 # --- kills ---------------------------------------------------------------------------------------------------------
 
 
@@ -203,12 +299,28 @@ def trial(
             returned = max(board.read(rank)[1] for rank in range(world))
             board.close()
     assert set(codes.values()) <= {7}, f"the others, {took_s:.1f} s after {struck} were struck in {phase}: {codes}"
-    found = judge(root, returned if returned >= first else -1)
+    judge(root, returned if returned >= first else -1)
+    before = published(root)
     loaded = together(world, lambda rank, mesh: resumed(store_of(root, rank, world), mesh))
     values = {tuple(map(tuple, loaded_by.values())) for loaded_by in loaded}
     assert len(values) == 1, f"ranks load different states: {loaded}"
+    whole = judge(root, returned if returned >= first else -1)
+    found = whole[max(whole)] if whole else -1
     assert loaded[0]["resumed"][:1] == [float(found)] if found >= 0 else not loaded[0]["resumed"], (found, loaded)
-    return {"phase": phase, "seconds": round(took_s, 1), "returned": returned - first + 1, "found": found - first}
+    after = published(root)
+    assert all(node == after[0] for node in after), f"what one node had published, not all have: {before} {after}"
+    assert set(after[0].items()) <= set().union(*(node.items() for node in before)), f"published by none: {before} {after}"
+    saves = sorted(number - first for number in whole.values() if number >= first)
+    return {"phase": phase, "seconds": round(took_s, 1), "returned": returned - first + 1, "saves": saves}
+
+
+def published(root: Path) -> list[dict[str, str]]:
+    """What lies on each node, by the folders alone: a step's name to its set."""
+    found = []
+    for node in range(NODES):
+        manifests = (root / f"node{node}").glob("step-*/ckptstore.manifest.json")
+        found.append({path.parent.name: json.loads(path.read_bytes())["group"]["id"] for path in manifests})
+    return found
 
 
 def resumed(store: CheckpointStore, mesh: Any) -> dict[str, list[Any]]:
@@ -220,8 +332,8 @@ def resumed(store: CheckpointStore, mesh: Any) -> dict[str, list[Any]]:
     return {"resumed": load(store, step, mesh)}
 
 
-def judge(root: Path, returned: int) -> int:
-    """Every step on every node is whole for itself; a set is one save; what had returned is on all nodes. The newest number."""
+def judge(root: Path, returned: int) -> dict[int, int]:
+    """Every step on every node is whole for itself; a set is one save; what had returned is on all nodes. Steps and numbers."""
     held: list[dict[int, tuple[str, Any]]] = []
     for node in range(NODES):
         store = CheckpointStore(root / f"node{node}")
@@ -232,8 +344,7 @@ def judge(root: Path, returned: int) -> int:
             manifest = read_manifest(store.backend, f"step-{checkpoint.step}")
             assert manifest.group is not None
             assert (manifest.group.node, manifest.group.nodes) == (node, NODES)
-        held.append(nodes.held(store))
-    newest = nodes.newest_on_all([{step: name for step, (name, _) in of.items()} for of in held])
+        held.append(resuming.held(store))
     whole = {step: values(root, step) for step in held[0] if len({of.get(step, ("",))[0] for of in held}) == 1}
     for step, number in whole.items():
         assert step == step_of(number), f"step {step} holds save {number}"
@@ -244,12 +355,12 @@ def judge(root: Path, returned: int) -> int:
     if RESAVED not in whole and all(RESAVED in of for of in held):  # replaced on some: then the old one is still there
         ids = [of[RESAVED][0] for of in held]
         kept = [
-            nodes.identity(read_manifest(LocalBackend(old.parent), old.name))
+            resuming.identity(read_manifest(LocalBackend(old.parent), old.name))
             for node in range(NODES)
             for old in (root / f"node{node}/.ckptstore").glob(f"old-step-{RESAVED}-*")
         ]
         assert any(name in kept for name in ids), "a step was replaced on one node, and what it replaced is gone"
-    return whole.get(newest, -1)
+    return whole
 
 
 def values(root: Path, step: int) -> int:
@@ -290,7 +401,9 @@ def plant(where: str, number: int) -> None:
         # A step that is saved again: the second time.
         return bool(draft.step == step and seen[str(step)] == (1 if number % 2 == 0 else 2))
 
-    if word == "publish":
+    if word == "exchange":
+        native.rename_exchange = dying(native.rename_exchange, lambda _, to: to.endswith(f"/step-{step}"))
+    elif word == "publish":
         steps.publish = dying(steps.publish, this_save)
     elif word == "stage":
         nodes._stage = dying(nodes._stage, this_save)
@@ -306,8 +419,18 @@ def plant(where: str, number: int) -> None:
 
 def main(doing: str, root: Path, *words: str) -> None:
     torch.set_num_threads(1)
+    if doing in ("save", "load"):
+        world, *numbers = map(int, words)
+        if doing == "save":
+            print(json.dumps(saved(root, world, *numbers)))
+        else:
+            print(json.dumps(together(world, lambda rank, mesh: load(CheckpointStore(sys.argv[2]), numbers[0], mesh))))
+        return
     if doing == "look":
         print(json.dumps(look(root)))
+        return
+    if doing == "finish":
+        print(json.dumps(finish(root)))
         return
     if doing == "at":
         who, where = int(words[0]), words[1]

@@ -8,12 +8,14 @@ import os
 import pickle
 import random
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, errors, manifest, node_sets, retention, steps
+from ckptstore import CheckpointStore, errors, manifest, node_sets, prepared, retention, steps
+from ckptstore import side as side_folders
 from ckptstore.cli import run as command
 from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
 from ckptstore.manifest import Manifest
@@ -22,7 +24,7 @@ from ckptstore.retention import Candidate, Keep
 
 torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
-from ckptstore.torch import StoreWriter  # noqa: E402
+from ckptstore.torch import StoreWriter, nodes  # noqa: E402
 from tests import warm  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -69,29 +71,53 @@ def test_saves_and_loads_of_two_nodes(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("who", "where", "first", "found"),
+    ("who", "where", "first", "saves"),
     [
-        (0, "publish:after", 1001, 1),
+        (1, "exchange:before", 1001, [1, 2]),
         *(
             pytest.param(*case, marks=pytest.mark.soak)
             for case in (
-                (1, "stage:before", 1000, 0),
-                (1, "publish:before", 1000, 0),
-                (1, "publish:after", 1000, 2),
-                (0, "publish:after", 1000, 0),
-                (0, "commit:after", 1000, 0),
-                (1, "publish:before", 1001, 1),
-                (1, "publish:after", 1001, 1),
+                (1, "stage:before", 1000, [0, 1]),
+                (0, "publish:before", 1000, [0, 1]),
+                (0, "publish:after", 1000, [0, 1, 2]),
+                (0, "commit:after", 1000, [0, 1, 2]),
+                (1, "publish:before", 1000, [0, 1, 2]),
+                (1, "publish:after", 1000, [0, 1, 2]),
+                (0, "publish:before", 1001, [0, 1]),
+                (0, "exchange:before", 1001, [0, 1]),
+                (0, "publish:after", 1001, [1, 2]),
+                (1, "publish:before", 1001, [1, 2]),
+                (1, "publish:after", 1001, [1, 2]),
             )
         ),
     ],
 )
-def test_a_leader_dies_in_the_commit(tmp_path: Path, who: int, where: str, first: int, found: int) -> None:
-    """The other rank fails in time, and all resume from the newest step that both nodes have; what was replaced is kept."""
+def test_a_leader_dies_in_the_commit(tmp_path: Path, who: int, where: str, first: int, saves: list[int]) -> None:
+    """The other rank fails in time. A save that one node had published is finished; one that none had is not there. Of three
+    saves the third is cut; it replaces the first where `first` is odd.
+    """
     seen = run("at", tmp_path, who, where, first)
     assert seen["returned"] == 2
-    assert seen["found"] == found
+    assert seen["saves"] == saves
     assert seen["seconds"] < 25
+
+
+def test_drafts_that_a_crash_left(tmp_path: Path) -> None:
+    """Published on the last node, too, where the others have it: of just this save, and sound in every byte."""
+    seen = run("finish", tmp_path)
+    for case in ("cut", "cut on the coordinator's"):
+        assert seen.pop(case) == [6, [6], 0, 0], case
+    assert seen.pop("between renames") == [6, [7], 0, 0]
+    assert seen.pop("published by none") == [5, [5], 1, 1]
+    planted = {case: seen.pop(case) for case in list(seen) if case.startswith("planted")}
+    for case, found in seen.items():
+        assert found == [5, [5], 0, 1], f"{case}: the step before, and the draft is left to look at"
+    assert len(seen) == 8
+    assert planted == {
+        "planted: published by none": [6, [6], 0, 0],
+        "planted: a changed bit": [6, "DigestMismatchError", 0, 0],
+        "planted: another digest": [6, [6], 0, 0],
+    }, "without the three checks"
 
 
 @pytest.mark.parametrize(
@@ -147,6 +173,139 @@ def test_retention_of_a_node(tmp_path: Path) -> None:
     store.prune(Keep(last=1))
     assert [one.step for one in store.list()] == [2, 3]
     assert [name for name in os.listdir(steps.side_of(store.folder)) if name.startswith("whole-")] == [f"whole-2-{2:032x}"]
+
+
+def a_draft(store: CheckpointStore, step: int, node: int = 1) -> steps.Draft:
+    """Prepared, by a writer that is gone."""
+    draft = steps.begin(store.folder, step)
+    Path(draft.path, "f").write_bytes(b"")
+    group = NodeSet(draft.name, node, 2, "0" * 64)
+    steps.describe(draft, {"f": _nothing()}, metrics={}, group=group, created_at="2026-01-01T00:00:00Z")
+    steps.leave(draft)
+    return draft
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return [name for name in os.listdir(steps.side_of(store.folder)) if name.startswith("save-")]
+
+
+def test_one_prepared_draft_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Saves of earlier steps, `clean` and `list` leave it; it goes with a save that makes it useless, or when told to."""
+    store = CheckpointStore(tmp_path / "store")
+    older = a_draft(store, 7)
+    os.utime(f"{older.path}/ckptstore.manifest.json", (1, 1))
+    newer = a_draft(store, 5)
+    alive = steps.begin(store.folder, 9)
+    assert sorted(names(store)) == sorted(f"save-{one.name}" for one in (newer, alive)), "two, and the newest stays"
+    steps.abandon(alive)
+
+    assert command(["list", "--run", store.folder]) == 0
+    seen = capfd.readouterr()
+    assert f"save-{newer.name} is step 5 of node 2 of 2" in " ".join((seen.out + seen.err).split())
+    assert command(["clean", "--run", store.folder, "--json"]) == 0
+    seen = capfd.readouterr()
+    assert json.loads(seen.out)["removed"] == []
+    assert "resume_step" in json.loads(seen.out)["notes"][0]
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/w").write_text("w")
+    store.save(4, tmp_path / "f")
+    assert names(store) == [f"save-{newer.name}"]
+    store.save(5, tmp_path / "f")
+    assert names(store) == [], "step 5 is there"
+
+    last = a_draft(store, 8)
+    assert command(["clean", "--run", store.folder, "--old-slots", "--dry-run"]) == 0
+    assert f"save-{last.name}" in capfd.readouterr().out.replace("\n", "")
+    assert command(["clean", "--run", store.folder, "--old-slots"]) == 0
+    assert names(store) == []
+
+
+def test_whose_writer_lives_is_none(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    draft = a_draft(store, 5)
+    (found,) = prepared.left(steps.side_of(store.folder))
+    held = steps.take_over(store.folder, found)
+    assert prepared.left(steps.side_of(store.folder)) == []
+    with pytest.raises(errors.BusyError):
+        steps.take_over(store.folder, found)
+    steps.publish(held, found.manifest, keep_old=True)
+    steps.abandon(held)
+    assert [one.step for one in store.list()] == [5]
+    assert not os.path.exists(draft.home)
+
+
+class _OnePlace:
+    """Two nodes in this process, over a key-value store of torch's."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int = 3) -> None:
+        meeting = torch.distributed.HashStore()
+        meeting.set_timeout(timedelta(seconds=5))
+        monkeypatch.setattr(nodes, "_get_default_store", lambda: meeting)
+        self.stores = [CheckpointStore(tmp_path / f"node{node}") for node in range(2)]
+        self.draft = steps.begin(self.stores[0].folder, step)
+        other = steps.begin(self.stores[1].folder, step, name=self.draft.name)
+        self.follower = nodes.Follower(nodes.Channel(self.draft.name), 1, other)
+
+    def commit(self) -> Manifest:
+        shares = [nodes.Share(b"same", {}) for _ in range(2)]
+        return nodes.commit(nodes.Channel(self.draft.name), self.draft, shares, {})
+
+    def left(self) -> list[tuple[int, int]]:
+        """By node: how many steps, and how many prepared drafts."""
+        self.follower.stop()
+        assert [name for store in self.stores for name in names(store) if not prepared.left(steps.side_of(store.folder))] == []
+        return [(len(store.list()), len(prepared.left(steps.side_of(store.folder)))) for store in self.stores]
+
+
+def test_who_may_give_up_what_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the coordinator, and only while it has not published."""
+    publish = steps.publish
+
+    def failing(kind: type[CkptStoreError], *, real: bool = False, on: str = "node0") -> Any:
+        def instead(draft: Any, *more: Any, **options: Any) -> None:
+            if on not in draft.root or real:
+                publish(draft, *more, **options)
+            if on in draft.root:
+                raise kind("planted")
+
+        return instead
+
+    place = _OnePlace(tmp_path / "fine", monkeypatch)
+    place.commit()
+    assert place.left() == [(1, 0), (1, 0)]
+
+    place = _OnePlace(tmp_path / "told nothing", monkeypatch)
+    steps.abandon(place.draft)
+    assert place.left() == [(0, 0), (0, 0)], "nothing had been prepared"
+
+    for name, instead, error, left in (
+        ("not committed", failing(errors.NotCommitted), errors.NotCommitted, [(0, 0), (0, 0)]),
+        ("uncertain", failing(errors.CommitUncertain, real=True), errors.CommitUncertain, [(1, 0), (0, 1)]),
+        ("the other", failing(errors.NotCommitted, on="node1"), errors.CommitUncertain, [(1, 0), (0, 1)]),
+    ):
+        place = _OnePlace(tmp_path / name, monkeypatch)
+        monkeypatch.setattr(steps, "publish", instead)
+        with pytest.raises(error):
+            place.commit()
+        monkeypatch.setattr(steps, "publish", publish)
+        assert place.left() == left, name
+    for step, left in ((2, [(2, 0), (1, 1)]), (4, [(3, 0), (2, 0)])):
+        place = _OnePlace(tmp_path / "the other", monkeypatch, step)
+        place.commit()
+        assert place.left() == left, "it goes with a step that is not older"
+
+
+def test_a_draft_is_durable_before_it_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the folders that it is found by: a power cut may come as soon as another node has published."""
+    done: list[str] = []
+    sync, tell = side_folders.sync_folder, nodes.Channel.tell
+    monkeypatch.setattr(side_folders, "sync_folder", lambda path: (done.append(path), sync(path))[1])
+    monkeypatch.setattr(nodes.Channel, "tell", lambda self, key, document: (done.append(key), tell(self, key, document))[1])
+    place = _OnePlace(tmp_path, monkeypatch)
+    place.commit()
+    place.follower.stop()
+    home = f"{steps.side_of(place.stores[1].folder)}/save-{place.draft.name}"
+    assert {f"{home}/step", home, os.path.dirname(home)} <= set(done[: done.index("prepared/1")])
 
 
 def _nothing() -> Any:

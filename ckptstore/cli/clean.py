@@ -8,8 +8,8 @@ import time
 
 import click
 
+from ckptstore import prepared, steps
 from ckptstore import side as side_folders
-from ckptstore import steps
 from ckptstore.backends import Backend
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
 from ckptstore.cli.render import done, echo, item, note, print_json, size
@@ -27,7 +27,8 @@ _UNITS_S = {"m": 60, "h": 3600, "d": 86400}
 @click.option(
     "--old-slots",
     is_flag=True,
-    help="Also the slots that setup set aside: --undo cannot bring them back then.",
+    help="Also what is kept in case: slots that setup set aside, for --undo; in a store of steps, steps that were replaced and "
+    "saves that a crash cut on other nodes.",
 )
 @click.option(
     "--older-than",
@@ -56,6 +57,7 @@ def command(where: Where, old_slots: bool, older_than: str, dry_run: bool, as_js
         raise UsageError("--older-than is for a run at a URL", hint="Here a dead writer is told from a living one by its lock.")
     side = side_folders.side_folder(located.run.path, f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}")
     found: list[tuple[str, int]] = []
+    kept = [] if old_slots else [one.note for one in prepared.left(side)]
     if os.path.isdir(side):
         if dry_run:
             found = _find(side, old_slots=old_slots)
@@ -66,7 +68,7 @@ def command(where: Where, old_slots: bool, older_than: str, dry_run: bool, as_js
                     side_folders.discard(side, name)
     if as_json:
         removed = [{"name": name, "bytes": count} for name, count in found]
-        print_json({"done": not dry_run, "side": side, "removed": removed})
+        print_json({"done": not dry_run, "side": side, "removed": removed, "notes": kept})
         return
     echo()
     if not found:
@@ -76,11 +78,15 @@ def command(where: Where, old_slots: bool, older_than: str, dry_run: bool, as_js
     if found:
         total = size(sum(count for _, count in found))
         echo(f"{len(found)} of these, {total}, would be removed" if dry_run else f"removed {len(found)}: {total} freed")
+    for text in kept:
+        note(f"kept: {text}, and so does --old-slots")
 
 
 def _find(side: str, *, old_slots: bool) -> list[tuple[str, int]]:
     names = sorted({*side_folders.leftovers(side), *steps.leftovers(os.path.dirname(side))})
-    names += [old.name for old in side_folders.old_slots(side)] if old_slots else []
+    if old_slots:
+        names += [old.name for old in side_folders.old_slots(side)]
+        names += [one.name for one in prepared.left(side) if one.name not in names]
     return [(name, side_folders.size_of(os.path.join(side, name))) for name in names]
 
 

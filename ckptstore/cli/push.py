@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from ckptstore.backends import open_backend
+from ckptstore import gathering
+from ckptstore.backends import Backend, open_backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words
 from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
 from ckptstore.cli.urls import said_url
+from ckptstore.errors import RefusedError, UnavailableError
 from ckptstore.listing import scan
 from ckptstore.locate import Where
+from ckptstore.manifest import Manifest
+from ckptstore.model import Checkpoint
 from ckptstore.push import Sending, Sent, push
-from ckptstore.rendezvous import Rendezvous, launch
+from ckptstore.rendezvous import Launch, Rendezvous, launch
 from ckptstore.stalls import StallWatch
 
 
@@ -53,16 +58,21 @@ def command(
     bandwidth = bounded(bytes_per_s, told.local_world_size if told else 1)
     target = open_backend(url_or_usage(said_url(where, url)[0], "--to"), bandwidth=bandwidth)
     first = told is None or not told.rank
-    if dry_run and not first:
+    located, backend = open_run(where, as_json=as_json or not first, read_only=dry_run or not first, steps_too=True)
+    listing = scan(backend)
+    of_nodes = gathering.concerns(backend, listing, steps)
+    if dry_run and not first and not of_nodes:
         return
-    located, backend = open_run(where, as_json=as_json or not first, read_only=dry_run or not first)
-    picked = chosen(scan(backend), steps, latest=latest, everything=everything) if first else []
+    picked = chosen(listing, steps, latest=latest, everything=everything) if first else []
+    if told is None and of_nodes:
+        _refuse_parts(backend, picked)
     results: list[Sent] = []
     started = time.monotonic()
     stalls = StallWatch()
 
-    def send_all(sending: Sending | None = None) -> None:
+    def send_all(sending: Sending | None = None, gather: Callable[[int], Manifest] | None = None) -> None:
         for checkpoint in picked:
+            whole = gather(checkpoint.step) if gather and gathering.group_of(backend, checkpoint) else None
             results.extend(
                 push(
                     backend,
@@ -70,24 +80,25 @@ def command(
                     target,
                     replace=replace,
                     dry_run=dry_run,
-                    sending=sending,
+                    whole=whole,
+                    sending=None if gather and whole is None else sending,
                     notify=progress.notify,
                 )
             )
 
     try:
         with Progress(quiet=as_json or not first) as progress, stalls:
-            if told is None or dry_run:
+            if told is None or (dry_run and not of_nodes):
                 send_all()
             else:
                 from ckptstore import sharing
 
-                with Rendezvous(located.run.path, told) as group:
+                with _meeting(told) if of_nodes else Rendezvous(located.run.path, told) as group:
                     if not group.leads:
                         sharing.help_push(group, backend, target)
                         return
                     shared = sharing.Shared(group, source=backend, target=target)
-                    send_all(shared.send)
+                    send_all(shared.send, shared.gather if of_nodes else None)
                     shared.end()
                 if not first:  # a machine with a disk of its own: what is here, rank 0's machine sends
                     return
@@ -109,6 +120,28 @@ def command(
         )
         return
     _print(results, target.location, seconds, dry_run=dry_run)
+
+
+def _meeting(told: Launch) -> Rendezvous:
+    """All ranks, whatever disks they see."""
+    try:
+        from ckptstore.torch.meeting import Meeting
+    except ImportError as error:
+        raise UnavailableError(
+            f"the ranks of several nodes meet by torch.distributed, and torch cannot be imported: {error}"
+        ) from error
+    return Meeting(told)
+
+
+def _refuse_parts(backend: Backend, picked: list[Checkpoint]) -> None:
+    """One node's part of a save is no checkpoint for anybody else."""
+    for checkpoint in picked:
+        if (group := gathering.group_of(backend, checkpoint)) is not None:
+            raise RefusedError(
+                f"step {checkpoint.step} here is of {group.whose}: without the other nodes' files nobody can load it",
+                hint=f"On all {group.nodes} nodes at once: torchrun --nnodes {group.nodes} … -m -- ckptstore.recover push "
+                f"{checkpoint.step} --run DIR --to URL. It becomes one checkpoint there.",
+            )
 
 
 def _print(results: list[Sent], url: str, seconds: float, *, dry_run: bool) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from ckptstore.background import SaveHandle, wait_all
 from ckptstore.torch.background import save_async
-from ckptstore.torch.nodes import resume_step
 from ckptstore.torch.reader import StoreReader
+from ckptstore.torch.resuming import resume_step
 from ckptstore.torch.signals import Emergency, install_signal_handlers
 from ckptstore.torch.simple import load, save
 from ckptstore.torch.writer import StoreWriter

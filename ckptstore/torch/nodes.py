@@ -4,13 +4,14 @@ In two phases. The first rank of each node leads it; the coordinator leads its o
 the process group met by: no collectives, so that the leaders can answer from a thread while torch waits for the coordinator.
 
     1  prepare    the coordinator tells each leader its node's `.metadata`, and the digests of its ranks' files
-       prepared   the leader has written the manifest, and all of the draft is durable; it can still be given up
+       prepared   the leader has written the manifest, and all of the draft is durable; from now on only the coordinator may
+                  give it up, which says `abort`: a leader that hears no more leaves the draft as it is (prepared.py)
     2  commit     once all are prepared. The coordinator has published its own by then; each leader publishes, then says so.
                   A step that was there before stays in `.ckptstore/old-step-…` on every node
     3  settle     once all have committed: the step is known to be whole on all nodes, and what it replaced may go
 
-What ends one ends all that have not committed yet. A crash in phase 2 leaves a step that not all nodes have: `resume_step`
-and StoreReader pass over it, and retention does not count it.
+What ends one ends all that have not committed yet. A crash in phase 2 leaves a step that not all nodes have: StoreReader passes
+over it, retention does not count it, and `resume_step` (resuming.py) publishes what the other nodes have prepared.
 """
 
 from __future__ import annotations
@@ -21,26 +22,23 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from ckptstore import native, node_sets, steps
-from ckptstore.errors import CkptStoreError, CommitUncertain, IntegrityError, NotCommitted, NothingToResumeError, RankError
+from ckptstore import side as side_folders
+from ckptstore.errors import CkptStoreError, CommitUncertain, IntegrityError, NotCommitted, RankError, from_os_error
 from ckptstore.formats import dcp
 from ckptstore.manifest import Manifest, content_of
 from ckptstore.model import NodeSet
 from ckptstore.native import Digest
-from ckptstore.parts import find_manifest, folder_of
 from ckptstore.steps import Draft
-from ckptstore.store import CheckpointStore
 from ckptstore.uploading import Written
 
 POLL_S = 0.02
@@ -55,16 +53,23 @@ class _GivenUpError(Exception):
     """The save does not go on."""
 
 
-class Channel:
-    """What the leaders of one save tell each other. Any failure of the store itself is a RuntimeError of torch's."""
+class _AbortedError(_GivenUpError):
+    """No node has published, and none will: by the coordinator's word."""
 
-    def __init__(self, name: str) -> None:
-        store: Any = _get_default_store()
+
+class Channel:
+    """What the leaders of one save tell each other, by the group's key-value store, or another one.
+
+    Any failure of the store itself is a RuntimeError of torch's.
+    """
+
+    def __init__(self, name: str, store: Any = None) -> None:
+        store = _get_default_store() if store is None else store
         self._store = PrefixStore(f"ckptstore/{name}", store)
         self.timeout_s: float = store.timeout.total_seconds()
 
     def tell(self, key: str, document: Mapping[str, Any]) -> None:
-        """Once a key."""
+        """Once a key, but for what is small."""
         data = json.dumps(document)
         count = -(-len(data) // _VALUE_BYTES)
         for number in range(count):
@@ -108,43 +113,49 @@ class Follower:
         self._thread.start()
 
     def stop(self) -> None:
-        """Give up, unless it has been told to commit; the draft is gone then. Waits for that."""
+        """Give up, unless it has been told to commit; the draft is gone then, or left where it is prepared. Waits for that."""
         self._stop.set()
         self._thread.join(SETTLE_S)
 
 
 def _follow(channel: Channel, node: int, draft: Draft, stop: threading.Event) -> None:
+    undecided = False
     try:
         order = _wait(channel, "prepare", node, stop)
         share = Share(base64.b64decode(order["metadata"]), {name: _read(file) for name, file in order["written"].items()})
         group = NodeSet(order["id"], node, order["nodes"], order["digest"])
         manifest = _stage(draft, share, group, order["metrics"], order["created_at"])
+        undecided = True
         channel.tell(f"prepared/{node}", {})
         _wait(channel, "commit", None, stop)
         steps.publish(draft, manifest, keep_old=True)
+        undecided = False
         channel.tell(f"committed/{node}", {})
         _wait(channel, "settle", None, threading.Event())
-        _settle(draft, group)
+        node_sets.settle(draft.root, draft.step, group)
         channel.tell(f"settled/{node}", {})
     except _GivenUpError as error:
-        _log.info("step %d: this node gives up: %s", draft.step, error)
+        undecided = undecided and not isinstance(error, _AbortedError)
+        what = "leaves its part prepared" if undecided else "gives up"
+        _log.info("step %d: this node %s: %s", draft.step, what, error)
     except (CkptStoreError, OSError, RuntimeError) as error:  # RuntimeError: torch's, of the key-value store
         _log.error("step %d: this node's part of the save failed: %s", draft.step, error)
         with contextlib.suppress(RuntimeError):  # nobody is there to be told
             channel.tell(f"failed/{node}", {"why": str(error)})
     finally:
-        steps.abandon(draft)
+        (steps.leave if undecided else steps.abandon)(draft)
 
 
 def _wait(channel: Channel, key: str, node: int | None, stop: threading.Event) -> Any:
     deadline = time.monotonic() + channel.timeout_s
     key = key if node is None else f"{key}/{node}"
     while (found := channel.told(key)) is None:
+        stopped = stop.wait(POLL_S)
         if channel.told("abort") is not None:
-            raise _GivenUpError("the coordinator says so")
+            raise _AbortedError("the coordinator says so")
         if time.monotonic() > deadline:
             raise _GivenUpError(f"no word from the coordinator for {channel.timeout_s:.0f} s")
-        if stop.wait(POLL_S):
+        if stopped:
             raise _GivenUpError("the save has failed here")
     return found
 
@@ -154,22 +165,25 @@ def commit(channel: Channel, draft: Draft, shares: Sequence[Share], metrics: Map
 
     NotCommitted where no node has the step, CommitUncertain where not all of them may have it.
     """
-    name, nodes = secrets.token_hex(16), len(shares)
+    nodes = len(shares)
     whole = "\n".join(share.content(draft.step) for share in shares)
-    group = NodeSet(name, 0, nodes, hashlib.sha256(whole.encode()).hexdigest())
+    group = NodeSet(draft.name, 0, nodes, hashlib.sha256(whole.encode()).hexdigest())
     others = range(1, nodes)
     deadline = time.monotonic() + channel.timeout_s
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    publishing = False
     try:
         try:
             for node in others:
                 channel.tell(f"prepare/{node}", _order(shares[node], group, metrics, now))
             manifest = _stage(draft, shares[0], group, metrics, now)
             _await(channel, "prepared", others, deadline)
+            publishing = True
             steps.publish(draft, manifest, keep_old=True)
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # the store is gone: then they hear nothing more, and give up
-                channel.tell("abort", {})
+        except BaseException as error:
+            if not publishing or (isinstance(error, CkptStoreError) and not isinstance(error, CommitUncertain)):
+                with contextlib.suppress(RuntimeError):  # the store is gone: then they hear nothing more
+                    channel.tell("abort", {})
             raise
         try:
             channel.tell("commit", {})
@@ -177,12 +191,12 @@ def commit(channel: Channel, draft: Draft, shares: Sequence[Share], metrics: Map
         except (CkptStoreError, RuntimeError) as error:
             raise CommitUncertain(
                 f"step {draft.step} is on this node, and not surely on all {nodes}: {error}",
-                hint="ckptstore.torch.resume_step says which step all nodes have; a step that this one replaced is in "
-                ".ckptstore/old-step-…",
+                hint="ckptstore.torch.resume_step brings it to all nodes that have prepared it, and says which step all have; "
+                "one that this replaced is in .ckptstore/old-step-…",
             ) from error
         try:
             channel.tell("settle", {})
-            _settle(draft, group)
+            node_sets.settle(draft.root, draft.step, group)
             _await(channel, "settled", others, time.monotonic() + SETTLE_S)
             for key in [f"{word}/{node}" for node in others for word in ("prepare", "prepared", "committed", "settled")]:
                 channel.forget(key)
@@ -235,12 +249,12 @@ def _stage(draft: Draft, share: Share, group: NodeSet, metrics: Mapping[str, flo
         file = share.written.get(entry.path)
         if file is not None and file.size_bytes != entry.size_bytes:
             raise IntegrityError(f"{entry.path} has {entry.size_bytes:,} bytes, and {file.size_bytes:,} were written")
+    try:  # a draft that is prepared must be found after a power cut
+        side_folders.sync_folder(draft.home)
+        side_folders.sync_folder(os.path.dirname(draft.home))
+    except OSError as error:
+        raise from_os_error(error, doing="syncing", path=draft.home) from error
     return manifest
-
-
-def _settle(draft: Draft, group: NodeSet) -> None:
-    node_sets.note_whole(draft.root, draft.step, group)
-    node_sets.discard_old(draft.root, draft.step)
 
 
 def await_draft(folder: str, timeout_s: float) -> None:
@@ -248,58 +262,3 @@ def await_draft(folder: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not os.path.isdir(folder) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-
-
-def identity(manifest: Manifest) -> str:
-    """Equal for manifests on several disks that are of one save, or of the same bytes."""
-    return f"{manifest.group.id} {manifest.group.digest}" if manifest.group else manifest.content
-
-
-def held(store: CheckpointStore) -> dict[int, tuple[str, NodeSet | None]]:
-    """What is committed in a store, by step: its identity, and the set that it is of."""
-    try:
-        checkpoints = store.list()
-    except FileNotFoundError:  # nothing was saved there yet
-        return {}
-    found = {}
-    for checkpoint in checkpoints:
-        manifest = find_manifest(store.backend, folder_of(store.backend, checkpoint.parts[0]))
-        if checkpoint.status.usable and manifest is not None:
-            found[checkpoint.step] = (identity(manifest), manifest.group)
-    return found
-
-
-def newest_on_all(ranks: Sequence[Mapping[int, str]]) -> int:
-    """The newest step that is the same for all; -1 where there is none."""
-    common = set.intersection(*(set(rank.items()) for rank in ranks))
-    return max((step for step, _ in common), default=-1)
-
-
-def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None = None) -> int:
-    """The newest step that all ranks see, and see the same of: where each node has a disk of its own, one that all nodes have.
-
-    A collective: every rank of the group calls it, with its own store. NothingToResumeError on all where there is no such
-    step, RankError on all where one cannot look. What is whole on all nodes counts for retention from then on.
-    """
-    problem = ""
-    own: dict[int, tuple[str, NodeSet | None]] = {}
-    try:
-        own = held(store)
-    except CkptStoreError as error:
-        problem = str(error)
-    gathered: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(gathered, (own, problem), group=process_group)
-    for rank, (_, why) in enumerate(gathered):
-        if why:
-            raise RankError(f"rank {rank} cannot look into its store: {why}", rank=rank)
-    step = newest_on_all([{step: name for step, (name, _) in steps_of.items()} for steps_of, _ in gathered])
-    if step < 0:
-        raise NothingToResumeError(
-            f"no step is the same for all ranks; in {store.backend.location} there are {sorted(own)[-20:]}",
-            hint="Is the store of one node new? What a node lacks must be copied there.",
-        )
-    group = own[step][1]
-    if group is not None and {steps_of[step][1].node for steps_of, _ in gathered} == set(range(group.nodes)):
-        with contextlib.suppress(CkptStoreError):  # a full disk: it is for retention only
-            node_sets.note_whole(store.folder, step, group)
-    return step

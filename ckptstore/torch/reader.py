@@ -35,7 +35,7 @@ from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.parts import files_folder_of
 from ckptstore.store import CheckpointStore
-from ckptstore.torch import nodes
+from ckptstore.torch import resuming
 from ckptstore.torch.bounce import onto, target_of
 from ckptstore.torch.memory import bytes_of
 from ckptstore.torch.simple import find
@@ -55,7 +55,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a rank tells the coordinator of its store: nodes.identity of the step, and of all others in a set of nodes."""
+    """What a rank tells the coordinator of its store: resuming.identity of the step, and of all others in a set of nodes."""
 
     step: int
     identity: str
@@ -113,15 +113,15 @@ class StoreReader(StorageReader):
             raise NotWholeError(
                 f"step {self.step} in {self._path} is of {group.whose}, and this rank needs {shown}, which other nodes have",
                 files=tuple(lacking),
-                hint="It loads on as many ranks as saved it, each on its node. For any others copy the *.distcp files of all "
-                "nodes beside one node's .metadata, and load them by plain dcp.load.",
+                hint="It loads on as many ranks as saved it, each on its node. For any others push it from all nodes "
+                "at once to a URL (torchrun … -m -- ckptstore.recover push), and load it there, or pull it.",
             )
         if lacking:
             raise IntegrityError(
                 f"step {self.step}: {lacking[0]} is named by .metadata, and missing", hint="Load another step."
             )
-        others = nodes.held(self._store) if self._manifest.group is not None else {}
-        seen = _Seen(self.step, nodes.identity(self._manifest), {step: name for step, (name, _) in others.items()})
+        others = resuming.held(self._store) if self._manifest.group is not None else {}
+        seen = _Seen(self.step, resuming.identity(self._manifest), {step: name for step, (name, _) in others.items()})
         return dataclasses.replace(plan, storage_data=seen)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -129,7 +129,7 @@ class StoreReader(StorageReader):
         seen = [plan.storage_data for plan in plans if isinstance(plan.storage_data, _Seen)]
         for rank, other in enumerate(seen):
             if (other.step, other.identity) != (seen[0].step, seen[0].identity):
-                usable = nodes.newest_on_all([one.others for one in seen])
+                usable = resuming.newest_on_all([one.others for one in seen])
                 raise NotWholeError(
                     f"rank {rank} sees another save of step {other.step} than rank 0 sees of step {seen[0].step}",
                     usable_step=usable,

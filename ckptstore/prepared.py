@@ -1,0 +1,114 @@
+"""What a node was ready to publish, and its writer died before it heard whether to: its part of a save by several nodes.
+
+Such a draft is whole, durable and described, and is told by its manifest: the set that it names has the draft's own name.
+
+    save-<set>/step/          ready
+    old-step-STEP-<set>/      the same, cut between the two renames of a replacement. After these the name is that of what
+                              the set has replaced, and the manifest in it names another set, or none
+
+Only the other nodes know whether the save was committed. So it stays, the newest one of a store at most, until `resume_step`
+publishes it, or a save of that step or a later one is committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from typing import NamedTuple
+
+from ckptstore import manifest as manifests
+from ckptstore import side as side_folders
+from ckptstore.errors import CkptStoreError
+from ckptstore.manifest import Manifest
+from ckptstore.model import MANIFEST_NAME, NodeSet
+
+OWNER = "owner"  #: beside a draft's files: locked while its writer lives
+_NEWBORN_S = 60.0  # what is younger may be alive though nothing is locked: a probe, a draft before its lock
+_PLACE = re.compile(r"(?:save|old-step-[0-9]+)-([0-9a-f]{32})")
+
+
+class Prepared(NamedTuple):
+    """A draft that waits for the word of another node."""
+
+    path: str  #: of the folder that becomes the step
+    home: str  #: the draft's, in the side folder; may be gone where a crash came between two renames
+    manifest: Manifest
+    group: NodeSet
+    manifest_mtime_ns: int
+
+    @property
+    def name(self) -> str:
+        """Under which it lies in the side folder."""
+        return os.path.basename(self.home if self.path.startswith(f"{self.home}/") else self.path)
+
+    @property
+    def note(self) -> str:
+        """What it is, for people."""
+        return (
+            f"{self.name} is step {self.manifest.step} of {self.group.whose}, whole, and cut before it was published here. "
+            "ckptstore.torch.resume_step publishes it if another node has the step; a save of that step, or of a later one, "
+            "removes it"
+        )
+
+
+def left(side: str) -> list[Prepared]:
+    """Those of dead writers, the oldest first."""
+    found = [one for name in names_in(side) if (match := _PLACE.fullmatch(name)) and (one := _read(side, name, match[1]))]
+    dead = [one for one in found if not os.path.lexists(one.home) or is_dead(one.home)]
+    return sorted(dead, key=lambda one: one.manifest_mtime_ns)
+
+
+def discard(side: str, *, up_to: int) -> None:
+    """Remove those of steps up to `up_to`, which is committed: no resume needs them. What cannot be removed stays."""
+    for one in left(side):
+        if one.manifest.step <= up_to:
+            with contextlib.suppress(CkptStoreError):
+                side_folders.discard(side, one.name)
+
+
+def is_dead(home: str) -> bool:
+    """Whether nobody holds the draft in this folder."""
+    try:
+        descriptor = os.open(os.path.join(home, OWNER), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return is_settled(home)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def is_settled(path: str) -> bool:
+    """Whether it is too old for a writer that has not locked anything yet."""
+    try:
+        return time.time() - os.stat(path).st_mtime > _NEWBORN_S
+    except OSError:
+        return False  # gone, or not ours to judge
+
+
+def names_in(side: str) -> list[str]:
+    """What lies in a side folder, in order; nothing where it cannot be told."""
+    try:
+        return sorted(os.listdir(side))
+    except OSError:
+        return []
+
+
+def _read(side: str, name: str, set_id: str) -> Prepared | None:
+    home = os.path.join(side, f"save-{set_id}")
+    path = os.path.join(home, "step") if name.startswith("save-") else os.path.join(side, name)
+    try:
+        with open(os.path.join(path, MANIFEST_NAME), "rb") as file:
+            manifest = manifests.parse(file.read(manifests.MAX_BYTES + 1))
+            mtime_ns = os.fstat(file.fileno()).st_mtime_ns
+    except (OSError, CkptStoreError):  # not described yet, or another user's: then it is no more than a draft
+        return None
+    if manifest.group is None or manifest.group.id != set_id:
+        return None
+    return Prepared(path, home, manifest, manifest.group, mtime_ns)
