@@ -72,12 +72,15 @@ def send(
         def parts() -> Iterator[Buffer]:
             for data in file.parts(part_bytes):
                 stop.check()
+                size_bytes = memoryview(data).nbytes
                 yield data
-                moved(memoryview(data).nbytes)
+                del data  # its buffer may be the next part's
+                moved(size_bytes)
 
         at_once = max(BUDGET_BYTES // crew // threads // part_bytes, 1)
         if file.size_bytes <= part_bytes:
-            target.put(file.key, b"".join(parts()))
+            (data,) = list(parts()) or [b""]
+            target.put(file.key, data)
         elif uploads is not None and file.content is not None:
             streams = min(at_once, multipart.STREAMS)
             before = multipart.upload(uploads, file.content, part_bytes=part_bytes, streams=streams, stop=stop, progress=moved)

@@ -3,10 +3,12 @@ goes around the backend under test."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import threading
 import urllib.parse
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +184,26 @@ def test_put_parts(medium):
     assert medium.get("deep/big") == b"".join(parts)
     medium.backend.put_parts("none", [], part_bytes=8 * MIB)
     assert medium.get("none") == b""
+
+
+def test_parts_are_let_go(medium):
+    """One buffer is enough for any number of parts: each is held until it has arrived, and not for the next one to come."""
+    buffer, freed, late = bytearray(8 * MIB), threading.Event(), []
+
+    def parts():
+        for number in range(4):
+            part = (ctypes.c_ubyte * len(buffer)).from_buffer(buffer)
+            ctypes.memset(part, number, len(buffer))
+            freed.clear()
+            weakref.finalize(part, freed.set)
+            yield memoryview(part).cast("B")
+            del part
+            if not freed.wait(10):
+                late.append(number)
+
+    medium.backend.put_parts("big", parts(), part_bytes=8 * MIB, parallel=2)
+    assert late == []
+    assert medium.get("big") == b"".join(bytes([number]) * (8 * MIB) for number in range(4))
 
 
 @pytest.mark.parametrize("error", [KeyError("planted"), KeyboardInterrupt(), StorageError("planted")])

@@ -61,7 +61,8 @@ class Backend(ABC):
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """Write what `parts` yields, each of `part_bytes` but the last; at most `parallel` + 2 of them in memory.
 
-        What `parts` raises is raised, and nothing is visible then.
+        What `parts` raises is raised, and nothing is visible then. Each part is held until it needs not be sent again, and no
+        longer: none is held for the next one to come. `parts` may use its buffer again then.
         """
 
     @abstractmethod
@@ -91,6 +92,7 @@ class Backend(ABC):
         for part in parts:
             self._pay(memoryview(part).nbytes)
             yield part
+            del part
 
     def _exact(self, key: str, offset_bytes: int, length_bytes: int, data: Buffer) -> Buffer:
         found = memoryview(data).nbytes

@@ -97,6 +97,7 @@ class FsspecBackend(Backend):
                 with self._files.open(draft, "wb", block_size=part_bytes) as file:
                     for part in self._paid(parts):
                         file.write(part)
+                        del part
                 self._files.mv(draft, path)
             except BaseException:
                 if self._files.exists(draft):

@@ -85,6 +85,7 @@ class LocalBackend(Backend):
             with open(draft, "xb") as file:
                 for part in parts:
                     file.write(part)
+                    del part
                 file.flush()
                 os.fsync(file.fileno())
             if if_absent:
