@@ -206,7 +206,7 @@ def test_parts_are_let_go(medium):
     assert medium.get("big") == b"".join(bytes([number]) * (8 * MIB) for number in range(4))
 
 
-@pytest.mark.parametrize("error", [KeyError("planted"), KeyboardInterrupt(), StorageError("planted")])
+@pytest.mark.parametrize("error", [RuntimeError("planted"), OSError("planted"), KeyboardInterrupt(), StorageError("planted")])
 def test_parts_that_fail_leave_nothing(medium, error):
     """What was there is there still, and the error is the caller's own."""
     medium.put("old", b"old")
@@ -216,8 +216,9 @@ def test_parts_that_fail_leave_nothing(medium, error):
         raise error
 
     for key in ("old", "new"):
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error)) as caught:
             medium.backend.put_parts(key, parts(), part_bytes=8 * MIB, parallel=2)
+        assert caught.value is error
     assert medium.get("old") == b"old"
     assert [blob.key for blob in medium.backend.list()] == ["old"]
 

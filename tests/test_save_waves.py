@@ -159,5 +159,5 @@ def test_usage(store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UsageError, match="the least"):
         ckpt.save_async(store, 1, make(1), max_host_bytes=1000)
     monkeypatch.setattr("ckptstore.sending.MAX_PARTS", 1)  # as for a file of hundreds of GB, whose parts are larger
-    with pytest.raises(UsageError, match=r"max_host_bytes is 16,777,216, and 41,943,040 are the least"):
+    with pytest.raises(UsageError, match=r"max_host_bytes is 16,777,216, and 50,331,648 are the least"):
         save(CheckpointStore(f"memory://waves-{tmp_path.name}"), 1, make(1))

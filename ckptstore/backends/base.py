@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableSequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptstore.backends.bandwidth import Bandwidth
@@ -87,12 +87,18 @@ class Backend(ABC):
         if self.bandwidth is not None:
             self.bandwidth.take(count_bytes)
 
-    def _paid(self, parts: Iterable[Buffer]) -> Iterator[Buffer]:
-        """Each of `parts` when it may go."""
-        for part in parts:
-            self._pay(memoryview(part).nbytes)
-            yield part
-            del part
+    def _paid(self, parts: Iterable[Buffer], failed: MutableSequence[BaseException]) -> Iterator[Buffer]:
+        """Each of `parts` when it may go. What they raise is noted in `failed`: it is not the medium's."""
+        try:
+            for part in parts:
+                self._pay(memoryview(part).nbytes)
+                yield part
+                del part
+        except GeneratorExit:  # the medium has failed, and takes no more
+            raise
+        except BaseException as error:
+            failed.append(error)
+            raise
 
     def _exact(self, key: str, offset_bytes: int, length_bytes: int, data: Buffer) -> Buffer:
         found = memoryview(data).nbytes

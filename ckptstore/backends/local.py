@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptstore import native
 from ckptstore.backends.base import Backend, Blob
-from ckptstore.errors import NotFoundError, StorageError, from_os_error
+from ckptstore.errors import CkptStoreError, NotFoundError, StorageError, from_os_error
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -74,7 +74,13 @@ class LocalBackend(Backend):
 
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """See Backend.put_parts."""
-        self._write(key, parts, if_absent=False)
+        failed: list[BaseException] = []
+        try:
+            self._write(key, self._paid(parts, failed), if_absent=False)
+        except CkptStoreError:
+            if failed:
+                raise failed[0] from None
+            raise
 
     def _write(self, key: str, parts: Iterable[Buffer], *, if_absent: bool) -> None:
         """Under a name of its own first, durable, then renamed: readers see all of it or nothing."""

@@ -95,8 +95,12 @@ class _Content:
 
     def parts(self, part_bytes: int) -> Iterator[memoryview]:
         """See uploading.Content. From the tensors anew each time."""
-        for block in fill(self._file, self._ring, self._streams, block_bytes=part_bytes):
-            yield self._ring.lend(block.buffer, block.complete(self._ring))
+        try:
+            for block in fill(self._file, self._ring, self._streams, block_bytes=part_bytes):
+                yield self._ring.lend(block.buffer, block.complete(self._ring))
+        except Exception:
+            self._ring.close()  # a buffer that was being filled does not come back
+            raise
 
 
 class _Run:
