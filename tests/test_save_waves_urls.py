@@ -122,9 +122,9 @@ def test_memory_is_bounded(s3: str) -> None:
     save(s3, 1, make(1)).wait(60)  # threads, connections
     bounded = peak_bytes(lambda: ckpt.save_async(store, 2, state, max_host_bytes=64 << 20).wait(100))
     assert sum(buffer.nbytes for buffer in ring(s3)) == 64 << 20
-    whole = peak_bytes(lambda: ckpt.save_async(store, 3, state).wait(100))
+    whole = peak_bytes(lambda: ckpt.save_async(store, 3, state["model"]).wait(100))
     assert bounded < 96 << 20, f"{bounded >> 20} MiB"
-    assert whole > 256 << 20, f"{whole >> 20} MiB: this measures nothing"
+    assert whole > 128 << 20, f"{whole >> 20} MiB for a copy of 128: this measures nothing"
     assert same(ckpt.load(store, 2), state)
 
 
@@ -222,6 +222,33 @@ def test_a_store_that_fails_in_the_middle(proxy: faults.Proxy, s3: str, monkeypa
     assert same(ckpt.load(CheckpointStore(s3), 1), make(1))
     save(s3, 1, make(3)).wait(60)
     assert same(ckpt.load(CheckpointStore(s3), 1), make(3))
+
+
+def test_an_upload_that_outlives_its_save(proxy: faults.Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file fails while another one's requests hang: their buffers are not used again, whatever becomes of them."""
+    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr("ckptstore.sending.FILE_TRIES", 1)
+    ended = threading.Event()
+
+    def choose(request: faults.Request) -> str:
+        if sends(request) and "optimizer" in request.path:
+            return "reset"
+        if sends(request):
+            ended.wait(30)
+        return ""
+
+    proxy.choose = choose
+    handle = ckpt.save_async(CheckpointStore(s3), 1, make(1), max_host_bytes=3 * PART)
+    with pytest.raises(StorageError, match=r"optimizer\.safetensors"):
+        handle.wait(60)
+    assert ring(s3) == []
+    proxy.choose = lambda request: ""
+    again = ckpt.save_async(CheckpointStore(s3), 2, make(2), max_host_bytes=3 * PART)
+    ended.set()
+    again.wait(60)
+    assert len(ring(s3)) == 3
+    assert CheckpointStore(s3).verify(2).ok
+    assert same(ckpt.load(CheckpointStore(s3), 2), make(2))
 
 
 # --- buffers that are used too early -------------------------------------------------------------------------------

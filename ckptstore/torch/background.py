@@ -19,6 +19,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import memory, simple
+from ckptstore.torch import state as states
 from ckptstore.torch.waves import Waves
 
 
@@ -106,7 +107,7 @@ def save_async(
             return functools.partial(waves.write, step, buffers.ring, staged=handle.mark_staged, **more)
         buffers.ring.clear()
         buffers.begin()
-        files = simple.files_of(state_dict, config, take=buffers.take)
+        files = simple.files_of(states.Encoder(state_dict, buffers.take), config)
         buffers.finish()
         handle.mark_staged()
         options = native.CopyOptions(nice=nice)

@@ -167,12 +167,6 @@ def checked(tensor: torch.Tensor, where: str) -> None:
         raise UsageError(f"{where} has the dtype {tensor.dtype}, which safetensors does not know", hint="Save it as another.")
 
 
-def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
-    """The file of these plain tensors, as buffers in order: the header, then each tensor's own memory."""
-    head, ordered = safetensors_layout(tensors)
-    return [head, *map(bytes_of, ordered)]
-
-
 def safetensors_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[torch.Tensor]]:
     """The file of these tensors: its header, and the tensors in the order in which their bytes follow.
 

@@ -22,7 +22,7 @@ from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, memory
 from ckptstore.torch import state as states
 from ckptstore.torch.bounce import onto, target_of
-from ckptstore.torch.filling import File, Streams
+from ckptstore.torch.filling import File, Streams, in_memory
 from ckptstore.uploading import Written
 
 CONFIG_NAME = "config.json"
@@ -48,7 +48,7 @@ def save(
     encoded = states.Encoder(state_dict, torch.Tensor.detach)
     tensors = [tensor for inside in encoded.tensors.values() for tensor in inside.values()]
     if not (streams := Streams(tensors)):
-        return write(store, step, _buffers_of(encoded, config, memory.plain), metrics=metrics, keep=keep)
+        return write(store, step, files_of(encoded, config), metrics=metrics, keep=keep)
     files, rest = blocks_of(encoded), documents(encoded, config)
 
     def put(place: str) -> dict[str, Written]:
@@ -58,19 +58,9 @@ def save(
     return commit(store, step, put, metrics=metrics, keep=keep)
 
 
-def files_of(
-    state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, *, take: states.Take = memory.plain
-) -> dict[str, Any]:
-    """The files of a state, as buffers in order; they hold the tensors' memory. `take` makes plain tensors of any."""
-    return _buffers_of(states.Encoder(state_dict, take), config)
-
-
-def _buffers_of(
-    encoded: states.Encoder, config: Mapping[str, Any] | None, take: states.Take = lambda tensor: tensor
-) -> dict[str, Any]:
-    plain = {file: {name: take(tensor) for name, tensor in inside.items()} for file, inside in encoded.tensors.items()}
-    files: dict[str, Any] = {f"{name}{SUFFIX}": memory.safetensors_file(inside) for name, inside in plain.items() if inside}
-    return files | documents(encoded, config)
+def files_of(encoded: states.Encoder, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The files of a state whose tensors are on the CPU, as buffers in order: the tensors' memory, which they hold."""
+    return {name: in_memory(file) for name, file in blocks_of(encoded).items()} | documents(encoded, config)
 
 
 def blocks_of(encoded: states.Encoder) -> dict[str, File]:
