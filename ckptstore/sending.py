@@ -87,11 +87,14 @@ def send(
         def parts() -> Iterator[Buffer]:
             for data in file.parts(part_bytes):
                 stop.check()
+                size_bytes = memoryview(data).nbytes
                 yield data
-                moved(memoryview(data).nbytes)
+                del data  # its buffer may be the next part's
+                moved(size_bytes)
 
         if file.size_bytes <= part_bytes:
-            target.put(file.key, b"".join(parts()))
+            (data,) = list(parts()) or [b""]
+            target.put(file.key, data)
         elif uploads is not None and file.content is not None:
             with lock:
                 shared_by += 1

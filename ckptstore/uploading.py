@@ -73,13 +73,13 @@ class Written(NamedTuple):
 
 
 class Content(Protocol):
-    """A file to write, from memory or from another file."""
+    """A file to write, from memory, from another file, or through buffers that are used again."""
 
     size_bytes: int
     mtime_ns: int
 
     def parts(self, part_bytes: int) -> Iterator[Buffer]:
-        """Its bytes in parts of that size, the last one shorter; from the start each time."""
+        """Its bytes in parts of that size, the last one shorter; from the start each time. Each stays until nobody holds it."""
 
 
 def begin(target: Backend, step: int) -> Upload:
@@ -167,14 +167,20 @@ def write(
     control = _control(target)
 
     def parts(name: str, part_bytes: int) -> Iterator[Buffer]:
-        whole, chunks = 0, []
-        for data in contents[name].parts(part_bytes):
-            view = memoryview(data)
+        whole = 0
+        chunks: list[int] = []
+
+        def digest(view: memoryview) -> None:
+            nonlocal whole
             for start in range(0, view.nbytes, native.CHUNK_BYTES):
                 piece = view[start : start + native.CHUNK_BYTES]
                 chunks.append(native.crc64(piece))
                 whole = native.crc64_combine(whole, chunks[-1], piece.nbytes)
+
+        for data in contents[name].parts(part_bytes):
+            digest(memoryview(data))
             yield data
+            del data  # its buffer may be the next part's
         written[name] = Written(native.Digest(whole, tuple(chunks)), contents[name].size_bytes, contents[name].mtime_ns)
 
     def arrived(name: str) -> None:

@@ -3,10 +3,12 @@ goes around the backend under test."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import threading
 import urllib.parse
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +194,27 @@ def test_put_parts(medium):
     assert medium.get("none") == b""
 
 
-@pytest.mark.parametrize("error", [KeyError("planted"), KeyboardInterrupt(), StorageError("planted")])
+def test_parts_are_let_go(medium):
+    """One buffer is enough for any number of parts: each is held until it has arrived, and not for the next one to come."""
+    buffer, freed, late = bytearray(8 * MIB), threading.Event(), []
+
+    def parts():
+        for number in range(4):
+            part = (ctypes.c_ubyte * len(buffer)).from_buffer(buffer)
+            ctypes.memset(part, number, len(buffer))
+            freed.clear()
+            weakref.finalize(part, freed.set)
+            yield memoryview(part).cast("B")
+            del part
+            if not freed.wait(10):
+                late.append(number)
+
+    medium.backend.put_parts("big", parts(), part_bytes=8 * MIB, parallel=2)
+    assert late == []
+    assert medium.get("big") == b"".join(bytes([number]) * (8 * MIB) for number in range(4))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("planted"), OSError("planted"), KeyboardInterrupt(), StorageError("planted")])
 def test_parts_that_fail_leave_nothing(medium, error):
     """What was there is there still, and the error is the caller's own."""
     medium.put("old", b"old")
@@ -202,8 +224,9 @@ def test_parts_that_fail_leave_nothing(medium, error):
         raise error
 
     for key in ("old", "new"):
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error)) as caught:
             medium.backend.put_parts(key, parts(), part_bytes=8 * MIB, parallel=2)
+        assert caught.value is error
     assert medium.get("old") == b"old"
     assert [blob.key for blob in medium.backend.list()] == ["old"]
 

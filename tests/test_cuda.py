@@ -16,11 +16,12 @@ import pytest
 from ckptstore import CheckpointStore
 from ckptstore.background import wait_all
 from ckptstore.errors import SourceChangedError, UsageError
+from ckptstore.sending import PART_BYTES
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
-from ckptstore.torch import StoreReader, StoreWriter, background, blocks  # noqa: E402
+from ckptstore.torch import StoreReader, StoreWriter, background, blocks, memory  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -136,6 +137,61 @@ def test_saves_that_block(stream: Any, store: CheckpointStore, how: str) -> None
     plain = {"w": torch.zeros(ITEMS)}
     dcp.load(plain, checkpoint_id=str(Path(store.folder, "step-1")), no_dist=True)
     assert plain["w"].unique().tolist() == [4.0]
+
+
+@pytest.fixture(params=["memory", "s3"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    name = request.param
+    return CheckpointStore(request.getfixturevalue("s3") if name == "s3" else f"memory://cuda-{tmp_path.name}-{os.getpid()}")
+
+
+def saved_there(store: CheckpointStore, how: str, tensor: Any) -> Any:
+    """What is found at the URL, when it was changed as soon as it may be."""
+    if how == "dcp":
+        dcp.save({"w": tensor}, storage_writer=StoreWriter(store, 1), no_dist=True)
+        tensor.fill_(-1.0)
+        found = {"w": torch.zeros(ITEMS, device="cuda")}
+        dcp.load(found, storage_reader=StoreReader(store, 1), no_dist=True)
+        return found["w"]
+    if how == "save":
+        ckpt.save(store, 1, {"model": {"w": tensor}})
+        tensor.fill_(-1.0)
+    else:
+        handle = ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=PART_BYTES)
+        handle.wait_staged(60)
+        tensor.fill_(-1.0)
+        handle.wait(60)
+        (buffer,) = background._buffers[os.path.realpath(store.backend.location)].ring
+        assert (buffer.nbytes, buffer.is_pinned()) == (PART_BYTES, True)
+    return ckpt.load(store, 1, map_location="cuda")["model"]["w"]
+
+
+@pytest.mark.parametrize("how", ["save", "dcp", "waves"])
+def test_at_a_url(stream: Any, remote: CheckpointStore, how: str) -> None:
+    """Part by part through the ring: what the stream will have written."""
+    assert saved_there(remote, how, late(4.0)).unique().tolist() == [4.0]
+    assert remote.verify(1).ok
+
+
+@pytest.mark.parametrize("how", ["save", "dcp", "waves"])
+def test_planted_parts_that_are_sent_before_they_are_copied(
+    stream: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(memory, "await_event", lambda stream, event: None)
+    store = CheckpointStore(f"memory://cuda-{tmp_path.name}-{os.getpid()}")
+    assert saved_there(store, how, late(7.0)).unique().tolist() != [7.0]
+
+
+def test_the_same_files_at_a_url(store: CheckpointStore, remote: CheckpointStore) -> None:
+    torch.manual_seed(1)
+    state = {f"t{size}": torch.rand(size, device="cuda") for size in (5, PART_BYTES // 4 - 100, 7, PART_BYTES // 2, 0)}
+    state |= {"turned": torch.rand(33, 65, device="cuda").t(), "cpu": torch.arange(5)}
+    for target in (store, remote):
+        ckpt.save(target, 1, {"model": state})
+        dcp.save(state, storage_writer=StoreWriter(target, 2), no_dist=True)
+    for step, name in ((1, "model.safetensors"), (2, "__0_0.distcp")):
+        (key,) = (blob.key for blob in remote.backend.list() if blob.key.endswith(name))
+        assert remote.backend.get(key) == Path(store.folder, f"step-{step}", name).read_bytes(), name
 
 
 def bits(tensor: Any) -> Any:

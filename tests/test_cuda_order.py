@@ -19,6 +19,7 @@ import pytest
 
 from ckptstore import CheckpointStore, loading, native
 from ckptstore.errors import DigestMismatchError, UsageError
+from ckptstore.sending import PART_BYTES
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
@@ -115,6 +116,7 @@ class Card:
         self.local = threading.local()
         self.capturing = False
         self.pinned: set[int] = set()
+        self.pinned_bytes = 0
         self.pinnable = True
         self.allocated = 0
         real = torch.empty
@@ -128,6 +130,7 @@ class Card:
             self.allocated += 1
             if pin_memory:
                 self.pinned.add(made.data_ptr())
+                self.pinned_bytes += made.nbytes
             return made
 
         patch.setattr(torch, "empty", empty)
@@ -280,6 +283,93 @@ def test_dcp_save_waits_for_the_trainers_stream(
     found = {"w": torch.zeros(1000)}
     dcp.load(found, checkpoint_id=str(Path(store.folder, "step-1")), no_dist=True)
     assert (found["w"].unique().tolist() == [4.0]) is not planted
+
+
+# --- at URLs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["memory", "s3"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    name = request.param
+    return CheckpointStore(request.getfixturevalue("s3") if name == "s3" else f"memory://order-{tmp_path.name}-{os.getpid()}")
+
+
+ITEMS = 5 * PART_BYTES // 8  #: of two and a half parts
+
+
+def saved_there(store: CheckpointStore, how: str, tensor: Any, under: Any) -> Any:
+    """What is found in the store, when it was saved in that way and changed as soon as it may be."""
+    if how == "dcp":
+        dcp.save({"w": tensor}, storage_writer=StoreWriter(store, 1), no_dist=True)
+        under.data.fill_(-1.0)
+        found = {"w": torch.zeros(ITEMS)}
+        dcp.load(found, storage_reader=StoreReader(store, 1), no_dist=True)
+        return found["w"]
+    if how == "save":
+        ckpt.save(store, 1, {"model": {"w": tensor}})
+        under.data.fill_(-1.0)
+    else:
+        handle = ckpt.save_async(store, 1, {"model": {"w": tensor}}, max_host_bytes=PART_BYTES)
+        handle.wait_staged(60)
+        under.data.fill_(-1.0)
+        handle.wait(60)
+    return ckpt.load(store, 1)["model"]["w"]
+
+
+@pytest.mark.parametrize("how", ["save", "dcp", "waves"])
+def test_at_a_url(card: Card, remote: CheckpointStore, how: str) -> None:
+    """After the trainer's work on its stream, through the ring alone."""
+    side = Stream()
+    with card.stream(side):
+        found = saved_there(remote, how, *weights(side, 3.0, ITEMS))
+    assert found.unique().tolist() == [3.0]
+    assert not card.default.work, "no other stream was used"
+    if how == "waves":
+        (buffer,) = background._buffers[os.path.realpath(remote.backend.location)].ring
+        assert buffer.nbytes == PART_BYTES
+        assert memory.pinned(buffer)
+    assert card.pinned_bytes == PART_BYTES * (1 if how == "waves" else 3)
+    assert remote.verify(1).ok
+
+
+@pytest.mark.parametrize("how", ["save", "dcp", "waves"])
+@pytest.mark.parametrize("planted", ["before the trainer's work", "before the copies have ended"])
+def test_planted_at_a_url(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, planted: str) -> None:
+    if planted == "before the trainer's work":
+        monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
+    else:
+        monkeypatch.setattr(Event, "synchronize", lambda self: None)
+    store = CheckpointStore(f"memory://order-{tmp_path.name}-{os.getpid()}")
+    side = Stream()
+    with card.stream(side):
+        found = saved_there(store, how, *weights(side, 3.0, ITEMS))
+    assert found.unique().tolist() != [3.0]
+
+
+def test_the_same_files_at_a_url(card: Card, store: CheckpointStore, tmp_path: Path) -> None:
+    """Byte for byte, with tensors and tails that cross parts."""
+    torch.manual_seed(1)
+    sizes = [5, PART_BYTES // 4 - 100, 7, 3 * PART_BYTES // 8, 1, 0, PART_BYTES // 2]
+    state = {f"t{number}": torch.rand(size).as_subclass(OnCard) for number, size in enumerate(sizes)}
+    state |= {"turned": torch.rand(30, 40).t().as_subclass(OnCard), "cpu": torch.arange(5), "bytes": torch.arange(9).byte()}
+    remote = CheckpointStore(f"memory://order-{tmp_path.name}-{os.getpid()}")
+    for target in (store, remote):
+        ckpt.save(target, 1, {"model": state, "lr": 0.1})
+        dcp.save(state, storage_writer=StoreWriter(target, 2), no_dist=True)
+    for step, files in ((1, {"model.safetensors", "state.json"}), (2, {".metadata", "__0_0.distcp"})):
+        (folder,) = {blob.key.rpartition("/")[0] for blob in remote.backend.list() if blob.key.startswith(f"step-{step}.")}
+        for name in files:
+            assert remote.backend.get(f"{folder}/{name}") == Path(store.folder, f"step-{step}", name).read_bytes(), name
+
+
+@pytest.mark.parametrize("how", ["save", "dcp", "waves"])
+def test_saves_in_inference_mode(card: Card, tmp_path: Path, how: str) -> None:
+    """The mode is a thread's, and other threads fill the buffers."""
+    with torch.inference_mode():
+        under = torch.full((ITEMS,), 3.0)
+        tensor = under.as_subclass(OnCard)
+        found = saved_there(CheckpointStore(f"memory://order-{tmp_path.name}-{os.getpid()}"), how, tensor, under)
+    assert found.unique().tolist() == [3.0]
 
 
 # --- loads ---------------------------------------------------------------------------------------------------------

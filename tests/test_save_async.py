@@ -140,6 +140,14 @@ def test_from_the_second_save_on_no_host_memory_is_allocated(
     assert same(ckpt.load(store, 3), state)
 
 
+def test_a_save_in_inference_mode_and_one_outside(store: CheckpointStore) -> None:
+    """The host buffers of the one are the other's: what is made in that mode could be changed in no other."""
+    for step, mode in ((1, True), (2, False), (3, True)):
+        with torch.inference_mode(mode):
+            ckpt.save_async(store, step, {"a": torch.full((5,), float(step))}).wait(30)
+        assert ckpt.load(store, step)["a"].tolist() == [float(step)] * 5
+
+
 def test_busy(store: CheckpointStore, gate: Gate) -> None:
     first = ckpt.save_async(store, 1, make(1))
     assert gate.reached.wait(10)

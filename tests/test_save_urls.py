@@ -396,13 +396,16 @@ from tests.test_save_urls import state_of
 store, seed = CheckpointStore(sys.argv[1]), int(sys.argv[2])
 state = state_of(seed)
 print("BEGIN", flush=True)
-ckpt.save(store, 5, state)
+if seed % 2:
+    ckpt.save(store, 5, state)
+else:
+    ckpt.save_async(store, 5, state, max_host_bytes=16 << 20).wait()
 print("DONE", flush=True)
 """
 
 
 def campaign(seaweed: servers.Server, url: str, *, rounds: int, seed: int) -> int:
-    """Kill saves over a step that is there: it is the old one or the new one, whole. How many were killed."""
+    """Kill saves over a step that is there, plain ones and in waves: it is the old one or the new one, whole. How many were."""
     dice = random.Random(seed)
     store = CheckpointStore(url)
     environment = commands.environment(**seaweed.environment())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableSequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptstore.backends.bandwidth import Bandwidth
@@ -61,7 +61,8 @@ class Backend(ABC):
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """Write what `parts` yields, each of `part_bytes` but the last; at most `parallel` + 2 of them in memory.
 
-        What `parts` raises is raised, and nothing is visible then.
+        What `parts` raises is raised, and nothing is visible then. Each part is held until it needs not be sent again, and no
+        longer: none is held for the next one to come. `parts` may use its buffer again then.
         """
 
     @abstractmethod
@@ -92,11 +93,18 @@ class Backend(ABC):
         if self.bandwidth is not None:
             self.bandwidth.take(count_bytes)
 
-    def _paid(self, parts: Iterable[Buffer]) -> Iterator[Buffer]:
-        """Each of `parts` when it may go."""
-        for part in parts:
-            self._pay(memoryview(part).nbytes)
-            yield part
+    def _paid(self, parts: Iterable[Buffer], failed: MutableSequence[BaseException]) -> Iterator[Buffer]:
+        """Each of `parts` when it may go. What they raise is noted in `failed`: it is not the medium's."""
+        try:
+            for part in parts:
+                self._pay(memoryview(part).nbytes)
+                yield part
+                del part
+        except GeneratorExit:  # the medium has failed, and takes no more
+            raise
+        except BaseException as error:
+            failed.append(error)
+            raise
 
     def _exact(self, key: str, offset_bytes: int, length_bytes: int, data: Buffer) -> Buffer:
         found = memoryview(data).nbytes

@@ -89,20 +89,24 @@ class FsspecBackend(Backend):
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """See Backend.put_parts."""
         path = self._path(key)
+        failed: list[BaseException] = []
         # Under another name first: some file systems show a file from its first byte on, memory:// even without the old one.
         draft = f"{path.rpartition('/')[0]}/{DRAFT_PREFIX}{secrets.token_hex(8)}"
         try:
             self._make_room(path)
             try:
                 with self._files.open(draft, "wb", block_size=part_bytes) as file:
-                    for part in self._paid(parts):
+                    for part in self._paid(parts, failed):
                         file.write(part)
+                        del part
                 self._files.mv(draft, path)
             except BaseException:
                 if self._files.exists(draft):
                     self._files.rm_file(draft)
                 raise
         except _FAILURES as error:
+            if failed:
+                raise failed[0] from None
             raise self._error(error, "writing", key) from error
 
     def delete(self, key: str) -> None:

@@ -93,7 +93,13 @@ class LocalBackend(Backend):
 
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """See Backend.put_parts."""
-        self._write(key, parts, if_absent=False)
+        failed: list[BaseException] = []
+        try:
+            self._write(key, self._paid(parts, failed), if_absent=False)
+        except CkptStoreError:
+            if failed:
+                raise failed[0] from None
+            raise
 
     def _write(self, key: str, parts: Iterable[Buffer], *, if_absent: bool) -> None:
         """Under a name of its own first, durable, then renamed: readers see all of it or nothing."""
@@ -104,6 +110,7 @@ class LocalBackend(Backend):
             with open(draft, "xb") as file:
                 for part in parts:
                     file.write(part)
+                    del part
                 file.flush()
                 os.fsync(file.fileno())
             if if_absent:

@@ -202,20 +202,12 @@ class ObjectBackend(Backend):
 
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """See Backend.put_parts."""
-        failed: list[BaseException] = []
-
-        def watched() -> Iterator[Buffer]:
-            try:
-                yield from self._paid(parts)
-            except BaseException as error:  # obstore would turn it into an error of its own
-                failed.append(error)
-                raise
-
+        failed: list[BaseException] = []  # which obstore turns into errors of its own
         try:
             self._obstore.put(
                 self._sending,
                 self.key_path(key),
-                watched(),
+                self._paid(parts, failed),
                 use_multipart=True,
                 chunk_size=part_bytes,
                 max_concurrency=parallel,

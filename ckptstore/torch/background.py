@@ -19,6 +19,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import memory, simple
+from ckptstore.torch import state as states
 from ckptstore.torch.waves import Waves
 
 
@@ -93,21 +94,20 @@ def save_async(
     priority of the writing threads.
 
     `max_host_bytes` bounds the host memory for the copy. A state that is larger is copied in waves while it is written: then
-    this returns at once, and the state must not change before `handle.wait_staged()` returns. A change before that makes
-    the save fail (SourceChangedError). Only for a store on a disk.
+    this returns at once, and the state must not change before `handle.wait_staged()` returns: when all is copied, or, at a
+    URL, has arrived there. A change before that makes the save fail (SourceChangedError).
     """
     where = store.backend.location
 
     def stage(handle: SaveHandle) -> Callable[[], Manifest]:
         buffers = _buffers.setdefault(os.path.realpath(where), _Buffers())
-        if max_host_bytes is not None and not (waves := Waves(state_dict, config, max_host_bytes=max_host_bytes)).fits:
-            _ = store.folder  # UsageError at a URL
+        if max_host_bytes is not None and not (waves := Waves(store, state_dict, config, max_host_bytes=max_host_bytes)).fits:
             buffers.tensors.clear()
             more: dict[str, Any] = {"metrics": metrics, "keep": keep, "nice": nice}
-            return functools.partial(waves.write, store, step, buffers.ring, staged=handle.mark_staged, **more)
+            return functools.partial(waves.write, step, buffers.ring, staged=handle.mark_staged, **more)
         buffers.ring.clear()
         buffers.begin()
-        files = simple.files_of(state_dict, config, take=buffers.take)
+        files = simple.files_of(states.Encoder(state_dict, buffers.take), config)
         buffers.finish()
         handle.mark_staged()
         options = native.CopyOptions(nice=nice)

@@ -46,26 +46,29 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable; valid while the tensor lives."""
+    """The memory of a contiguous CPU tensor, writable; it lives as long as this does."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise UsageError("only a contiguous tensor on the CPU has bytes of its own")
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return memoryview(bytearray())
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")  # ctypes' own format takes no slices
+    memory: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
+    memory.owner = tensor
+    return memoryview(memory).cast("B")  # ctypes' own format takes no slices
 
 
 def host(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
     """New host memory. Where no more can be pinned (a container's limit) it is pageable: slower to copy to, and as right."""
-    if pinned:
-        try:
-            return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=True)
-        except RuntimeError as error:  # torch has no narrower one for this
-            _log.warning("no pinned host memory for staging, the copy is slower: %s", error)
-            found = torch.empty(tuple(shape), dtype=dtype, device="cpu")
-            found.pageable = True  # type: ignore[attr-defined]
-            return found
-    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    with torch.inference_mode(False):  # what is made in that mode can be changed in no other, and this is used again
+        if pinned:
+            try:
+                return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=True)
+            except RuntimeError as error:  # torch has no narrower one for this
+                _log.warning("no pinned host memory for staging, the copy is slower: %s", error)
+                found = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+                found.pageable = True  # type: ignore[attr-defined]
+                return found
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
 
 def buffers(count: int, size_bytes: int, *, pinned: bool) -> list[torch.Tensor]:
@@ -82,7 +85,8 @@ def _pages(size_bytes: int) -> torch.Tensor:
     mapped = mmap.mmap(-1, size_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         mapped.madvise(mmap.MADV_HUGEPAGE)
-    found = torch.frombuffer(mapped, dtype=torch.uint8)
+    with torch.inference_mode(False):
+        found = torch.frombuffer(mapped, dtype=torch.uint8)
     return found[-found.data_ptr() % _HUGE_PAGE_BYTES :][:size_bytes]
 
 
@@ -161,12 +165,6 @@ def checked(tensor: torch.Tensor, where: str) -> None:
         raise UsageError(f"{where} is a shard of a distributed tensor", hint="Save it with dcp.save and StoreWriter.")
     if tensor.dtype not in NAMES:
         raise UsageError(f"{where} has the dtype {tensor.dtype}, which safetensors does not know", hint="Save it as another.")
-
-
-def safetensors_file(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
-    """The file of these plain tensors, as buffers in order: the header, then each tensor's own memory."""
-    head, ordered = safetensors_layout(tensors)
-    return [head, *map(bytes_of, ordered)]
 
 
 def safetensors_layout(tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, list[torch.Tensor]]:

@@ -22,6 +22,7 @@ from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, memory
 from ckptstore.torch import state as states
 from ckptstore.torch.bounce import onto, target_of
+from ckptstore.torch.filling import File, Streams, in_memory
 from ckptstore.uploading import Written
 
 CONFIG_NAME = "config.json"
@@ -40,46 +41,35 @@ def save(
     """Save a state dict as `step`: durable, digested, visible only when whole. Blocks until then.
 
     The state: tensors, numbers, text, bytes, None, dtypes, and dicts, lists and tuples of these. Tensors go from their own
-    memory to the disk (those that are not contiguous by a copy, those on a GPU block by block, blocks.py); they must not
-    change meanwhile. `config`, plain JSON, becomes config.json; `metrics` are for retention, and `keep` prunes by it
+    memory to the disk or the URL (those that are not contiguous by a copy, those on a GPU block by block, blocks.py); they
+    must not change meanwhile. `config`, plain JSON, becomes config.json; `metrics` are for retention, and `keep` prunes by it
     afterwards. UsageError names what cannot be saved without a pickle; other errors as CheckpointStore.save.
     """
     encoded = states.Encoder(state_dict, torch.Tensor.detach)
     tensors = [tensor for inside in encoded.tensors.values() for tensor in inside.values()]
-    if not store.backend.is_folder or not (streams := blocks.Streams(tensors)):
-        return write(store, step, _buffers_of(encoded, config, memory.plain), metrics=metrics, keep=keep)
+    if not (streams := Streams(tensors)):
+        return write(store, step, files_of(encoded, config), metrics=metrics, keep=keep)
     files, rest = blocks_of(encoded), documents(encoded, config)
 
-    def put(folder: str) -> dict[str, Written]:
-        return blocks.write(folder, files, [], streams=streams) | saving.write_buffers(store.backend, folder, rest)
+    def put(place: str) -> dict[str, Written]:
+        written = blocks.write(store.backend, place, files, [], streams=streams)
+        return written | saving.write_buffers(store.backend, place, rest)
 
     return commit(store, step, put, metrics=metrics, keep=keep)
 
 
-def files_of(
-    state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None, *, take: states.Take = memory.plain
-) -> dict[str, Any]:
-    """The files of a state, as buffers in order; they hold the tensors' memory. `take` makes plain tensors of any."""
-    return _buffers_of(states.Encoder(state_dict, take), config)
+def files_of(encoded: states.Encoder, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The files of a state whose tensors are on the CPU, as buffers in order: the tensors' memory, which they hold."""
+    return {name: in_memory(file) for name, file in blocks_of(encoded).items()} | documents(encoded, config)
 
 
-def _buffers_of(
-    encoded: states.Encoder, config: Mapping[str, Any] | None, take: states.Take = lambda tensor: tensor
-) -> dict[str, Any]:
-    plain = {file: {name: take(tensor) for name, tensor in inside.items()} for file, inside in encoded.tensors.items()}
-    files: dict[str, Any] = {f"{name}{SUFFIX}": memory.safetensors_file(inside) for name, inside in plain.items() if inside}
-    files |= documents(encoded, config)
-    # What the buffers are the memory of must live as long as they do.
-    return {name: _Kept(buffers, plain) for name, buffers in files.items()}
-
-
-def blocks_of(encoded: states.Encoder) -> dict[str, blocks.File]:
+def blocks_of(encoded: states.Encoder) -> dict[str, File]:
     """The files of a state's tensors, wherever they are."""
     files = {}
     for name, tensors in encoded.tensors.items():
         if tensors:
             head, ordered = memory.safetensors_layout(tensors)
-            files[f"{name}{SUFFIX}"] = blocks.File([head, *ordered])
+            files[f"{name}{SUFFIX}"] = File([head, *ordered])
     return files
 
 
@@ -92,14 +82,6 @@ def documents(encoded: states.Encoder, config: Mapping[str, Any] | None) -> dict
         except (TypeError, ValueError) as error:
             raise UsageError(f"config is not plain JSON: {error}") from error
     return files
-
-
-class _Kept(list[Any]):
-    """Buffers, and the tensors that own their memory."""
-
-    def __init__(self, buffers: list[Any], owner: object) -> None:
-        super().__init__(buffers)
-        self.owner = owner
 
 
 def write(

@@ -36,7 +36,8 @@ from ckptstore.formats import dcp, torchzip
 from ckptstore.manifest import Manifest
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, nodes
-from ckptstore.torch.memory import bytes_of, plain
+from ckptstore.torch.filling import File, Streams, Tail, in_memory
+from ckptstore.torch.memory import plain
 from ckptstore.uploading import Written
 
 
@@ -188,25 +189,19 @@ class StoreWriter(StorageWriter):
 
     def _write(self, place: _Place, folder: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         values = [planner.resolve_data(item) for item in items]
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        if self._store.backend.is_folder and (streams := blocks.Streams(tensors)):
-            return self._write_blocks(place, folder, items, values, streams)
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()  # the pool's threads copy on another stream
-        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), thread_name_prefix="ckptstore-crc32") as pool:
-            pieces = list(pool.map(_archive, (item.type for item in items), values))
-        buffers = [buffer for piece in pieces for buffer in piece.buffers]
-        written = saving.write_buffers(self._store.backend, folder, {place.file: buffers}, options=self._options)
-        return _results(place, items, [piece.length for piece in pieces], written)
-
-    def _write_blocks(
-        self, place: _Place, folder: str, items: Sequence[WriteItem], values: Sequence[Any], streams: blocks.Streams
-    ) -> list[WriteResult]:
-        """What lies on a GPU, without all of it in host memory, but for dtypes that torch's archives hold otherwise."""
-        archives = [_parts(item.type, value) for item, value in zip(items, values, strict=True)]
-        files = {place.file: blocks.File([part for archive in archives for part in archive])}
-        written = blocks.write(folder, files, [], streams=streams, nice=self._options.nice)
-        return _results(place, items, [blocks.File(archive).size_bytes for archive in archives], written)
+        streams = Streams([value for value in values if isinstance(value, torch.Tensor)])
+        kinds = [item.type for item in items]
+        backend = self._store.backend
+        if streams:  # by blocks: what lies on a GPU is never whole in host memory
+            archives = list(map(_archive, kinds, values))
+            files = {place.file: File([part for archive in archives for part in archive.parts])}
+            written = blocks.write(backend, folder, files, [], streams=streams, nice=self._options.nice)
+        else:
+            with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), thread_name_prefix="ckptstore-crc32") as pool:
+                archives = list(pool.map(_archive, kinds, values))
+                buffers = list(itertools.chain(*pool.map(in_memory, archives)))
+            written = saving.write_buffers(backend, folder, {place.file: buffers}, options=self._options)
+        return _results(place, items, [archive.size_bytes for archive in archives], written)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write `.metadata` and commit, on the coordinator."""
@@ -296,35 +291,14 @@ def _results(
     return results
 
 
-def _parts(kind: WriteItemType, value: Any) -> list[blocks.Part]:
-    """One item as blocks.py takes it: as _archive makes it, its tensor where it is."""
-    name = "" if kind == WriteItemType.BYTE_IO else str(value.dtype).removeprefix("torch.")
-    if name not in torchzip.ITEM_BYTES:
-        return list(_archive(kind, value).buffers)
-    layout = torchzip.tensor(name, value.shape)
-    return [layout.head, value.detach(), blocks.Tail(layout.tail_bytes, layout.tail)]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Archive:
-    """One item as buffers in order; `owner` keeps their memory alive."""
-
-    buffers: tuple[Any, ...]
-    length: int
-    owner: object = None
-
-
-def _archive(kind: WriteItemType, value: Any) -> _Archive:
+def _archive(kind: WriteItemType, value: Any) -> File:
+    """One item as torch.save makes it, its tensor where it is."""
     if kind == WriteItemType.BYTE_IO:
-        data = value.getbuffer()
-        return _Archive((data,), len(data), value)
-    tensor = plain(value)
-    name = str(tensor.dtype).removeprefix("torch.")
+        return File([value.getbuffer()])
+    name = str(value.dtype).removeprefix("torch.")
     if name not in torchzip.ITEM_BYTES:  # float8, uint8 and the like: small, or rare; by way of memory
         stream = io.BytesIO()
-        torch.save(tensor.clone(), stream)
-        data = stream.getbuffer()
-        return _Archive((data,), len(data), stream)
-    layout = torchzip.tensor(name, tensor.shape)
-    data = bytes_of(tensor)
-    return _Archive((layout.head, data, layout.tail(native.crc32(data))), layout.length, tensor)
+        torch.save(plain(value).clone(), stream)
+        return File([stream.getbuffer()])
+    layout = torchzip.tensor(name, value.shape)
+    return File([layout.head, value.detach(), Tail(layout.tail_bytes, layout.tail)])
