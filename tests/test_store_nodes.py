@@ -224,10 +224,10 @@ def test_whose_writer_lives_is_none(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     draft = a_draft(store, 5)
     (found,) = prepared.left(steps.side_of(store.folder))
-    held = steps.take_over(store.folder, found)
+    held = node_sets.take_over(store.folder, found)
     assert prepared.left(steps.side_of(store.folder)) == []
     with pytest.raises(errors.BusyError):
-        steps.take_over(store.folder, found)
+        node_sets.take_over(store.folder, found)
     steps.publish(held, found.manifest, keep_old=True)
     steps.abandon(held)
     assert [one.step for one in store.list()] == [5]

@@ -190,7 +190,7 @@ def _check(one: Prepared) -> None:
 
 
 def _publish(store: CheckpointStore, one: Prepared) -> None:
-    draft = steps.take_over(store.folder, one)
+    draft = node_sets.take_over(store.folder, one)
     try:
         steps.publish(draft, one.manifest, keep_old=True)
     except BaseException:
