@@ -168,6 +168,7 @@ def _finish(
     for save, one in mine.items():
         if save not in given_up and _tried("publishing", save, lambda one=one: _publish(store, one)):
             _log.warning("step %d, %s: published here now, as on the other nodes of its save", save.step, one.group.whose)
+    _gather(None, process_group)  # nobody looks again before all have published
 
 
 def _tried(doing: str, save: _Save, work: Any) -> bool:
