@@ -7,13 +7,15 @@ what a step replaced is kept, as `old-step-STEP-SET`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
+import time
 
 from ckptstore import prepared, steps
 from ckptstore import side as side_folders
-from ckptstore.errors import RefusedError, from_os_error
+from ckptstore.errors import BusyError, RefusedError, from_os_error
 from ckptstore.model import NodeSet
 
 IDENTITY = "id"
@@ -83,3 +85,38 @@ def forget_whole(root: str, step: int, *, but: str = "") -> None:
         if name.startswith(f"whole-{step}-") and name != but:
             with contextlib.suppress(OSError):  # says nothing of any other step
                 os.unlink(os.path.join(side, name))
+
+
+def take_over(root: str, found: prepared.Prepared) -> steps.Draft:
+    """Hold a draft that a dead writer left prepared. BusyError where somebody else has it by now."""
+    try:
+        os.makedirs(found.home, 0o700, exist_ok=True)
+        descriptor = os.open(
+            os.path.join(found.home, prepared.OWNER), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+        draft = steps.Draft(os.path.realpath(root), found.manifest.step, found.home, descriptor)
+        try:
+            _hold(descriptor)
+            if found.path != draft.path:
+                os.rename(found.path, draft.path)
+        except BaseException:
+            steps.leave(draft)
+            raise
+    except BlockingIOError as error:
+        raise BusyError(
+            f"{found.home} is held by another process", hint="Is another launch resuming from this store?"
+        ) from error
+    except OSError as error:
+        raise from_os_error(error, doing="taking over", path=found.path) from error
+    return draft
+
+
+def _hold(descriptor: int) -> None:
+    for patience in range(50, -1, -1):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:  # somebody may just be looking whether it is held
+            if not patience:
+                raise
+            time.sleep(0.02)

@@ -47,7 +47,7 @@ from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
 from ckptstore.names import check_names
-from ckptstore.prepared import OWNER, Prepared, is_dead, is_settled, names_in
+from ckptstore.prepared import OWNER, is_dead, is_settled, names_in
 
 PART = "default"
 LOCK_PATIENCE_S = 60.0
@@ -183,39 +183,6 @@ def leave(draft: Draft) -> None:
     if draft.descriptor >= 0 and draft.process == os.getpid():
         os.close(draft.descriptor)
         draft.descriptor = -1
-
-
-def take_over(root: str, found: Prepared) -> Draft:
-    """Hold a draft that a dead writer left prepared. BusyError where somebody else has it by now."""
-    try:
-        os.makedirs(found.home, 0o700, exist_ok=True)
-        descriptor = os.open(os.path.join(found.home, OWNER), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        draft = Draft(os.path.realpath(root), found.manifest.step, found.home, descriptor)
-        try:
-            _hold(descriptor)
-            if found.path != draft.path:
-                os.rename(found.path, draft.path)
-        except BaseException:
-            leave(draft)
-            raise
-    except BlockingIOError as error:
-        raise BusyError(
-            f"{found.home} is held by another process", hint="Is another launch resuming from this store?"
-        ) from error
-    except OSError as error:
-        raise from_os_error(error, doing="taking over", path=found.path) from error
-    return draft
-
-
-def _hold(descriptor: int) -> None:
-    for patience in range(50, -1, -1):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:  # somebody may just be looking whether it is held
-            if not patience:
-                raise
-            time.sleep(0.02)
 
 
 def files_in(directory: str) -> list[native.FileSpec]:

@@ -24,7 +24,7 @@ from ckptstore.retention import Candidate, Keep
 
 torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
-from ckptstore.torch import StoreWriter, nodes  # noqa: E402
+from ckptstore.torch import StoreWriter, nodes, resuming  # noqa: E402
 from tests import warm  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -109,6 +109,7 @@ def test_drafts_that_a_crash_left(tmp_path: Path) -> None:
         assert seen.pop(case) == [6, [6], 0, 0], case
     assert seen.pop("between renames") == [6, [7], 0, 0]
     assert seen.pop("published by none") == [5, [5], 1, 1]
+    assert seen.pop("four ranks") == [6] * 4, "also those who do not publish"
     planted = {case: seen.pop(case) for case in list(seen) if case.startswith("planted")}
     for case, found in seen.items():
         assert found == [5, [5], 0, 1], f"{case}: the step before, and the draft is left to look at"
@@ -224,10 +225,10 @@ def test_whose_writer_lives_is_none(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     draft = a_draft(store, 5)
     (found,) = prepared.left(steps.side_of(store.folder))
-    held = steps.take_over(store.folder, found)
+    held = node_sets.take_over(store.folder, found)
     assert prepared.left(steps.side_of(store.folder)) == []
     with pytest.raises(errors.BusyError):
-        steps.take_over(store.folder, found)
+        node_sets.take_over(store.folder, found)
     steps.publish(held, found.manifest, keep_old=True)
     steps.abandon(held)
     assert [one.step for one in store.list()] == [5]
@@ -293,6 +294,21 @@ def test_who_may_give_up_what_is_prepared(tmp_path: Path, monkeypatch: pytest.Mo
         place = _OnePlace(tmp_path / "the other", monkeypatch, step)
         place.commit()
         assert place.left() == left, "it goes with a step that is not older"
+
+
+def test_one_unsound_part_keeps_the_others_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three nodes the first has published, this one could, and the third cannot: published here it would help nobody."""
+    store = CheckpointStore(tmp_path)
+    draft = a_draft(store, 5)
+    (one,) = prepared.left(steps.side_of(store.folder))
+    save = resuming._Save(5, resuming.identity(one.manifest))
+    ranks = [resuming.Seen("another"), resuming.Seen("here", prepared={save: one.group})]
+    monkeypatch.setattr(resuming.dist, "get_rank", lambda group: 1)
+    for unsound, there in (({save}, []), (set(), [5])):
+        monkeypatch.setattr(resuming, "_gather", lambda value, group, unsound=unsound: [unsound, value or set()])
+        resuming._finish(store, None, ranks, [save])
+        assert [checkpoint.step for checkpoint in store.list()] == there
+    assert not os.path.exists(draft.home)
 
 
 def test_a_draft_is_durable_before_it_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

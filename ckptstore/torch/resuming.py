@@ -168,6 +168,7 @@ def _finish(
     for save, one in mine.items():
         if save not in given_up and _tried("publishing", save, lambda one=one: _publish(store, one)):
             _log.warning("step %d, %s: published here now, as on the other nodes of its save", save.step, one.group.whose)
+    _gather(None, process_group)  # nobody looks again before all have published
 
 
 def _tried(doing: str, save: _Save, work: Any) -> bool:
@@ -190,7 +191,7 @@ def _check(one: Prepared) -> None:
 
 
 def _publish(store: CheckpointStore, one: Prepared) -> None:
-    draft = steps.take_over(store.folder, one)
+    draft = node_sets.take_over(store.folder, one)
     try:
         steps.publish(draft, one.manifest, keep_old=True)
     except BaseException:
