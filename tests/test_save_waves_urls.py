@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import threading
@@ -223,6 +224,22 @@ def test_a_store_that_fails_in_the_middle(proxy: faults.Proxy, s3: str, monkeypa
     assert same(ckpt.load(CheckpointStore(s3), 1), make(1))
     save(s3, 1, make(3)).wait(60)
     assert same(ckpt.load(CheckpointStore(s3), 1), make(3))
+
+
+def test_a_file_system_that_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is sent anew, through the one buffer that the failure had."""
+    failures = iter([False, True])
+
+    def write(self: Any, data: Any) -> int:
+        if next(failures, False):
+            raise OSError("planted")
+        return io.BytesIO.write(self, data)
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.write", write, raising=False)
+    store = CheckpointStore(f"memory://waves-{tmp_path.name}-{os.getpid()}")
+    save(store.backend.location, 1, make(1)).wait(60)
+    assert list(failures) == []
+    assert same(ckpt.load(store, 1), make(1))
 
 
 def test_an_upload_that_outlives_its_save(proxy: faults.Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
