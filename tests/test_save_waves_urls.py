@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import threading
@@ -117,14 +118,15 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def test_memory_is_bounded(s3: str) -> None:
     """256 MiB through 64: the ring, and what the network's client takes beside it."""
-    state = {name: {str(i): torch.ones(32 << 18) for i in range(4)} for name in ("model", "optimizer")}
+    state = {name: {"large": torch.ones(128 << 18)} for name in ("model", "optimizer")}  # the heap has no such piece by chance
     store = CheckpointStore(s3)
     save(s3, 1, make(1)).wait(60)  # threads, connections
     bounded = peak_bytes(lambda: ckpt.save_async(store, 2, state, max_host_bytes=64 << 20).wait(100))
     assert sum(buffer.nbytes for buffer in ring(s3)) == 64 << 20
-    whole = peak_bytes(lambda: ckpt.save_async(store, 3, state["model"]).wait(100))
+    other = CheckpointStore(f"{s3}-other")  # with no ring that it could give up for the copy
+    whole = peak_bytes(lambda: ckpt.save_async(other, 1, state["model"]).wait(100))
     assert bounded < 96 << 20, f"{bounded >> 20} MiB"
-    assert whole > 128 << 20, f"{whole >> 20} MiB for a copy of 128: this measures nothing"
+    assert whole > 112 << 20, f"{whole >> 20} MiB for a copy of 128: this measures nothing"
     assert same(ckpt.load(store, 2), state)
 
 
@@ -188,13 +190,13 @@ def test_one_request_in_five(proxy: faults.Proxy, s3: str, tmp_path: Path) -> No
         assert same(ckpt.load(CheckpointStore(s3), step), make(step))
 
 
-@pytest.mark.parametrize("times", [1, 99])
-def test_a_file_that_arrives_damaged(proxy: faults.Proxy, seaweed: servers.Server, s3: str, times: int) -> None:
+@pytest.mark.parametrize(("name", "times"), [("model", 1), ("optimizer", 1), ("model", 99)])
+def test_a_file_that_arrives_damaged(proxy: faults.Proxy, seaweed: servers.Server, s3: str, name: str, times: int) -> None:
     """Found when all of it has been copied: it is copied, and sent, again, since the state may not change yet."""
     left = iter(range(times))
 
     def meant(request: faults.Request) -> str:
-        return "instead" if request.method == "PUT" and "model" in request.path and next(left, None) is not None else ""
+        return "instead" if request.method == "PUT" and name in request.path and next(left, None) is not None else ""
 
     proxy.instead, proxy.choose = damaging(seaweed, meant)
     handle = save(s3, 1, make(1))
@@ -222,6 +224,22 @@ def test_a_store_that_fails_in_the_middle(proxy: faults.Proxy, s3: str, monkeypa
     assert same(ckpt.load(CheckpointStore(s3), 1), make(1))
     save(s3, 1, make(3)).wait(60)
     assert same(ckpt.load(CheckpointStore(s3), 1), make(3))
+
+
+def test_a_file_system_that_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is sent anew, through the one buffer that the failure had."""
+    failures = iter([False, True])
+
+    def write(self: Any, data: Any) -> int:
+        if next(failures, False):
+            raise OSError("planted")
+        return io.BytesIO.write(self, data)
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.write", write, raising=False)
+    store = CheckpointStore(f"memory://waves-{tmp_path.name}-{os.getpid()}")
+    save(store.backend.location, 1, make(1)).wait(60)
+    assert list(failures) == []
+    assert same(ckpt.load(store, 1), make(1))
 
 
 def test_an_upload_that_outlives_its_save(proxy: faults.Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
