@@ -50,9 +50,10 @@ def find_out(target: Backend) -> Conditions:
     """Try it with a scratch key, which is removed; once for each backend. Errors as Backend's."""
     key = f"{PROBE}{secrets.token_hex(8)}"
     atomic = target.creates_atomically
+    if atomic:
+        target.put(key, _DATA, if_absent=True)  # a store that does not answer is not asked to remove it, either
     try:
         if atomic:
-            target.put(key, _DATA, if_absent=True)
             try:
                 target.put(key, _DATA, if_absent=True)
                 atomic = False

@@ -60,13 +60,7 @@ def send(
     total = there + sum(file.size_bytes for file in ordered)
     threads = min(max(FILES_AT_ONCE // crew, 1), max(len(ordered), 1))
 
-    def moved(count_bytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += count_bytes
-
-    def send_one(file: Outgoing, stop: parallel.Stop) -> None:
-        nonlocal found
+    def send_whole(file: Outgoing, stop: parallel.Stop, moved: Callable[[int], None]) -> None:
         part_bytes = part_size(file.size_bytes)
 
         def parts() -> Iterator[Buffer]:
@@ -75,36 +69,48 @@ def send(
                 yield data
                 moved(memoryview(data).nbytes)
 
-        at_once = max(BUDGET_BYTES // crew // threads // part_bytes, 1)
         if file.size_bytes <= part_bytes:
             target.put(file.key, b"".join(parts()))
-        elif uploads is not None and file.content is not None:
-            streams = min(at_once, multipart.STREAMS)
-            before = multipart.upload(uploads, file.content, part_bytes=part_bytes, streams=streams, stop=stop, progress=moved)
-            with lock:
-                found += before
         else:
-            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=at_once)
-        file.arrived()
+            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=_at_once(part_bytes, crew * threads))
 
-    def send_again(file: Outgoing, stop: parallel.Stop) -> None:
+    def send_one(file: Outgoing, stop: parallel.Stop) -> None:
         """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""
-        nonlocal done
+        nonlocal done, found
+        mine = 0
+
+        def moved(count_bytes: int) -> None:
+            nonlocal done, mine
+            with lock:
+                done += count_bytes
+                mine += count_bytes
+
         deadline = time.monotonic() + SEND_AGAIN_S
+        uploading: multipart.Uploading | None = None
         for left in reversed(range(FILE_TRIES)):
-            before = done
+            if uploading is None and uploads is not None:
+                uploading = _uploading(uploads, file, crew * threads, moved, stop)
+            sent = False
             try:
-                send_one(file, stop)
+                if uploading is not None:
+                    uploading.run()
+                else:
+                    send_whole(file, stop, moved)
+                sent = True
+                file.arrived()
             except StorageError as error:
                 if not left or time.monotonic() > deadline or isinstance(error, NoSpaceError):
                     raise
-                with lock:
-                    done = min(before, done)
+                if uploading is None or sent:  # else its parts are there, and stay
+                    uploading = None
+                    moved(-mine)
             else:
+                with lock:
+                    found += 0 if uploading is None else uploading.there_bytes
                 return
 
     tick = None if progress is None else lambda: progress(done, total)
-    parallel.each(ordered, send_again, threads=threads, tick=tick)
+    parallel.each(ordered, send_one, threads=threads, tick=tick)
     return found
 
 
@@ -112,11 +118,29 @@ def look(uploads: S3Multipart, files: Iterable[Outgoing], *, tick: Callable[[], 
     """How many bytes send() would find in unfinished uploads. Nothing is written. `tick` is called now and then."""
     found = 0
     for file in files:
-        part_bytes = part_size(file.size_bytes)
-        if file.content is not None and file.size_bytes > part_bytes:
-            streams = min(max(BUDGET_BYTES // part_bytes, 1), multipart.STREAMS)
-            found += multipart.look(uploads, file.content, part_bytes=part_bytes, streams=streams, tick=tick)
+        uploading = _uploading(uploads, file, 1, lambda _: None, parallel.Stop())
+        if uploading is not None:
+            uploading.look(tick)
+            found += uploading.there_bytes
     return found
+
+
+def _uploading(
+    uploads: S3Multipart, file: Outgoing, sharers: int, moved: Callable[[int], None], stop: parallel.Stop
+) -> multipart.Uploading | None:
+    """A file by parts that stay when it is cut short; None for one of a single part, or whose digests are not known."""
+    part_bytes = part_size(file.size_bytes)
+    if file.content is None or file.size_bytes <= part_bytes:
+        return None
+    streams = min(_at_once(part_bytes, sharers), multipart.STREAMS)
+    return multipart.Uploading(
+        store=uploads, content=file.content, part_bytes=part_bytes, streams=streams, progress=moved, stop=stop
+    )
+
+
+def _at_once(part_bytes: int, sharers: int) -> int:
+    """Parts of one file on their way, where so many files share the memory."""
+    return max(BUDGET_BYTES // sharers // part_bytes, 1)
 
 
 def part_size(size_bytes: int) -> int:

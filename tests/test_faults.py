@@ -279,3 +279,12 @@ def test_ctrl_c_while_a_thread_comes_up(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(KeyboardInterrupt):
         parallel.each([1], lambda job, stop: None, threads=1)
+
+
+def test_a_store_that_is_gone_is_asked_for_one_thing(proxy, s3, run, monkeypatch):
+    """And the error says for which: the scratch key that could not be put is not removed."""
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    proxy.choose = faults.always("reset")
+    with pytest.raises(StorageError, match="writing"):
+        send(run, s3)
+    assert {request.method for request in proxy.seen} == {"PUT"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -386,7 +387,7 @@ def test_somebody_aborts_the_upload(proxy, seaweed, s3, run):
         return ""
 
     proxy.choose = choose
-    send(run, s3)
+    assert send(run, s3)[0].there_bytes == 0
     assert {1, 2, 3, 4} <= set(sent_parts(proxy))
     assert checked(s3).ok
 
@@ -452,6 +453,20 @@ def test_an_upload_that_is_gone_and_no_object(proxy, s3, run, monkeypatch):
     assert KEY not in keys(f"{s3}-other")
 
 
+def test_what_this_push_sent_was_not_there(proxy, s3, run, monkeypatch):
+    """One part fails for so long that the file is begun again: the others are its own, not an earlier push's."""
+    monkeypatch.setattr(object_backend, "TRIES", 1)
+    refusals = iter(range(4))
+    proxy.choose = lambda request: "internal" if "partNumber=3" in request.path and next(refusals, None) is not None else ""
+    told: list[tuple[int, int]] = []
+    (sent,) = send(run, s3, notify=lambda doing, done, total: told.append((done, total)))
+    assert proxy.hit == ["internal"] * 4
+    size = CheckpointStore(run).get(46).size_bytes
+    assert (sent.sent_bytes, sent.there_bytes) == (size, 0)
+    assert told[-1] == (size, size)
+    assert all(before[0] <= after[0] for before, after in itertools.pairwise(told))
+
+
 def test_credentials_that_end(proxy, s3, run):
     """In the middle of a file: an error of its own kind, at once, without a secret."""
     proxy.instead = lambda request: faults.response(b"400 Bad Request", b"<Error><Code>ExpiredToken</Code></Error>")
@@ -503,6 +518,29 @@ def test_a_store_that_lists_no_uploads(proxy, s3, run):
     proxy.choose = lambda request: "instead" if request.method == "GET" and "uploads=" in request.path else ""
     (sent,) = send(run, s3)
     assert [note for note in sent.notes if "AccessDenied" in note]
+    assert checked(s3).ok
+
+
+@pytest.mark.parametrize("what", ["no time", "a time of another kind", "no number"])
+def test_a_list_that_nobody_understands(proxy, s3, run, what):
+    """Is no list, and no error either: the file goes as a whole."""
+    upload = leave(s3, {1: pieces(run)[0]})
+    times = {"no time": b"", "a time of another kind": b"<Initiated>yesterday</Initiated>"}
+    listed = b"<L><Upload><Key>%s</Key><UploadId>%s</UploadId>%s</Upload></L>"
+    of_parts = b"<L><Part><PartNumber>one</PartNumber></Part></L>"
+
+    def instead(request: faults.Request) -> bytes:
+        if what == "no number":
+            return faults.response(b"200 OK", of_parts)
+        key = open_backend(s3).key_path(KEY).encode()
+        return faults.response(b"200 OK", listed % (key, upload.upload_id.encode(), times[what]))
+
+    asked = "uploadId=" if what == "no number" else "uploads="
+    proxy.instead = instead
+    proxy.choose = lambda request: "instead" if request.method == "GET" and asked in request.path else ""
+    assert [note for note in send(run, s3, dry_run=True)[0].notes if "starts over" in note]
+    (sent,) = send(run, s3)
+    assert [note for note in sent.notes if "starts over" in note]
     assert checked(s3).ok
 
 

@@ -14,7 +14,7 @@ import os
 import re
 import ssl
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
@@ -128,8 +128,8 @@ class S3Control:
                 path = unquote_plus(path) if encoded else path
                 if not path.startswith(query["prefix"]):
                     continue  # a store that knows no prefix here must not have others' uploads aborted
-                begun = datetime.fromisoformat(entry.findtext("{*}Initiated", "").replace("Z", "+00:00"))
-                yield Upload(path.removeprefix(above), entry.findtext("{*}UploadId", ""), int(begun.timestamp() * 1e9))
+                begun_ns = self._time_ns(entry.findtext("{*}Initiated", ""))
+                yield Upload(path.removeprefix(above), entry.findtext("{*}UploadId", ""), begun_ns)
             key_marker = root.findtext("{*}NextKeyMarker", "")
             marker = {
                 "key-marker": unquote_plus(key_marker) if encoded else key_marker,
@@ -139,6 +139,13 @@ class S3Control:
             if root.findtext("{*}IsTruncated", "") != "true" or not marker or query == query | marker:
                 return
             query |= marker
+
+    def _time_ns(self, text: str) -> int:
+        try:
+            begun = datetime.fromisoformat(text)
+        except ValueError:
+            raise UnavailableError(f"{_LISTING} {self.backend.location}: the store does not say when one was begun") from None
+        return int((begun if begun.tzinfo else begun.replace(tzinfo=UTC)).timestamp() * 1e9)
 
     def abort(self, upload: Upload) -> None:
         """End an unfinished upload and free its parts; one that is gone is no error."""
