@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -24,8 +26,8 @@ import pytest
 from ckptstore import conditions, leftovers, listing, native, parallel, sending, stalls
 from ckptstore import multipart as multiparts
 from ckptstore import push as pushing
+from ckptstore.backends import connections, open_backend, s3control, s3multipart
 from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend, s3control, s3multipart
 from ckptstore.backends.connections import Connections
 from ckptstore.backends.s3control import Upload, control
 from ckptstore.backends.s3multipart import S3Multipart, multipart
@@ -715,6 +717,76 @@ def test_a_complete_that_takes_its_time(proxy, s3, run, monkeypatch):
     assert len(asked) == 1
     assert asked[0] > 256
     assert checked(s3).ok
+
+
+# --- connections that are kept --------------------------------------------------------------------------------------
+
+
+def open_to(port: int) -> int:
+    """Connections of this process to a port."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+            count += one.getpeername()[1] == port
+    return count
+
+
+def test_checkpoint_after_checkpoint_in_one_process(seaweed, s3, run):
+    """As a mirror does in a trainer: what is kept open does not grow with each."""
+    send(run, f"{s3}-first")
+    first = open_to(seaweed.port)
+    for number in range(8):
+        send(run, f"{s3}-{number}")
+    assert open_to(seaweed.port) <= 3 * first
+
+
+def test_a_connection_that_the_store_has_closed(seaweed, s3, run):
+    """Is not used again: nothing of a request goes into it."""
+    meter = faults.Meter(seaweed.port)
+    request = control(open_backend(s3))._signed("HEAD", KEY, query={}, headers={}, body=b"")
+    request = request._replace(host=f"127.0.0.1:{meter.port}")
+    kept = Connections()
+    kept.ask(request, timeout_s=5, stop=parallel.Stop())
+    (idle,) = [connection for _, connection in kept._idle]
+    for end in meter.ends:
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+    assert idle.sock.recv(1, socket.MSG_PEEK) == b""
+    sent = []
+    idle.send = sent.append
+    assert kept.ask(request, timeout_s=5, stop=parallel.Stop()).status == 404
+    assert sent == []
+    meter.close()
+
+
+def test_a_forked_child_has_connections_of_its_own(s3):
+    """A worker that a trainer forks after a push: two processes on one connection would read each other's answers."""
+    store = control(open_backend(s3))
+    store.backend.put("key", b"1")
+    request = store._signed("HEAD", "key", query={}, headers={}, body=b"")
+
+    def ask() -> int:
+        return connections.shared().ask(request, timeout_s=5, stop=parallel.Stop()).status
+
+    assert ask() == 200
+    before = shared_sockets()
+    assert before
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python, from 3.12 on: threads and fork
+        child = os.fork()
+    if not child:
+        signal.alarm(10)
+        with contextlib.suppress(BaseException):
+            os._exit(int(ask() != 200 or bool(shared_sockets() & before)))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert ask() == 200
+    assert shared_sockets() == before
+
+
+def shared_sockets() -> set[int]:
+    """The sockets, by inode, that the next request to a store may take."""
+    return {os.fstat(connection.sock.fileno()).st_ino for _, connection in connections.shared()._idle}
 
 
 # --- slow lines, and TLS -------------------------------------------------------------------------------------------

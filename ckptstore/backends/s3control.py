@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
 from xml.etree import ElementTree
 
+from ckptstore.backends import connections, proxies
 from ckptstore.backends import object as objects
-from ckptstore.backends import proxies
 from ckptstore.backends.base import Backend
-from ckptstore.backends.connections import Connections, Request
+from ckptstore.backends.connections import Request
 from ckptstore.backends.object import ObjectBackend
 from ckptstore.errors import AccessError, NotFoundError, StorageError, TransitError, UnavailableError
 from ckptstore.parallel import Stop
@@ -77,7 +77,7 @@ class S3Control:
     def __init__(self, backend: ObjectBackend, auth: Any) -> None:
         self.backend = backend
         self._auth = auth
-        self._connections = Connections(objects.authorities())
+        self._authorities = objects.authorities()
         keys = objects.static_keys()
         self._identity = keys.get("access_key_id", "")
         if self._identity:
@@ -177,7 +177,7 @@ class S3Control:
             request = self._signed(method, key, query=query or {}, headers=headers or {}, body=body)
             limit = objects.REQUEST if long else objects.STALL
             try:
-                answer = self._connections.ask(request, timeout_s=limit.total_seconds(), stop=stop)
+                answer = connections.shared(self._authorities).ask(request, timeout_s=limit.total_seconds(), stop=stop)
             except ssl.SSLCertVerificationError as error:
                 raise StorageError(
                     f"{doing} {self.where(key)}: the server's certificate is refused: {error.verify_message}",
