@@ -789,6 +789,28 @@ def shared_sockets() -> set[int]:
     return {os.fstat(connection.sock.fileno()).st_ino for _, connection in connections.shared()._idle}
 
 
+def test_an_answer_that_never_ends(s3, monkeypatch):
+    """Something comes all the time, and it is never all."""
+    monkeypatch.setattr(connections, "LONGEST_ANSWER_S", 1.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def trickle() -> None:
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(100):
+                client.sendall(b" ")
+                time.sleep(0.05)
+
+    threading.Thread(target=trickle, daemon=True).start()
+    request = control(open_backend(s3))._signed("HEAD", KEY, query={}, headers={}, body=b"")
+    request = request._replace(method="GET", host=f"127.0.0.1:{listener.getsockname()[1]}")
+    began = time.monotonic()
+    with listener, pytest.raises(TimeoutError):
+        Connections().ask(request, timeout_s=10, stop=parallel.Stop())
+    assert time.monotonic() - began < 2
+
+
 # --- slow lines, and TLS -------------------------------------------------------------------------------------------
 
 

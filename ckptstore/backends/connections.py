@@ -13,6 +13,7 @@ import fcntl
 import functools
 import http.client
 import io
+import math
 import os
 import select
 import socket
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 CONNECT_S = 5.0
 LOOK_S = 0.2  #: how long nobody looks whether it shall stop
 PIECE_BYTES = 64 << 10  #: TLS says nothing of what it has sent before all of it has gone
+LONGEST_ANSWER_S = 900.0  #: S3 sends spaces while it completes a large upload, for some minutes
 MAX_ANSWER_BYTES = 16 << 20  #: a page of a listing has about one
 
 
@@ -162,20 +164,24 @@ def _exchange(
             connection.close()
             return answer
         raise
-    return _answer(connection, _Patience(sock, min(timeout_s, stalls.ANSWER_S) if large else timeout_s, stop))
+    limit_s = min(timeout_s, stalls.ANSWER_S) if large else timeout_s
+    return _answer(connection, _Patience(sock, limit_s, stop, longest_s=LONGEST_ANSWER_S))
 
 
 class _Patience:
     """How long nothing may move on a connection; the kernel knows what the other side takes, a caller only of whole pieces."""
 
-    def __init__(self, sock: socket.socket, timeout_s: float, stop: Stop) -> None:
+    def __init__(self, sock: socket.socket, timeout_s: float, stop: Stop, *, longest_s: float = math.inf) -> None:
         sock.settimeout(LOOK_S)
+        self._deadline = time.monotonic() + longest_s
         self._sock, self._timeout_s, self._stop = sock, timeout_s, stop
         self._waiting, self._moved = _queued(sock), time.monotonic()
 
     def moved(self) -> None:
-        """Something did."""
+        """Something did. TimeoutError when that has gone on for too long."""
         self._moved = time.monotonic()
+        if self._moved > self._deadline:
+            raise TimeoutError("it does not end")
 
     def look(self) -> None:
         """When LOOK_S have brought nothing: TimeoutError when it takes too long, Stopped when told to."""
