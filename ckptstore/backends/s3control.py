@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
 from xml.etree import ElementTree
 
-from ckptstore.backends import connections, proxies
+from ckptstore.backends import connections, profile, proxies
 from ckptstore.backends import object as objects
 from ckptstore.backends.base import Backend
 from ckptstore.backends.connections import Request
@@ -37,7 +37,6 @@ _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*>)?\s*<Error[\s>]")
 _PASSING = ("RequestTimeout", "OperationAborted")  #: with a status that says otherwise
 DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch")  #: by a digest that came along
-_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answers them with 400
 CRC = "x-amz-checksum-crc64nvme"
 _SCRATCH = "x"  #: a key that is only named, to see where the bucket is
 _SIGNING_S = 30
@@ -77,8 +76,8 @@ class S3Control:
     def __init__(self, backend: ObjectBackend, auth: Any) -> None:
         self.backend = backend
         self._auth = auth
-        self._authorities = objects.authorities()
-        keys = objects.static_keys()
+        self._authorities = profile.authorities()
+        keys = profile.static_keys()
         self._identity = keys.get("access_key_id", "")
         if self._identity:
             self._provider = auth.AwsCredentialsProvider.new_static(
@@ -183,7 +182,7 @@ class S3Control:
                     f"{doing} {self.where(key)}: the server's certificate is refused: {error.verify_message}",
                     operation=doing,
                     path=self.where(key),
-                    hint=objects.CERTIFICATES,
+                    hint=profile.CERTIFICATES,
                 ) from None
             except (OSError, http.client.HTTPException) as error:
                 if not tries.again(stop.wait):
@@ -249,7 +248,7 @@ class S3Control:
             raise TransitError(f"{what}: {said}", operation=doing, path=self.where(key))
         if status == 404:
             raise NotFoundError(f"{what}: {said}")
-        if status in (401, 403) or code in _EXPIRED:
+        if status in (401, 403) or code in objects.EXPIRED:
             raise AccessError(f"{what}: {said}", hint="Are the credentials in the environment right, and not expired?")
         if status in (400, 405, 501):
             raise UnavailableError(f"{what}: {said}: it does not know this request")
