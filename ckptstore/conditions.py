@@ -45,14 +45,15 @@ def look(target: Backend) -> Conditions:
     return Conditions(store, "")
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def find_out(target: Backend) -> Conditions:
     """Try it with a scratch key, which is removed; once for each backend. Errors as Backend's."""
     key = f"{PROBE}{secrets.token_hex(8)}"
     atomic = target.creates_atomically
+    if atomic:
+        target.put(key, _DATA, if_absent=True)  # a store that does not answer is not asked to remove it, either
     try:
         if atomic:
-            target.put(key, _DATA, if_absent=True)
             try:
                 target.put(key, _DATA, if_absent=True)
                 atomic = False
@@ -66,7 +67,7 @@ def find_out(target: Backend) -> Conditions:
     return Conditions(digests, check, () if atomic else (text,))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def find_uploads(target: Backend) -> tuple[S3Multipart | None, str]:
     """Uploads that can go on after a crash, or why there are none; one is begun, listed and ended, once for each backend."""
     from ckptstore.backends.s3control import control

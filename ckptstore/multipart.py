@@ -44,59 +44,41 @@ class Content(NamedTuple):
     crc: Callable[[int, int], int]  #: the CRC-64/NVME of such bytes
 
 
-def upload(
-    store: S3Multipart,
-    content: Content,
-    *,
-    part_bytes: int,
-    streams: Callable[[], int],
-    sent: Callable[[float, float, int], None],
-    stop: parallel.Stop,
-    progress: Callable[[int], None],
-) -> int:
-    """Make the object; how many of its bytes were found there.
+@dataclass(slots=True, kw_only=True)
+class Uploading:
+    """One file on its way, or looked for.
 
-    `streams` says how many parts may be on their way now. Called from several threads: `sent`, for each part that was sent,
-    with the monotonic times from its reading to the store's answer, and its bytes; `progress`, with the bytes of each part that
-    is there. Errors as S3Multipart's and `read`'s: no object is made then, the parts stay, and the next call goes on with them.
-    TransitError where the store keeps other bytes than were sent.
+    `streams` says how many parts may be on their way now. On any thread: `progress` gets the bytes of each part, once, when it
+    is there; `sent`, for each one that was sent, the monotonic times from its reading to the store's answer, and its bytes.
     """
-    return _Uploading(store, content, part_bytes, streams, sent, stop, progress).run()
-
-
-def look(store: S3Multipart, content: Content, *, part_bytes: int, streams: int, tick: Callable[[], None]) -> int:
-    """How many bytes upload() would find there now. Nothing is begun or ended. Errors as upload's; `tick` is called often."""
-    return _Uploading(store, content, part_bytes, lambda: streams, _nothing, parallel.Stop(), _nothing).look(tick)
-
-
-def _nothing(*_: float) -> None:
-    """Nobody is told."""
-
-
-@dataclass(slots=True)
-class _Uploading:
-    """One upload() at work."""
 
     store: S3Multipart
     content: Content
     part_bytes: int
-    streams: Callable[[], int]
-    sent: Callable[[float, float, int], None]
-    stop: parallel.Stop
-    progress: Callable[[int], None]
+    streams: Callable[[], int] = lambda: STREAMS
+    progress: Callable[[int], None] = lambda _: None
+    sent: Callable[[float, float, int], None] = lambda begun_s, ended_s, size_bytes: None
+    stop: parallel.Stop = field(default_factory=parallel.Stop)
+    there_bytes: int = 0  #: found there, and not sent by us
     lock: threading.Lock = field(default_factory=threading.Lock)
     told: set[int] = field(default_factory=set)  #: numbers of the parts that `progress` knows of
-    there_bytes: int = 0
+    before: frozenset[int] | None = None  #: and of those that were there when we came
 
     @property
     def count(self) -> int:
         """Parts that the file has."""
         return -(-self.content.size_bytes // self.part_bytes)
 
-    def run(self) -> int:
+    def run(self) -> None:
+        """Make the object. After an error none is made, the parts stay, and the next run, by whomever, goes on with them.
+
+        Errors as S3Multipart's and `read`'s; TransitError where the store keeps other bytes than were sent.
+        """
         found = self._find()
         code = ""
         for _ in range(ROUNDS):
+            if found is None:
+                self.there_bytes = 0  # of one that has ended meanwhile
             at = self.store.begin(self.content.key) if found is None else found
             parts: dict[int, Part] = {}
             try:
@@ -106,7 +88,7 @@ class _Uploading:
                 code = "NoSuchUpload"
             content = self.content
             if not code or self.store.holds(content.key, content.size_bytes, parts, crc64=content.crc64):
-                return self.there_bytes
+                return
             found = None
             if code != "NoSuchUpload":
                 if sent:  # a part that arrived as something else is found by its digest, and sent again
@@ -120,8 +102,8 @@ class _Uploading:
             hint="The way there, or the store, damages data; or somebody else writes there.",
         )
 
-    def look(self, tick: Callable[[], None]) -> int:
-        """What is there of the upload that run() would go on with."""
+    def look(self, tick: Callable[[], None]) -> None:
+        """See how much is there of the upload that run() would go on with. Nothing is begun or ended."""
         try:
             parts = self.store.parts(found) if (found := self._find()) is not None else []
         except GoneError:
@@ -133,7 +115,6 @@ class _Uploading:
                     self.there_bytes += part.size_bytes
 
         parallel.each(parts, one, threads=min(self.streams(), len(parts)), tick=tick)
-        return self.there_bytes
 
     def _find(self) -> Upload | None:
         """The newest upload that has some of this content."""
@@ -149,6 +130,9 @@ class _Uploading:
     def _bring(self, at: Upload, parts: dict[int, Part], *, fresh: bool) -> int:
         """All parts into the upload `at`, and into `parts`; how many had to be sent."""
         there = {} if fresh else {part.number: part for part in self.store.parts(at)}
+        if self.before is None:
+            self.before = frozenset(there)
+        before = self.before
         sent = 0
 
         def one(number: int, stop: parallel.Stop) -> None:
@@ -166,7 +150,7 @@ class _Uploading:
                 sent += not right
                 new = number not in self.told
                 self.told.add(number)
-                self.there_bytes += length if right and new else 0
+                self.there_bytes += length if right and new and number in before else 0
             if new:
                 self.progress(length)
 

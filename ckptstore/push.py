@@ -35,10 +35,12 @@ from ckptstore.backends.base import Backend
 from ckptstore.claims import RENEW_S, Place
 from ckptstore.conditions import Conditions
 from ckptstore.errors import (
+    AccessError,
     IntegrityError,
     NotFoundError,
     RefusedError,
     SourceChangedError,
+    UnavailableError,
     UsageError,
 )
 from ckptstore.formats.streaming import mismatch
@@ -272,8 +274,12 @@ class _Push:
     def _look_for_parts(self, missing: Sequence[FileEntry], tick: Callable[[], None]) -> None:
         """What send() would find of files that were cut short. Nothing is written."""
         uploads = self._uploads(missing, conditions.look_for_uploads)
-        if uploads is not None:
+        if uploads is None:
+            return
+        try:
             self.found_bytes = look(uploads, [self._outgoing(file) for file in missing], tick=tick)
+        except (UnavailableError, AccessError) as error:
+            self._say_why_anew(str(error))
 
     def _uploads(self, missing: Sequence[FileEntry], find: Find) -> S3Multipart | None:
         """By what files of several parts go on after a crash; None where it cannot be, which the notes then say."""
@@ -281,8 +287,11 @@ class _Push:
             return None
         uploads, why = find(self.target)
         if uploads is None:
-            self.notes = (f"a file that is cut short on its way there starts over: {why}",)
+            self._say_why_anew(why)
         return uploads
+
+    def _say_why_anew(self, why: str) -> None:
+        self.notes = (f"a file that is cut short on its way there starts over: {why}",)
 
     def _content(self, file: FileEntry) -> multipart.Content | None:
         """The file for an upload that can go on: each of its parts must be whole chunks."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptstore import multipart, native, parallel
 from ckptstore.backends.base import Backend
@@ -63,25 +63,11 @@ def send(
     found = 0
     total = there + sum(file.size_bytes for file in ordered)
     threads = min(max(FILES_AT_ONCE // crew, 1), max(len(ordered), 1))
-    large = [file for file in ordered if file.size_bytes > part_size(file.size_bytes)]
-    at_once = max(BUDGET_BYTES // crew // part_size(large[0].size_bytes), 1) if large else 1
-    tuner = Tuner(min(at_once, multipart.STREAMS * min(threads, max(len(large), 1))), 2 * at_once)
-    shared_by = 0  #: files whose parts are tuned together
+    largest = part_size(max((file.size_bytes for file in ordered), default=0))
+    in_parts = sum(file.size_bytes > largest for file in ordered)
+    streams = _Streams(_at_once(largest, crew), max(min(threads, in_parts), 1))
 
-    def streams() -> int:
-        return max(tuner.limit // max(shared_by, 1), 1)
-
-    def sent(begun_s: float, ended_s: float, size_bytes: int) -> None:
-        with lock:
-            tuner.done(begun_s, ended_s, size_bytes)
-
-    def moved(count_bytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += count_bytes
-
-    def send_one(file: Outgoing, stop: parallel.Stop) -> None:
-        nonlocal found, shared_by
+    def send_whole(file: Outgoing, stop: parallel.Stop, moved: Callable[[int], None]) -> None:
         part_bytes = part_size(file.size_bytes)
 
         def parts() -> Iterator[Buffer]:
@@ -95,40 +81,47 @@ def send(
         if file.size_bytes <= part_bytes:
             (data,) = list(parts()) or [b""]
             target.put(file.key, data)
-        elif uploads is not None and file.content is not None:
-            with lock:
-                shared_by += 1
-            try:
-                before = multipart.upload(
-                    uploads, file.content, part_bytes=part_bytes, streams=streams, sent=sent, stop=stop, progress=moved
-                )
-            finally:
-                with lock:
-                    shared_by -= 1
-            with lock:
-                found += before
         else:
-            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=max(at_once // threads, 1))
-        file.arrived()
+            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=_at_once(part_bytes, crew * threads))
 
-    def send_again(file: Outgoing, stop: parallel.Stop) -> None:
+    def send_one(file: Outgoing, stop: parallel.Stop) -> None:
         """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""
-        nonlocal done
+        nonlocal done, found
+        mine = 0
+
+        def moved(count_bytes: int) -> None:
+            nonlocal done, mine
+            with lock:
+                done += count_bytes
+                mine += count_bytes
+
         deadline = time.monotonic() + SEND_AGAIN_S
+        uploading: multipart.Uploading | None = None
         for left in reversed(range(FILE_TRIES)):
-            before = done
+            if uploading is None and uploads is not None:
+                uploading = _uploading(uploads, file, progress=moved, stop=stop, streams=streams.of_each, sent=streams.sent)
+            sent = False
             try:
-                send_one(file, stop)
+                if uploading is not None:
+                    with streams:
+                        uploading.run()
+                else:
+                    send_whole(file, stop, moved)
+                sent = True
+                file.arrived()
             except StorageError as error:
                 if not left or time.monotonic() > deadline or isinstance(error, NoSpaceError):
                     raise
-                with lock:
-                    done = min(before, done)
+                if uploading is None or sent:  # else its parts are there, and stay
+                    uploading = None
+                    moved(-mine)
             else:
+                with lock:
+                    found += 0 if uploading is None else uploading.there_bytes
                 return
 
     tick = None if progress is None else lambda: progress(done, total)
-    parallel.each(ordered, send_again, threads=threads, tick=tick)
+    parallel.each(ordered, send_one, threads=threads, tick=tick)
     return found
 
 
@@ -136,11 +129,50 @@ def look(uploads: S3Multipart, files: Iterable[Outgoing], *, tick: Callable[[], 
     """How many bytes send() would find in unfinished uploads. Nothing is written. `tick` is called now and then."""
     found = 0
     for file in files:
-        part_bytes = part_size(file.size_bytes)
-        if file.content is not None and file.size_bytes > part_bytes:
-            streams = min(max(BUDGET_BYTES // part_bytes, 1), multipart.STREAMS)
-            found += multipart.look(uploads, file.content, part_bytes=part_bytes, streams=streams, tick=tick)
+        uploading = _uploading(uploads, file)
+        if uploading is not None:
+            uploading.look(tick)
+            found += uploading.there_bytes
     return found
+
+
+def _uploading(uploads: S3Multipart, file: Outgoing, **how: Any) -> multipart.Uploading | None:
+    """A file by parts that stay when it is cut short; None for one of a single part, or whose digests are not known."""
+    part_bytes = part_size(file.size_bytes)
+    if file.content is None or file.size_bytes <= part_bytes:
+        return None
+    return multipart.Uploading(store=uploads, content=file.content, part_bytes=part_bytes, **how)
+
+
+class _Streams:
+    """How many parts are on their way, of the files that are within it together. Thread-safe."""
+
+    def __init__(self, at_once: int, files: int) -> None:
+        self._lock = threading.Lock()
+        self._files = 0
+        self._tuner = Tuner(min(at_once, multipart.STREAMS * files), 2 * at_once)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._files += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._files -= 1
+
+    def of_each(self) -> int:
+        """Parts of one file."""
+        return max(self._tuner.limit // max(self._files, 1), 1)
+
+    def sent(self, begun_s: float, ended_s: float, size_bytes: int) -> None:
+        """See multipart.Uploading."""
+        with self._lock:
+            self._tuner.done(begun_s, ended_s, size_bytes)
+
+
+def _at_once(part_bytes: int, sharers: int) -> int:
+    """Parts of one file on their way, where so many files share the memory."""
+    return max(BUDGET_BYTES // sharers // part_bytes, 1)
 
 
 def part_size(size_bytes: int) -> int:

@@ -195,7 +195,7 @@ def write(
     return written
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _control(target: Backend) -> S3Control | None:
     """Asks for the store's own digests; None where there are none, or who saves may not find out."""
     if conditions.look(target).control is None:

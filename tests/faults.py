@@ -218,6 +218,7 @@ class Meter:
     together_bytes_per_s: float = math.inf
     up_bytes: int = 0
     down_bytes: int = 0
+    ends: list[socket.socket] = field(default_factory=list)  #: of all connections that were made
 
     def __post_init__(self) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -239,6 +240,7 @@ class Meter:
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.server_port)) as server:
+            self.ends += (client, server)
             back = threading.Thread(target=self._pass, args=(server, client), kwargs={"up": False}, daemon=True)
             back.start()
             self._pass(client, server, up=True)

@@ -11,6 +11,7 @@ import urllib.parse
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,24 @@ def test_profile(seaweed, s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "default")
     with pytest.raises(AccessError):
         open_backend(s3).get("key")
+
+
+@pytest.mark.parametrize("variable", ["", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_endpoint_in_a_profile(seaweed, s3, tmp_path, monkeypatch, variable):
+    """One without TLS too; what the environment says comes first."""
+    open_backend(s3).put("key", b"data")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    (tmp_path / "credentials").write_text(f"[lab]\naws_access_key_id={servers.KEY}\naws_secret_access_key={servers.SECRET}\n")
+    port = 1 if variable else seaweed.port
+    (tmp_path / "config").write_text(f"[profile lab]\nregion=us-east-1\nendpoint_url=http://127.0.0.1:{port}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    if variable:
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{seaweed.port}")
+    assert open_backend(s3).get("key") == b"data"
 
 
 @pytest.mark.parametrize(

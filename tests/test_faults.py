@@ -16,7 +16,7 @@ import pytest
 from ckptstore import listing, parallel
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
-from ckptstore.errors import CkptStoreError, DigestMismatchError, StorageError
+from ckptstore.errors import AccessError, AlreadyExistsError, CkptStoreError, DigestMismatchError, StorageError
 from ckptstore.model import Level, Status
 from ckptstore.pull import pull
 from ckptstore.store import CheckpointStore
@@ -279,3 +279,69 @@ def test_ctrl_c_while_a_thread_comes_up(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(KeyboardInterrupt):
         parallel.each([1], lambda job, stop: None, threads=1)
+
+
+def test_a_store_that_is_gone_is_asked_for_one_thing(proxy, s3, run, monkeypatch):
+    """And the error says for which: the scratch key that could not be put is not removed."""
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    proxy.choose = faults.always("reset")
+    with pytest.raises(StorageError, match="writing"):
+        send(run, s3)
+    assert {request.method for request in proxy.seen} == {"PUT"}
+
+
+REFUSALS = {
+    "put": lambda backend: backend.put("key", b"1"),
+    "put_parts": lambda backend: backend.put_parts("key", iter([bytes(5 << 20)] * 2), part_bytes=5 << 20),
+    "create": lambda backend: backend.put("key", b"1", if_absent=True),
+    "get": lambda backend: backend.get("key"),
+    "view": lambda backend: backend.view("key", 0, 1),
+    "list": lambda backend: list(backend.list()),
+    "delete": lambda backend: backend.delete("key"),
+}
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "InvalidToken"])
+@pytest.mark.parametrize("what", REFUSALS)
+def test_credentials_that_have_expired(proxy, s3, what, code):
+    """S3 answers with 400: asked once, and said as what it is."""
+    proxy.instead = lambda request: faults.response(b"400 Bad Request", b"<Error><Code>%s</Code></Error>" % code.encode())
+    proxy.choose = lambda request: "instead"
+    with pytest.raises(AccessError, match=code):
+        REFUSALS[what](open_backend(s3))
+    assert len(proxy.seen) == 1
+
+
+def test_a_conflict_is_no_existing_key(proxy, s3, monkeypatch):
+    """S3 answers a create-only request with 409 while another one is under way, whatever comes of that: asked again."""
+    proxy.instead = lambda request: faults.response(b"409 Conflict", b"<Error><Code>ConditionalRequestConflict</Code></Error>")
+    conflicts = iter([True, True])
+    proxy.choose = lambda request: "instead" if request.method == "PUT" and next(conflicts, False) else ""
+    backend = open_backend(s3)
+    backend.put("key", b"1", if_absent=True)
+    assert proxy.hit == ["instead", "instead"]
+    assert backend.get("key") == b"1"
+    with pytest.raises(AlreadyExistsError):
+        backend.put("key", b"1", if_absent=True)
+    proxy.choose = lambda request: "instead" if request.method == "PUT" else ""
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    with pytest.raises(StorageError, match="other"):
+        backend.put("other", b"1", if_absent=True)
+
+
+def test_a_push_in_which_each_create_meets_a_conflict_first(proxy, s3, run, tmp_path):
+    """The claim and the manifest: where they always go, and no attempt for nobody's sake."""
+    met: set[str] = set()
+
+    def choose(request: faults.Request) -> str:
+        if request.method == "PUT" and b"if-none-match" in request.head.lower() and request.path not in met:
+            met.add(request.path)
+            return "instead"
+        return ""
+
+    proxy.instead = lambda request: faults.response(b"409 Conflict", b"<Error><Code>ConditionalRequestConflict</Code></Error>")
+    proxy.choose = choose
+    (sent,) = send(run, s3)
+    assert sent.url.endswith(EXPORT)
+    assert len(met) == 3
+    assert {found.status for found in CheckpointStore(s3)} == {Status.COMMITTED}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -23,8 +26,8 @@ import pytest
 from ckptstore import conditions, leftovers, listing, native, parallel, sending, stalls
 from ckptstore import multipart as multiparts
 from ckptstore import push as pushing
+from ckptstore.backends import connections, open_backend, s3control, s3multipart
 from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend, s3control, s3multipart
 from ckptstore.backends.connections import Connections
 from ckptstore.backends.s3control import Upload, control
 from ckptstore.backends.s3multipart import S3Multipart, multipart
@@ -386,7 +389,7 @@ def test_somebody_aborts_the_upload(proxy, seaweed, s3, run):
         return ""
 
     proxy.choose = choose
-    send(run, s3)
+    assert send(run, s3)[0].there_bytes == 0
     assert {1, 2, 3, 4} <= set(sent_parts(proxy))
     assert checked(s3).ok
 
@@ -452,6 +455,20 @@ def test_an_upload_that_is_gone_and_no_object(proxy, s3, run, monkeypatch):
     assert KEY not in keys(f"{s3}-other")
 
 
+def test_what_this_push_sent_was_not_there(proxy, s3, run, monkeypatch):
+    """One part fails for so long that the file is begun again: the others are its own, not an earlier push's."""
+    monkeypatch.setattr(object_backend, "TRIES", 1)
+    refusals = iter(range(4))
+    proxy.choose = lambda request: "internal" if "partNumber=3" in request.path and next(refusals, None) is not None else ""
+    told: list[tuple[int, int]] = []
+    (sent,) = send(run, s3, notify=lambda doing, done, total: told.append((done, total)))
+    assert proxy.hit == ["internal"] * 4
+    size = CheckpointStore(run).get(46).size_bytes
+    assert (sent.sent_bytes, sent.there_bytes) == (size, 0)
+    assert told[-1] == (size, size)
+    assert all(before[0] <= after[0] for before, after in itertools.pairwise(told))
+
+
 def test_credentials_that_end(proxy, s3, run):
     """In the middle of a file: an error of its own kind, at once, without a secret."""
     proxy.instead = lambda request: faults.response(b"400 Bad Request", b"<Error><Code>ExpiredToken</Code></Error>")
@@ -503,6 +520,29 @@ def test_a_store_that_lists_no_uploads(proxy, s3, run):
     proxy.choose = lambda request: "instead" if request.method == "GET" and "uploads=" in request.path else ""
     (sent,) = send(run, s3)
     assert [note for note in sent.notes if "AccessDenied" in note]
+    assert checked(s3).ok
+
+
+@pytest.mark.parametrize("what", ["no time", "a time of another kind", "no number"])
+def test_a_list_that_nobody_understands(proxy, s3, run, what):
+    """Is no list, and no error either: the file goes as a whole."""
+    upload = leave(s3, {1: pieces(run)[0]})
+    times = {"no time": b"", "a time of another kind": b"<Initiated>yesterday</Initiated>"}
+    listed = b"<L><Upload><Key>%s</Key><UploadId>%s</UploadId>%s</Upload></L>"
+    of_parts = b"<L><Part><PartNumber>one</PartNumber></Part></L>"
+
+    def instead(request: faults.Request) -> bytes:
+        if what == "no number":
+            return faults.response(b"200 OK", of_parts)
+        key = open_backend(s3).key_path(KEY).encode()
+        return faults.response(b"200 OK", listed % (key, upload.upload_id.encode(), times[what]))
+
+    asked = "uploadId=" if what == "no number" else "uploads="
+    proxy.instead = instead
+    proxy.choose = lambda request: "instead" if request.method == "GET" and asked in request.path else ""
+    assert [note for note in send(run, s3, dry_run=True)[0].notes if "starts over" in note]
+    (sent,) = send(run, s3)
+    assert [note for note in sent.notes if "starts over" in note]
     assert checked(s3).ok
 
 
@@ -677,6 +717,98 @@ def test_a_complete_that_takes_its_time(proxy, s3, run, monkeypatch):
     assert len(asked) == 1
     assert asked[0] > 256
     assert checked(s3).ok
+
+
+# --- connections that are kept --------------------------------------------------------------------------------------
+
+
+def open_to(port: int) -> int:
+    """Connections of this process to a port."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+            count += one.getpeername()[1] == port
+    return count
+
+
+def test_checkpoint_after_checkpoint_in_one_process(seaweed, s3, run):
+    """As a mirror does in a trainer: what is kept open does not grow with each."""
+    send(run, f"{s3}-first")
+    first = open_to(seaweed.port)
+    for number in range(8):
+        send(run, f"{s3}-{number}")
+    assert open_to(seaweed.port) <= 3 * first
+
+
+def test_a_connection_that_the_store_has_closed(seaweed, s3, run):
+    """Is not used again: nothing of a request goes into it."""
+    meter = faults.Meter(seaweed.port)
+    request = control(open_backend(s3))._signed("HEAD", KEY, query={}, headers={}, body=b"")
+    request = request._replace(host=f"127.0.0.1:{meter.port}")
+    kept = Connections()
+    kept.ask(request, timeout_s=5, stop=parallel.Stop())
+    (idle,) = [connection for _, connection in kept._idle]
+    for end in meter.ends:
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+    assert idle.sock.recv(1, socket.MSG_PEEK) == b""
+    sent = []
+    idle.send = sent.append
+    assert kept.ask(request, timeout_s=5, stop=parallel.Stop()).status == 404
+    assert sent == []
+    meter.close()
+
+
+def test_a_forked_child_has_connections_of_its_own(s3):
+    """A worker that a trainer forks after a push: two processes on one connection would read each other's answers."""
+    store = control(open_backend(s3))
+    store.backend.put("key", b"1")
+    request = store._signed("HEAD", "key", query={}, headers={}, body=b"")
+
+    def ask() -> int:
+        return connections.shared().ask(request, timeout_s=5, stop=parallel.Stop()).status
+
+    assert ask() == 200
+    before = shared_sockets()
+    assert before
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python, from 3.12 on: threads and fork
+        child = os.fork()
+    if not child:
+        signal.alarm(10)
+        with contextlib.suppress(BaseException):
+            os._exit(int(ask() != 200 or bool(shared_sockets() & before)))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert ask() == 200
+    assert shared_sockets() == before
+
+
+def shared_sockets() -> set[int]:
+    """The sockets, by inode, that the next request to a store may take."""
+    return {os.fstat(connection.sock.fileno()).st_ino for _, connection in connections.shared()._idle}
+
+
+def test_an_answer_that_never_ends(s3, monkeypatch):
+    """Something comes all the time, and it is never all."""
+    monkeypatch.setattr(connections, "LONGEST_ANSWER_S", 1.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def trickle() -> None:
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(100):
+                client.sendall(b" ")
+                time.sleep(0.05)
+
+    threading.Thread(target=trickle, daemon=True).start()
+    request = control(open_backend(s3))._signed("HEAD", KEY, query={}, headers={}, body=b"")
+    request = request._replace(method="GET", host=f"127.0.0.1:{listener.getsockname()[1]}")
+    began = time.monotonic()
+    with listener, pytest.raises(TimeoutError):
+        Connections().ask(request, timeout_s=10, stop=parallel.Stop())
+    assert time.monotonic() - began < 2
 
 
 # --- slow lines, and TLS -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ckptstore import conditions, native
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
 from ckptstore.backends.s3control import control
-from ckptstore.errors import StorageError, UnavailableError, UsageError
+from ckptstore.errors import NotFoundError, StorageError, UnavailableError, UsageError
 from ckptstore.store import CheckpointStore
 from tests import servers, trees
 from tests.forward import ForwardProxy
@@ -201,6 +201,16 @@ def test_a_proxy_that_wants_a_password(s3s, forward, monkeypatch):
         assert "other" not in f"{caught.value!r} {caught.value.hint}"
     with pytest.raises(StorageError, match="407"):
         control(open_backend(s3s)).head("key")
+
+
+def test_a_tls_connection_is_kept(s3s, forward, monkeypatch):
+    """What TLS 1.3 sends by itself is not taken for the other side's end."""
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{forward.port}")
+    store = control(open_backend(s3s))
+    for _ in range(3):
+        with pytest.raises(NotFoundError):
+            store.head("key")
+    assert len(forward.seen) == 1
 
 
 # --- certificates --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ckptstore.errors import (
     ManifestError,
     SourceChangedError,
     StorageError,
+    TransitError,
     UsageError,
 )
 from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, Level, Status
@@ -565,3 +566,21 @@ def test_names_from_a_store_are_not_trusted(run, tmp_path):
 
 def test_results_are_plain(run, s3):
     assert dataclasses.asdict(send(run, s3)[0])["url"] == f"{s3}/{EXPORT}"
+
+
+def test_progress_counts_what_others_sent_meanwhile():
+    """A file that is sent again takes back what it had told, and nothing of another one's."""
+    there, again, told = threading.Event(), iter([True]), []
+
+    def damaged_once() -> None:
+        if next(again, False):
+            assert there.wait(10)
+            raise TransitError("damaged", operation="comparing", path="a")
+
+    target = open_backend(f"memory://progress-{os.getpid()}")
+    files = [
+        sending.Outgoing("a", 10, lambda part_bytes: iter([b"a" * 10]), damaged_once),
+        sending.Outgoing("b", 5, lambda part_bytes: iter([b"b" * 5]), there.set),
+    ]
+    sending.send(target, files, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (15, 15)

@@ -2,15 +2,20 @@
 
 One request at a time each; as many as there are threads that ask at once. The caller's memory is handed to the kernel as it
 is, piece by piece, so that a caller that shall stop ends within moments. No redirect is followed: a signature must not be
-carried elsewhere. Proxies as the library's requests take (proxies.py); certificates by `$SSL_CERT_FILE`, and those given.
+carried elsewhere. All stores of a process share them, so that those that are kept are as many as were once used at a time, and
+no more. Proxies as the library's requests take (proxies.py); certificates by `$SSL_CERT_FILE`, and those given.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import http.client
 import io
+import math
+import os
+import select
 import socket
 import ssl
 import struct
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
 CONNECT_S = 5.0
 LOOK_S = 0.2  #: how long nobody looks whether it shall stop
 PIECE_BYTES = 64 << 10  #: TLS says nothing of what it has sent before all of it has gone
+LONGEST_ANSWER_S = 900.0  #: S3 sends spaces while it completes a large upload, for some minutes
 MAX_ANSWER_BYTES = 16 << 20  #: a page of a listing has about one
 
 
@@ -42,6 +48,9 @@ class Request(NamedTuple):
     target: str
     headers: Mapping[str, str]
     body: Buffer = b""
+
+
+_Where = tuple[str, str, proxies.Proxy | None]  #: scheme, host and port, and through what
 
 
 class Answer(NamedTuple):
@@ -61,7 +70,7 @@ class Connections:
     def __init__(self, authorities: str = "") -> None:
         self._authorities = authorities
         self._lock = threading.Lock()
-        self._idle: list[tuple[tuple[str, str], http.client.HTTPConnection]] = []
+        self._idle: list[tuple[_Where, http.client.HTTPConnection]] = []
         self._tls: ssl.SSLContext | None = None
 
     def __del__(self) -> None:
@@ -73,10 +82,11 @@ class Connections:
 
         A large body is given up earlier, by the bounds of stalls.py, in whatever process.
         """
+        where = (request.scheme, request.host, proxies.choose(request.scheme, request.host))
         while True:
-            connection, was_idle = self._take(request)
+            connection, was_idle = self._take(where)
             try:
-                answer = _exchange(connection, request, timeout_s, stop)
+                answer = _exchange(connection, request, where[2], timeout_s, stop)
             except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 connection.close()
                 if not was_idle:
@@ -87,19 +97,20 @@ class Connections:
                 raise
             if connection.sock is not None:
                 with self._lock:
-                    self._idle.append(((request.scheme, request.host), connection))
+                    self._idle.append((where, connection))
             return answer
 
-    def _take(self, request: Request) -> tuple[http.client.HTTPConnection, bool]:
-        where = (request.scheme, request.host)
+    def _take(self, where: _Where) -> tuple[http.client.HTTPConnection, bool]:
         with self._lock:
             for number in reversed(range(len(self._idle))):
                 if self._idle[number][0] == where:
-                    return self._idle.pop(number)[1], True
+                    connection = self._idle.pop(number)[1]
+                    if not _has_ended(connection):
+                        return connection, True
+                    connection.close()
         return self._connect(*where), False
 
-    def _connect(self, scheme: str, host: str) -> http.client.HTTPConnection:
-        proxy = proxies.choose(scheme, host)
+    def _connect(self, scheme: str, host: str, proxy: proxies.Proxy | None) -> http.client.HTTPConnection:
         reached, port = (host, None) if proxy is None else (proxy.host, proxy.port)
         if scheme != "https":
             return http.client.HTTPConnection(reached, port, timeout=CONNECT_S)
@@ -114,8 +125,27 @@ class Connections:
         return connection
 
 
-def _exchange(connection: http.client.HTTPConnection, request: Request, timeout_s: float, stop: Stop) -> Answer:
-    proxy = proxies.choose(request.scheme, request.host) if request.scheme == "http" else None
+def shared(authorities: str = "") -> Connections:
+    """Those of this process: a forked child has its own, since two on one connection would read each other's answers."""
+    return _shared(os.getpid(), authorities, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@functools.lru_cache(maxsize=4)
+def _shared(process: int, authorities: str, *trusted: str | None) -> Connections:
+    return Connections(authorities)
+
+
+def _has_ended(connection: http.client.HTTPConnection) -> bool:
+    """Whether the other side has closed it, or said what nobody asked: then nothing more can be sent."""
+    poll = select.poll()
+    poll.register(connection.sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _exchange(
+    connection: http.client.HTTPConnection, request: Request, proxy: proxies.Proxy | None, timeout_s: float, stop: Stop
+) -> Answer:
+    proxy = proxy if request.scheme == "http" else None  # of the other scheme's, nothing is told but where to
     target = request.target if proxy is None else f"http://{request.host}{request.target}"
     if connection.sock is not None:
         connection.sock.settimeout(timeout_s)
@@ -134,20 +164,24 @@ def _exchange(connection: http.client.HTTPConnection, request: Request, timeout_
             connection.close()
             return answer
         raise
-    return _answer(connection, _Patience(sock, min(timeout_s, stalls.ANSWER_S) if large else timeout_s, stop))
+    limit_s = min(timeout_s, stalls.ANSWER_S) if large else timeout_s
+    return _answer(connection, _Patience(sock, limit_s, stop, longest_s=LONGEST_ANSWER_S))
 
 
 class _Patience:
     """How long nothing may move on a connection; the kernel knows what the other side takes, a caller only of whole pieces."""
 
-    def __init__(self, sock: socket.socket, timeout_s: float, stop: Stop) -> None:
+    def __init__(self, sock: socket.socket, timeout_s: float, stop: Stop, *, longest_s: float = math.inf) -> None:
         sock.settimeout(LOOK_S)
+        self._deadline = time.monotonic() + longest_s
         self._sock, self._timeout_s, self._stop = sock, timeout_s, stop
         self._waiting, self._moved = _queued(sock), time.monotonic()
 
     def moved(self) -> None:
-        """Something did."""
+        """Something did. TimeoutError when that has gone on for too long."""
         self._moved = time.monotonic()
+        if self._moved > self._deadline:
+            raise TimeoutError("it does not end")
 
     def look(self) -> None:
         """When LOOK_S have brought nothing: TimeoutError when it takes too long, Stopped when told to."""

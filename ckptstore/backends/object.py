@@ -7,7 +7,6 @@ range and finds it wrong asks again (fetching.py), and who sent a file that arri
 
 from __future__ import annotations
 
-import configparser
 import os
 import random
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
-from ckptstore.backends import proxies
+from ckptstore.backends import profile, proxies
 from ckptstore.backends.base import Backend, Blob
 from ckptstore.errors import (
     AccessError,
@@ -47,11 +46,11 @@ REQUEST = timedelta(seconds=300)
 #: What is sent at once on any line.
 SMALL_BYTES = 64 << 10
 
-CERTIFICATES = "Name the file with the certificates of your own CA: $AWS_CA_BUNDLE (s3://) or $SSL_CERT_FILE."
 _REFUSED_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
 _BAD_DIGEST = re.compile(r"<Code>(BadDigest|InvalidDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
-_DENIED = re.compile(r"status code: 40[13] ")
+EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answers them with 400
+_DENIED = re.compile(rf"status code: 40[13] |<Code>({'|'.join(EXPIRED)})<")
 _SECRETS = re.compile(r"(?i)((?:signature|credential|token|sig|secret|key)[\w-]*=)[^&\s\"']+")
 
 
@@ -119,8 +118,7 @@ class ObjectBackend(Backend):
                         yield Blob(last[cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
                 return
             except self._failures as error:  # an answer that broke off is not asked for again by obstore
-                refused = _NO_BUCKET.search(str(error)) or _DENIED.search(str(error))
-                if refused or not (isinstance(error, self._obstore.exceptions.GenericError) and tries.again()):
+                if not self._passing(error) or not tries.again():
                     self._raise(error, "listing", prefix)
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
@@ -142,21 +140,38 @@ class ObjectBackend(Backend):
         """Create-only is the one request that obstore does not repeat when the answer is lost: done or not, nobody knows.
 
         Here it is repeated; a key that is there after a lost answer is read: where it holds `data`, a first try came through.
+        One that is not there was not created by anybody: S3 refuses, too, while another request is under way.
         """
         kinds = self._obstore.exceptions
         path = self.key_path(key)
         tries = Tries()
+        lost = False
         while True:
             try:
                 self._obstore.put(self._uploading(data), path, memoryview(data), mode="create", use_multipart=False)
                 return
-            except (kinds.AlreadyExistsError, kinds.PreconditionError):
-                if tries.made and self.get(key) == bytes(data):
-                    return
-                raise AlreadyExistsError(f"{self.location}/{key} exists already") from None
-            except self._failures as error:
-                if not (isinstance(error, kinds.GenericError) and tries.again()):
+            except (kinds.AlreadyExistsError, kinds.PreconditionError) as error:
+                if self._is_there(key):
+                    if lost and self.get(key) == bytes(data):
+                        return
+                    raise AlreadyExistsError(f"{self.location}/{key} exists already") from None
+                if not tries.again():
                     self._raise(error, "writing", key)
+            except self._failures as error:
+                if not self._passing(error) or not tries.again():
+                    self._raise(error, "writing", key)
+                lost = True
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            return self._size(key) >= 0
+        except NotFoundError:
+            return False
+
+    def _passing(self, error: Exception) -> bool:
+        """Whether the same request may fare better the next time."""
+        hopeless = any(what.search(str(error)) for what in (_NO_BUCKET, _DENIED, _REFUSED_CERTIFICATE))
+        return isinstance(error, self._obstore.exceptions.GenericError) and not hopeless
 
     def replace(self, key: str, data: Buffer, *, expected: bytes) -> None:
         """See Backend.replace."""
@@ -186,7 +201,7 @@ class ObjectBackend(Backend):
                     return False
                 tries.made += 1
             except self._failures as error:
-                if not (isinstance(error, self._obstore.exceptions.GenericError) and tries.again()):
+                if not self._passing(error) or not tries.again():
                     self._raise(error, "replacing", key)
 
     def _probe_versions(self) -> bool:
@@ -230,7 +245,7 @@ class ObjectBackend(Backend):
             except self._missing:
                 return
             except self._failures as error:  # a lost answer is not asked for again by obstore
-                if not (isinstance(error, self._obstore.exceptions.GenericError) and tries.again()):
+                if not self._passing(error) or not tries.again():
                     self._raise(error, "removing", key)
 
     def _size(self, key: str) -> int:
@@ -274,7 +289,7 @@ class ObjectBackend(Backend):
                 f"{what}: the server's certificate is refused: {refused[1]}",
                 operation=doing,
                 path=f"{self.location}/{key}",
-                hint=CERTIFICATES,
+                hint=profile.CERTIFICATES,
             ) from None
         # A LIST that is refused comes as a general error: only its text has the status.
         if isinstance(error, (kinds.PermissionDeniedError, kinds.UnauthenticatedError)) or _DENIED.search(str(error)):
@@ -333,11 +348,11 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
         return GCSStore(bucket, client_options=options, retry_config=retries)
     if scheme == "az":
         return AzureStore(bucket, client_options=options, retry_config=retries)
-    config: Any = _profile() | {"disable_bulk_delete": True}  # we remove single keys, and not every store has the other
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    config: Any = profile.read() | {"disable_bulk_delete": True}  # we remove single keys, and not every store has the other
+    endpoint = profile.endpoint() or config.get("endpoint", "")
     if endpoint.startswith("http://"):
         options["allow_http"] = True
-    elif found := authorities():
+    elif found := profile.authorities():
         try:
             options["root_certificate"] = Path(found).read_bytes()
         except OSError as error:
@@ -347,41 +362,6 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
     if not os.environ.get("AWS_UNSIGNED_PAYLOAD"):
         config["unsigned_payload"] = True  # SHA-256 of every byte costs more than all else here together
     return S3Store(bucket, config=config, client_options=options, retry_config=retries)
-
-
-def authorities() -> str:
-    """The file with certificates of those who vouch for an S3 store, beside those that this machine trusts; or ""."""
-    return os.environ.get("AWS_CA_BUNDLE", "")
-
-
-def static_keys() -> dict[str, str]:
-    """The keys that requests to S3 are signed with, by the library's names; none where a machine's role signs them."""
-    names = ("access_key_id", "secret_access_key", "session_token")
-    found = {name: os.environ.get(f"AWS_{name.upper()}", "") for name in names}
-    return found if found["access_key_id"] else _profile()
-
-
-def _profile() -> dict[str, Any]:
-    """What ~/.aws says of $AWS_PROFILE, where the environment has no keys: the static ones, the region."""
-    if os.environ.get("AWS_ACCESS_KEY_ID"):
-        return {}
-    name = os.environ.get("AWS_PROFILE", "default")
-    found: dict[str, Any] = {}
-    for variable, usual, section in (
-        ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
-        ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
-    ):
-        parser = configparser.RawConfigParser()
-        try:
-            parser.read(os.path.expanduser(os.environ.get(variable) or usual))
-        except configparser.Error as error:
-            raise UsageError(f"${variable} ({usual}) cannot be read: {type(error).__name__}") from None
-        if parser.has_section(section):
-            found |= dict(parser.items(section))
-    keys = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
-    keys |= {"aws_session_token": "session_token", "endpoint_url": "endpoint"}
-    keys |= {"region": "region"} if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")) else {}
-    return {ours: found[theirs] for theirs, ours in keys.items() if theirs in found}
 
 
 def _said(error: BaseException) -> str:

@@ -14,16 +14,16 @@ import os
 import re
 import ssl
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
 from xml.etree import ElementTree
 
+from ckptstore.backends import connections, profile, proxies
 from ckptstore.backends import object as objects
-from ckptstore.backends import proxies
 from ckptstore.backends.base import Backend
-from ckptstore.backends.connections import Connections, Request
+from ckptstore.backends.connections import Request
 from ckptstore.backends.object import ObjectBackend
 from ckptstore.errors import AccessError, NotFoundError, StorageError, TransitError, UnavailableError
 from ckptstore.parallel import Stop
@@ -37,7 +37,6 @@ _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*>)?\s*<Error[\s>]")
 _PASSING = ("RequestTimeout", "OperationAborted")  #: with a status that says otherwise
 DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch")  #: by a digest that came along
-_EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answers them with 400
 CRC = "x-amz-checksum-crc64nvme"
 _SCRATCH = "x"  #: a key that is only named, to see where the bucket is
 _SIGNING_S = 30
@@ -77,8 +76,8 @@ class S3Control:
     def __init__(self, backend: ObjectBackend, auth: Any) -> None:
         self.backend = backend
         self._auth = auth
-        self._connections = Connections(objects.authorities())
-        keys = objects.static_keys()
+        self._authorities = profile.authorities()
+        keys = profile.static_keys()
         self._identity = keys.get("access_key_id", "")
         if self._identity:
             self._provider = auth.AwsCredentialsProvider.new_static(
@@ -128,8 +127,8 @@ class S3Control:
                 path = unquote_plus(path) if encoded else path
                 if not path.startswith(query["prefix"]):
                     continue  # a store that knows no prefix here must not have others' uploads aborted
-                begun = datetime.fromisoformat(entry.findtext("{*}Initiated", "").replace("Z", "+00:00"))
-                yield Upload(path.removeprefix(above), entry.findtext("{*}UploadId", ""), int(begun.timestamp() * 1e9))
+                begun_ns = self._time_ns(entry.findtext("{*}Initiated", ""))
+                yield Upload(path.removeprefix(above), entry.findtext("{*}UploadId", ""), begun_ns)
             key_marker = root.findtext("{*}NextKeyMarker", "")
             marker = {
                 "key-marker": unquote_plus(key_marker) if encoded else key_marker,
@@ -139,6 +138,13 @@ class S3Control:
             if root.findtext("{*}IsTruncated", "") != "true" or not marker or query == query | marker:
                 return
             query |= marker
+
+    def _time_ns(self, text: str) -> int:
+        try:
+            begun = datetime.fromisoformat(text)
+        except ValueError:
+            raise UnavailableError(f"{_LISTING} {self.backend.location}: the store does not say when one was begun") from None
+        return int((begun if begun.tzinfo else begun.replace(tzinfo=UTC)).timestamp() * 1e9)
 
     def abort(self, upload: Upload) -> None:
         """End an unfinished upload and free its parts; one that is gone is no error."""
@@ -170,13 +176,13 @@ class S3Control:
             request = self._signed(method, key, query=query or {}, headers=headers or {}, body=body)
             limit = objects.REQUEST if long else objects.STALL
             try:
-                answer = self._connections.ask(request, timeout_s=limit.total_seconds(), stop=stop)
+                answer = connections.shared(self._authorities).ask(request, timeout_s=limit.total_seconds(), stop=stop)
             except ssl.SSLCertVerificationError as error:
                 raise StorageError(
                     f"{doing} {self.where(key)}: the server's certificate is refused: {error.verify_message}",
                     operation=doing,
                     path=self.where(key),
-                    hint=objects.CERTIFICATES,
+                    hint=profile.CERTIFICATES,
                 ) from None
             except (OSError, http.client.HTTPException) as error:
                 if not tries.again(stop.wait):
@@ -242,7 +248,7 @@ class S3Control:
             raise TransitError(f"{what}: {said}", operation=doing, path=self.where(key))
         if status == 404:
             raise NotFoundError(f"{what}: {said}")
-        if status in (401, 403) or code in _EXPIRED:
+        if status in (401, 403) or code in objects.EXPIRED:
             raise AccessError(f"{what}: {said}", hint="Are the credentials in the environment right, and not expired?")
         if status in (400, 405, 501):
             raise UnavailableError(f"{what}: {said}: it does not know this request")

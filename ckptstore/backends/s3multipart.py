@@ -17,6 +17,8 @@ from ckptstore.backends.s3control import CRC, DAMAGED, Reply, S3Control, Upload,
 from ckptstore.errors import NotFoundError, StorageError, UnavailableError
 
 if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
     from typing_extensions import Buffer
 
     from ckptstore.parallel import Stop
@@ -87,15 +89,10 @@ class S3Multipart:
             answer = self._control.ask(doing, "GET", upload.key, query=query, codes=(_GONE,))
             self._see(upload, answer)
             root = xml_of(answer.body, f"{doing} {self._control.where(upload.key)}")
-            found += (
-                Part(
-                    int(entry.findtext("{*}PartNumber", "0")),
-                    int(entry.findtext("{*}Size", "0")),
-                    entry.findtext("{*}ETag", "").strip('"'),
-                    crc64_of(entry.findtext("{*}ChecksumCRC64NVME", "")),
-                )
-                for entry in root.findall("{*}Part")
-            )
+            try:
+                found += map(_part, root.findall("{*}Part"))
+            except ValueError:
+                raise UnavailableError(f"{doing} {self._control.where(upload.key)}: the answer is no list of parts") from None
             marker = root.findtext("{*}NextPartNumberMarker", "")
             if root.findtext("{*}IsTruncated", "") != "true" or marker in ("", query.get("part-number-marker")):
                 return found
@@ -168,6 +165,15 @@ def multipart(control: S3Control, *, digests: bool) -> S3Multipart:
     if wanted:
         raise UnavailableError(f"{control.backend.location}: ${wanted[0]} asks for what only whole uploads can do")
     return S3Multipart(control, digests=digests)
+
+
+def _part(entry: Element) -> Part:
+    return Part(
+        int(entry.findtext("{*}PartNumber", "")),
+        int(entry.findtext("{*}Size", "")),
+        entry.findtext("{*}ETag", "").strip('"'),
+        crc64_of(entry.findtext("{*}ChecksumCRC64NVME", "")),
+    )
 
 
 def _quoted(etag: str) -> str:
