@@ -735,7 +735,7 @@ def test_checkpoint_after_checkpoint_in_one_process(seaweed, s3, run):
     """As a mirror does in a trainer: what is kept open does not grow with each."""
     send(run, f"{s3}-first")
     first = open_to(seaweed.port)
-    for number in range(8):
+    for number in range(6):
         send(run, f"{s3}-{number}")
     assert open_to(seaweed.port) <= 3 * first
 

@@ -183,6 +183,12 @@ def test_an_old_s3_goes_on_by_etags(ceph, tmp_path, monkeypatch):
         wrong = bytes(parts[0].size_bytes)
         uploads.put(upload, 1, wrong, crc64=0, stop=parallel.Stop())
         there = sum(part.size_bytes for part in parts[1:])
+        small = total - (run / EXPORT / "optim_world_size_1_rank_0.pt").stat().st_size
+        env = commands.environment(**ceph.env)
+        (would,) = commands.spawn(*words, "--dry-run", "--json", env=env).json["parts"]
+        assert there <= would["there_bytes"] <= there + small
+        assert would["sent_bytes"] + would["there_bytes"] == total
+        assert sorted(uploads.parts(upload))[1:] == parts[1:]
         assert transfer(meter, words) == 0
     finally:
         meter.close()

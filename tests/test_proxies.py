@@ -151,7 +151,7 @@ def test_what_needs_no_proxy(seaweed, s3, forward, monkeypatch, host, exception,
     assert ways(s3, forward) == (not direct, not direct)
 
 
-@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "ALL_PROXY"])
 def test_a_push_by_tls_through_a_proxy(s3s, forward, tmp_path, monkeypatch, name):
     """Large parts too: not a byte goes around it, and what it wants to know is told it alone."""
     run = sealed_run(tmp_path, (46,))
