@@ -19,6 +19,7 @@ from ckptstore import native
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
+import servers  # noqa: E402
 
 SHARDS = 4
 EXPORT = "default/epoch0epochstep0globalstep0"
@@ -75,7 +76,6 @@ WAYS = {  # name: (program, command up, command down)
 
 @pytest.fixture(scope="module")
 def server(place):
-    servers = pytest.importorskip("servers")
     folder = place / "server"
     folder.mkdir()
     started = servers.start_seaweed(folder)
@@ -87,7 +87,7 @@ def server(place):
     before = dict(os.environ)
     os.environ.update(names)
     os.environ.pop("AWS_CA_BUNDLE", None)  # rclone refuses to run with it
-    yield servers
+    yield started
     os.environ.clear()
     os.environ.update(before)
     started.stop()
@@ -135,7 +135,7 @@ def test_up_and_down(benchmark, place, server, run, name, turn):
     folder, data = run
     where = f"turn-{turn}-{name.replace(' ', '-')}"
     words = {
-        "bucket": server.BUCKET,
+        "bucket": servers.BUCKET,
         "place": where,
         "key": f"{where}/{EXPORT}",
         "run": folder,
@@ -167,13 +167,4 @@ def test_up_and_down(benchmark, place, server, run, name, turn):
     )
     data.check(words["target"])  # so what went up is right as well
     shutil.rmtree(words["target_run"])
-    _empty(server, where)
-
-
-def _empty(server, where):
-    """Remove what was sent: the disk holds a few turns only."""
-    from ckptstore.backends import open_backend
-
-    backend = open_backend(f"s3://{server.BUCKET}/{where}")
-    for blob in list(backend.list()):
-        backend.delete(blob.key)
+    servers.empty_bucket(server)  # the disk holds a few turns only
