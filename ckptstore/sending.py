@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PART_BYTES = 16 << 20
 MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
 FILES_AT_ONCE = 4
+WARM_S = 10.0  #: before more parts are tried: their memory is new, and costs a short transfer more than they bring
 FILE_TRIES = 4
 SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
 BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most, and of our own there may be so many
@@ -65,7 +66,7 @@ def send(
     threads = min(max(FILES_AT_ONCE // crew, 1), max(len(ordered), 1))
     largest = part_size(max((file.size_bytes for file in ordered), default=0))
     in_parts = sum(file.size_bytes > largest for file in ordered)
-    streams = _Streams(_at_once(largest, crew), max(min(threads, in_parts), 1))
+    streams = _Streams(_at_once(largest, crew), in_parts, threads)
 
     def send_whole(file: Outgoing, stop: parallel.Stop, moved: Callable[[int], None]) -> None:
         part_bytes = part_size(file.size_bytes)
@@ -103,8 +104,7 @@ def send(
             sent = False
             try:
                 if uploading is not None:
-                    with streams:
-                        uploading.run()
+                    uploading.run()
                 else:
                     send_whole(file, stop, moved)
                 sent = True
@@ -118,6 +118,7 @@ def send(
             else:
                 with lock:
                     found += 0 if uploading is None else uploading.there_bytes
+                    streams.left -= file.size_bytes > largest
                 return
 
     tick = None if progress is None else lambda: progress(done, total)
@@ -145,24 +146,21 @@ def _uploading(uploads: S3Multipart, file: Outgoing, **how: Any) -> multipart.Up
 
 
 class _Streams:
-    """How many parts are on their way, of the files that are within it together. Thread-safe."""
+    """How many parts are on their way, of the files that are sent together. Thread-safe, but for `left`."""
 
-    def __init__(self, at_once: int, files: int) -> None:
+    def __init__(self, at_once: int, files: int, threads: int) -> None:
+        self.left = files  #: of several parts, and not there yet
+        self._threads = threads
         self._lock = threading.Lock()
-        self._files = 0
-        self._tuner = Tuner(min(at_once, multipart.STREAMS * files), 2 * at_once)
+        self._tuner = Tuner(min(at_once, multipart.STREAMS * self._sharers), 2 * at_once, warm_s=WARM_S)
 
-    def __enter__(self) -> None:
-        with self._lock:
-            self._files += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._files -= 1
+    @property
+    def _sharers(self) -> int:
+        return max(min(self._threads, self.left), 1)
 
     def of_each(self) -> int:
-        """Parts of one file."""
-        return max(self._tuner.limit // max(self._files, 1), 1)
+        """Parts of one file. Those that have not begun have their share already: no more memory than that is taken."""
+        return max(self._tuner.limit // self._sharers, 1)
 
     def sent(self, begun_s: float, ended_s: float, size_bytes: int) -> None:
         """See multipart.Uploading."""

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ckptstore import stalls
+
 #: What can happen to a request. `lost` and `reset` differ in whether the server ever saw it.
 KINDS = ("reset", "lost", "cut", "stall", "slowdown", "internal", "flip", "flip_up", "error_in_200")
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -59,6 +61,7 @@ class Proxy:
         while True:
             try:
                 client, _ = self._socket.accept()
+                stalls.pass_over(client)  # the watch of a command looks at all of a process, and this side is no command's
             except OSError:
                 return
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
@@ -103,6 +106,7 @@ class Proxy:
     def _ask(self, head: bytes, body: bytes) -> bytes:
         lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
         with socket.create_connection(("127.0.0.1", self.server_port)) as server:
+            stalls.pass_over(server)
             server.sendall(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body)
             parts = []
             while data := server.recv(1 << 20):

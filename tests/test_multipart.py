@@ -555,10 +555,11 @@ def test_ctrl_c_while_the_store_takes_its_time(proxy, s3, run, monkeypatch):
     proxy.choose = lambda request: "stall" if "partNumber=2" in request.path else ""
     process = start("push", "46", "--run", run, "--to", s3, seaweed=Through(proxy.port))
     deadline = time.monotonic() + 30
-    while "stall" not in proxy.hit:
+    store = store_of(s3)
+    while "stall" not in proxy.hit or not any(store.parts(upload) for upload in store.unfinished(KEY)):
         assert process.poll() is None
         assert time.monotonic() < deadline
-    time.sleep(0.5)
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     error = process.communicate(timeout=20)[1].decode()

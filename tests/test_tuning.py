@@ -243,7 +243,7 @@ def up_through(url: str, data: bytes) -> tuple[float, int]:
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of 5 MiB, no smaller ones are allowed; 2 to 8 of them at once, soon."""
-    monkeypatch.setattr(tuning, "WARM_S", 0.4)
+    monkeypatch.setattr(sending, "WARM_S", 0.4)
     monkeypatch.setattr(multipart, "STREAMS", 2)
     monkeypatch.setattr(sending, "part_size", lambda size_bytes: 5 * MIB)
     monkeypatch.setattr(sending, "BUDGET_BYTES", 20 * MIB)
