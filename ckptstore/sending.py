@@ -65,8 +65,7 @@ def send(
     total = there + sum(file.size_bytes for file in ordered)
     threads = min(max(FILES_AT_ONCE // crew, 1), max(len(ordered), 1))
     largest = part_size(max((file.size_bytes for file in ordered), default=0))
-    in_parts = sum(file.size_bytes > largest for file in ordered)
-    streams = _Streams(_at_once(largest, crew), in_parts, threads)
+    streams = _Streams(_at_once(largest, crew), sum(map(_has_parts, ordered)), threads)
 
     def send_whole(file: Outgoing, stop: parallel.Stop, moved: Callable[[int], None]) -> None:
         part_bytes = part_size(file.size_bytes)
@@ -116,9 +115,10 @@ def send(
                     uploading = None
                     moved(-mine)
             else:
-                with lock:
-                    found += 0 if uploading is None else uploading.there_bytes
-                    streams.left -= file.size_bytes > largest
+                if uploading is not None:
+                    with lock:
+                        found += uploading.there_bytes
+                    streams.end()
                 return
 
     tick = None if progress is None else lambda: progress(done, total)
@@ -139,28 +139,36 @@ def look(uploads: S3Multipart, files: Iterable[Outgoing], *, tick: Callable[[], 
 
 def _uploading(uploads: S3Multipart, file: Outgoing, **how: Any) -> multipart.Uploading | None:
     """A file by parts that stay when it is cut short; None for one of a single part, or whose digests are not known."""
-    part_bytes = part_size(file.size_bytes)
-    if file.content is None or file.size_bytes <= part_bytes:
+    if file.content is None or not _has_parts(file):
         return None
-    return multipart.Uploading(store=uploads, content=file.content, part_bytes=part_bytes, **how)
+    return multipart.Uploading(store=uploads, content=file.content, part_bytes=part_size(file.size_bytes), **how)
+
+
+def _has_parts(file: Outgoing) -> bool:
+    return file.size_bytes > part_size(file.size_bytes)
 
 
 class _Streams:
-    """How many parts are on their way, of the files that are sent together. Thread-safe, but for `left`."""
+    """How many parts are on their way, of the files that are sent together. Thread-safe."""
 
     def __init__(self, at_once: int, files: int, threads: int) -> None:
-        self.left = files  #: of several parts, and not there yet
+        self._left = files  #: of several parts, and not there yet
         self._threads = threads
         self._lock = threading.Lock()
         self._tuner = Tuner(min(at_once, multipart.STREAMS * self._sharers), 2 * at_once, warm_s=WARM_S)
 
     @property
     def _sharers(self) -> int:
-        return max(min(self._threads, self.left), 1)
+        return max(min(self._threads, self._left), 1)
 
     def of_each(self) -> int:
         """Parts of one file. Those that have not begun have their share already: no more memory than that is taken."""
         return max(self._tuner.limit // self._sharers, 1)
+
+    def end(self) -> None:
+        """One file is there."""
+        with self._lock:
+            self._left -= 1
 
     def sent(self, begun_s: float, ended_s: float, size_bytes: int) -> None:
         """See multipart.Uploading."""

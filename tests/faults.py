@@ -20,6 +20,23 @@ SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request ra
 INTERNAL = b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
 
 
+def listen(serve: Callable[[socket.socket], None]) -> socket.socket:
+    """A socket on a free port; each connection to it is served on a thread of its own, until it is closed."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listening.accept()
+            except OSError:
+                return
+            stalls.pass_over(client)  # the watch of a command looks at all of a process, and this side is no command's
+            threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listening
+
+
 @dataclass
 class Request:
     method: str
@@ -48,23 +65,13 @@ class Proxy:
     seen: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
         self._ended = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._socket = listen(self._serve)
+        self.port = self._socket.getsockname()[1]
 
     def close(self) -> None:
         self._ended.set()
         self._socket.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._socket.accept()
-                stalls.pass_over(client)  # the watch of a command looks at all of a process, and this side is no command's
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError, ValueError):
@@ -225,22 +232,13 @@ class Meter:
     ends: list[socket.socket] = field(default_factory=list)  #: of all connections that were made
 
     def __post_init__(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
         self._lock = threading.Lock()
         self._all = Pace(self.together_bytes_per_s)
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._socket = listen(self._serve)
+        self.port = self._socket.getsockname()[1]
 
     def close(self) -> None:
         self._socket.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.server_port)) as server:

@@ -7,6 +7,8 @@ import socket
 import threading
 from dataclasses import dataclass, field
 
+from tests.faults import listen
+
 
 @dataclass
 class ForwardProxy:
@@ -16,20 +18,11 @@ class ForwardProxy:
     seen: list[str] = field(default_factory=list)  #: what it was asked for: method and target
 
     def __post_init__(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket = listen(self._serve)
         self.port = self._socket.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
         self._socket.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError):

@@ -221,20 +221,24 @@ class Counted:
                 self._under_way -= 1
 
 
-def up_through(url: str, data: bytes) -> tuple[float, int]:
-    """Seconds that it takes to send a file, which is right; and how many parts were on their way at once."""
-    backend = open_backend(url)
-    uploads = Counted(s3multipart.multipart(control(backend), digests=True))
-
+def outgoing(key: str, data: bytes) -> sending.Outgoing:
     def read(offset: int, length: int) -> memoryview:
         return memoryview(data)[offset : offset + length]
 
     def crc(offset: int, length: int) -> int:
         return native.crc64(read(offset, length))
 
-    content = multipart.Content("up", len(data), native.crc64(data), read, crc)
+    content = multipart.Content(key, len(data), native.crc64(data), read, crc)
+    return sending.Outgoing(key, len(data), lambda _: iter(()), content=content)
+
+
+def up_through(url: str, data: bytes) -> tuple[float, int]:
+    """Seconds that it takes to send a file, which is right; and how many parts were on their way at once."""
+    backend = open_backend(url)
+    uploads = Counted(s3multipart.multipart(control(backend), digests=True))
+
     began = time.monotonic()
-    sending.send(backend, [sending.Outgoing("up", len(data), lambda _: iter(()), content=content)], uploads=uploads)
+    sending.send(backend, [outgoing("up", data)], uploads=uploads)
     took = time.monotonic() - began
     assert control(backend).head("up") == (len(data), native.crc64(data))
     return took, uploads.most
@@ -253,6 +257,19 @@ def test_more_parts_go_up_over_slow_connections(line, s3, small_parts):
     line(MIB, each_bytes_per_s=8e6)
     _, most = up_through(s3, os.urandom(100 * MIB))
     assert most == 8
+
+
+def test_files_of_several_parts_share_what_is_on_its_way(s3, monkeypatch):
+    """All of them, also those that are smaller than a part of the largest one."""
+    monkeypatch.setattr(sending, "part_size", lambda size_bytes: 25 * MIB if size_bytes > 50 * MIB else 5 * MIB)
+    monkeypatch.setattr(sending, "BUDGET_BYTES", 100 * MIB)
+    backend = open_backend(s3)
+    uploads = Counted(s3multipart.multipart(control(backend), digests=True))
+    files = {"large": os.urandom(60 * MIB)} | {f"small {number}": os.urandom(24 * MIB) for number in range(3)}
+    sending.send(backend, [outgoing(name, data) for name, data in files.items()], uploads=uploads)
+    assert uploads.most == 4
+    for name, data in files.items():
+        assert control(backend).head(name) == (len(data), native.crc64(data))
 
 
 @pytest.mark.soak
