@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ckptstore import native
+from ckptstore import native, pages
 from ckptstore.backends.base import Backend
 from ckptstore.errors import IntegrityError, from_os_error
 from ckptstore.fetching import Wanted, fetch
@@ -166,7 +166,7 @@ def _by_chunk(wants: Sequence[Want], chunk_bytes: int) -> Mapping[int, list[Want
 
 
 def _work(queue: Iterator[_Chunk], chunk_bytes: int, bounce: Callable[[], BounceBuffers] | None) -> None:
-    scratch = memoryview(bytearray(0))
+    scratch = pages.new(0)
     ours = bounce() if bounce is not None else None
     try:
         while (chunk := next(queue, None)) is not None:
@@ -182,7 +182,7 @@ def _work(queue: Iterator[_Chunk], chunk_bytes: int, bounce: Callable[[], Bounce
                         ours.deliver(memory, offset - begin)
                 continue
             if not scratch and sum(len(want.memory) for want in chunk.wants) < end - begin:
-                scratch = memoryview(bytearray(chunk_bytes))
+                scratch = pages.new(chunk_bytes)
             _check(chunk, begin, list(_views(chunk.wants, begin, end, scratch)))
     finally:
         if ours is not None:

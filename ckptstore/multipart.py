@@ -12,15 +12,17 @@ gone and the object there, by its digest. An upload of which no part is right is
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptstore import parallel
+from ckptstore.backends.connections import Body
 from ckptstore.backends.s3control import Upload
 from ckptstore.backends.s3multipart import GoneError, Part, S3Multipart
 from ckptstore.errors import TransitError
@@ -40,7 +42,8 @@ class Content(NamedTuple):
     key: str
     size_bytes: int
     crc64: int
-    read: Callable[[int, int], Buffer]  #: its bytes, checked against the digests; they hold until the thread reads again
+    #: Its bytes, in pieces, each checked as soon as a chunk of them is there. A piece holds until the next one.
+    read: Callable[[int, int], Iterable[Buffer]]
     crc: Callable[[int, int], int]  #: the CRC-64/NVME of such bytes
 
 
@@ -143,7 +146,8 @@ class Uploading:
             if part is None or not right:
                 begun_s = time.monotonic()
                 crc = self.content.crc(offset, length)
-                part = self.store.put(at, number, self.content.read(offset, length), crc64=crc, stop=stop)
+                body = Body(length, functools.partial(self.content.read, offset, length))
+                part = self.store.put(at, number, body, crc64=crc, stop=stop)
                 self.sent(begun_s, time.monotonic(), length)
             with self.lock:
                 parts[number] = part._replace(crc64=self.content.crc(offset, length))
@@ -166,7 +170,10 @@ class Uploading:
             return part.crc64 == self.content.crc(offset, length)
         if not _MD5.fullmatch(part.etag):
             return False
-        return hashlib.md5(self.content.read(offset, length), usedforsecurity=False).hexdigest() == part.etag
+        digest = hashlib.md5(usedforsecurity=False)
+        for piece in self.content.read(offset, length):
+            digest.update(piece)
+        return digest.hexdigest() == part.etag
 
     def _place(self, number: int) -> tuple[int, int]:
         offset = (number - 1) * self.part_bytes

@@ -23,15 +23,15 @@ A crash leaves a claim, whole files and uploads, which no reader takes for a che
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from ckptstore import conditions, multipart, native, server_digests
-from ckptstore.backends.base import Backend
+from ckptstore import conditions, multipart, native, pages, server_digests
+from ckptstore.backends.base import Backend, Fill
 from ckptstore.claims import RENEW_S, Place
 from ckptstore.conditions import Conditions
 from ckptstore.errors import (
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
     Find = Callable[[Backend], tuple[S3Multipart | None, str]]
 
+PIECE_BYTES = 256 << 10  #: stays in a core's cache from the file to the connection
 _DAMAGES = "The way there, or the store, damages data; or somebody else writes there. Nothing was committed."
 
 
@@ -304,14 +305,13 @@ class _Push:
                 value = native.crc64_combine(value, file.chunks[start // step], min(step, offset + length - start))
             return value
 
-        reading = threading.local()  # new memory for each part would cost as much time as all the rest
-
-        def read(offset: int, length: int) -> memoryview:
-            if not hasattr(reading, "memory"):
-                reading.memory = memoryview(bytearray(min(part_size(file.size_bytes), file.size_bytes)))
-            data: memoryview = reading.memory[:length]
-            self._fill(file, offset, data, 0)
-            return data
+        def read(offset: int, length: int) -> Iterator[memoryview]:
+            memory, crc = pages.new(min(PIECE_BYTES, length)), 0
+            with self._reader(file) as fill:
+                for start in range(offset, offset + length, PIECE_BYTES):
+                    piece = memory[: offset + length - start]
+                    crc = self._fill(fill, file, start, piece, crc=crc)
+                    yield piece
 
         return multipart.Content(self._key(file.path), file.size_bytes, file.crc, read, crc)
 
@@ -322,18 +322,22 @@ class _Push:
                 self.target, self.store.control, self._key(file.path), file, keep=self.committed, hint=_DAMAGES
             )
 
-    def _read(self, file: FileEntry, part_bytes: int) -> Iterator[bytearray]:
+    def _read(self, file: FileEntry, part_bytes: int) -> Iterator[memoryview]:
         """A file's bytes, part by part, none of them yielded after a chunk that is not what the manifest records."""
         crc = 0
-        for start in range(0, file.size_bytes, part_bytes):
-            data = bytearray(min(part_bytes, file.size_bytes - start))
-            crc = self._fill(file, start, memoryview(data), crc)
-            yield data
+        with self._reader(file) as fill:
+            for start in range(0, file.size_bytes, part_bytes):
+                data = pages.new(min(part_bytes, file.size_bytes - start))
+                crc = self._fill(fill, file, start, data, crc=crc)
+                yield data
 
-    def _fill(self, file: FileEntry, start: int, view: memoryview, crc: int) -> int:
+    def _reader(self, file: FileEntry) -> contextlib.AbstractContextManager[Fill]:
+        return self.backend.reader(f"{self.folder}/{file.path}")
+
+    def _fill(self, fill: Fill, file: FileEntry, start: int, view: memoryview, *, crc: int) -> int:
         """Read bytes of a file; the digest so far of the chunk that they end in. `crc`: of the one that they begin in."""
         length = len(view)
-        if self.backend.fill(f"{self.folder}/{file.path}", start, view) != length:
+        if fill(start, view) != length:
             raise SourceChangedError(f"{self.part.path}/{file.path} became shorter while it was pushed", path=file.path)
         position = start
         while position < start + length:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 PART_BYTES = 16 << 20
 MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
 FILES_AT_ONCE = 4
-WARM_S = 10.0  #: before more parts are tried: their memory is new, and costs a short transfer more than they bring
 FILE_TRIES = 4
 SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
-BUDGET_BYTES = 256 << 20  #: of parts on their way; the library holds them twice at most, and of our own there may be so many
+BUDGET_BYTES = 256 << 20  #: of parts on their way by the library, which holds them twice at most
+AT_ONCE, MOST_AT_ONCE = 16, 32  #: parts of our own uploads on their way; they take no memory worth counting
 
 
 class Outgoing(NamedTuple):
@@ -64,8 +64,7 @@ def send(
     found = 0
     total = there + sum(file.size_bytes for file in ordered)
     threads = min(max(FILES_AT_ONCE // crew, 1), max(len(ordered), 1))
-    largest = part_size(max((file.size_bytes for file in ordered), default=0))
-    streams = _Streams(_at_once(largest, crew), sum(map(_has_parts, ordered)), threads)
+    streams = _Streams(sum(map(_has_parts, ordered)), threads=threads, crew=crew)
 
     def send_whole(file: Outgoing, stop: parallel.Stop, moved: Callable[[int], None]) -> None:
         part_bytes = part_size(file.size_bytes)
@@ -82,7 +81,8 @@ def send(
             (data,) = list(parts()) or [b""]
             target.put(file.key, data)
         else:
-            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=_at_once(part_bytes, crew * threads))
+            at_once = max(BUDGET_BYTES // (crew * threads) // part_bytes, 1)
+            target.put_parts(file.key, parts(), part_bytes=part_bytes, parallel=at_once)
 
     def send_one(file: Outgoing, stop: parallel.Stop) -> None:
         """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""
@@ -149,20 +149,21 @@ def _has_parts(file: Outgoing) -> bool:
 
 
 class _Streams:
-    """How many parts are on their way, of the files that are sent together. Thread-safe."""
+    """How many parts of our own uploads are on their way, of the files that are sent together. Thread-safe."""
 
-    def __init__(self, at_once: int, files: int, threads: int) -> None:
+    def __init__(self, files: int, *, threads: int, crew: int) -> None:
         self._left = files  #: of several parts, and not there yet
         self._threads = threads
         self._lock = threading.Lock()
-        self._tuner = Tuner(min(at_once, multipart.STREAMS * self._sharers), 2 * at_once, warm_s=WARM_S)
+        start = min(AT_ONCE // crew, multipart.STREAMS * self._sharers)
+        self._tuner = Tuner(max(start, 1), max(MOST_AT_ONCE // crew, 1))
 
     @property
     def _sharers(self) -> int:
         return max(min(self._threads, self._left), 1)
 
     def of_each(self) -> int:
-        """Parts of one file. Those that have not begun have their share already: no more memory than that is taken."""
+        """Parts of one file. Those that have not begun have their share already."""
         return max(self._tuner.limit // self._sharers, 1)
 
     def end(self) -> None:
@@ -174,11 +175,6 @@ class _Streams:
         """See multipart.Uploading."""
         with self._lock:
             self._tuner.done(begun_s, ended_s, size_bytes)
-
-
-def _at_once(part_bytes: int, sharers: int) -> int:
-    """Parts of one file on their way, where so many files share the memory."""
-    return max(BUDGET_BYTES // sharers // part_bytes, 1)
 
 
 def part_size(size_bytes: int) -> int:

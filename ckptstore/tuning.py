@@ -22,9 +22,8 @@ HOLD_S = 30.0  #: until it is tried again
 class Tuner:
     """`limit` is how many requests may be under way now, from `start` to `most`. Not thread-safe: call it under a lock."""
 
-    def __init__(self, start: int, most: int, *, warm_s: float | None = None) -> None:
+    def __init__(self, start: int, most: int) -> None:
         self.limit = start
-        self._warm_s = WARM_S if warm_s is None else warm_s
         self._most = most
         self._below: list[tuple[int, float]] = []  #: (limit, bytes a second) of each step that was taken up
         self._trying = self._fell = False
@@ -34,7 +33,7 @@ class Tuner:
     def done(self, begun_s: float, ended_s: float, size_bytes: int) -> None:
         """A request brought `size_bytes` between these two moments of a monotonic clock, all waiting for it included."""
         if self._again_s is None:
-            self._again_s = begun_s + self._warm_s
+            self._again_s = begun_s + WARM_S
         if (begun_s if self._fell else (begun_s + ended_s) / 2) < self._since_s:
             return
         self._count += 1

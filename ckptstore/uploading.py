@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ckptstore import conditions, native, server_digests
+from ckptstore import conditions, native, pages, server_digests
 from ckptstore.backends.base import Backend
 from ckptstore.errors import (
     AccessError,
@@ -151,8 +151,8 @@ class File:
         """See Content."""
         with streaming.opened(self._root, [self._info]) as (descriptor,):
             for start in range(0, self.size_bytes, part_bytes):
-                data = bytearray(min(part_bytes, self.size_bytes - start))
-                streaming.read_at(descriptor, start, memoryview(data), name=self._info.name)
+                data = pages.new(min(part_bytes, self.size_bytes - start))
+                streaming.read_at(descriptor, start, data, name=self._info.name)
                 yield data
 
 

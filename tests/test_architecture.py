@@ -20,7 +20,7 @@ ROOT = Path(ckptstore.__file__).parent
 LAYERS = (
     ("errors", "model"),
     ("names",),
-    ("manifest", "native", "config", "rules", "streak", "ranks", "parallel", "stalls", "tuning"),
+    ("manifest", "native", "config", "rules", "streak", "ranks", "parallel", "stalls", "tuning", "pages"),
     ("backends", "backends.*", "formats", "formats.*"),
     ("multipart",),
     ("fetching", "sending", "server_digests", "conditions"),

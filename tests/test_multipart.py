@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ def leave(url: str, parts: dict[int, bytes]) -> Upload:
     store = store_of(url)
     upload = store.begin(KEY)
     for number, data in parts.items():
-        store.put(upload, number, data, crc64=native.crc64(data), stop=parallel.Stop())
+        store.put(upload, number, connections.whole(data), crc64=native.crc64(data), stop=parallel.Stop())
     return upload
 
 
@@ -195,8 +196,8 @@ def test_a_part_that_is_flipped_on_its_way(proxy, s3, run):
 
 
 def test_a_source_differs_from_its_manifest(proxy, s3, run):
-    """A bit of it rotted since: it is never sent, whatever of the file was there before."""
-    leave(s3, {1: pieces(run)[0]})
+    """A bit of it rotted since: it is never sent whole, whatever of the file was there before."""
+    upload = leave(s3, {1: pieces(run)[0]})
     proxy.seen.clear()
     status = (run / KEY).stat()
     with open(run / KEY, "r+b") as file:
@@ -206,7 +207,26 @@ def test_a_source_differs_from_its_manifest(proxy, s3, run):
     with pytest.raises(DigestMismatchError, match="rank_0"):
         send(run, s3)
     assert 2 not in sent_parts(proxy)
+    assert 2 not in [part.number for part in store_of(s3).parts(upload)]
     assert KEY not in keys(s3)
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_a_body_that_ends_in_an_error_is_no_part(proxy, s3, digests):
+    """What reading it raises is raised as it is, the request is not repeated, and the store keeps nothing of it."""
+    store = multipart(control(open_backend(s3)), digests=digests)
+    upload = store.begin("some/key")
+
+    def some() -> Iterator[bytes]:
+        made.append(1)
+        yield bytes(5 << 20)
+        raise StorageError("reading it failed")
+
+    made: list[int] = []
+    with pytest.raises(StorageError, match=r"^reading it failed$"):
+        store.put(upload, 1, connections.Body(8 << 20, some), crc64=0, stop=parallel.Stop())
+    assert (len(made), store.parts(upload), sent_parts(proxy)) == (1, [], [])
+    store.abort(upload)
 
 
 # --- digests that the store tells of parts -------------------------------------------------------------------------
@@ -239,10 +259,10 @@ def test_digests_that_are_told_need_no_reading(proxy, seaweed, s3, run, monkeypa
     read: list[int] = []
     real = pushing._Push._fill
 
-    def counted(self, file, start, view, crc):
-        if file.path in KEY:
+    def counted(self, fill, file, start, view, *, crc):
+        if file.path in KEY and start % PART_BYTES == 0:
             read.append(start // PART_BYTES + 1)
-        return real(self, file, start, view, crc)
+        return real(self, fill, file, start, view, crc=crc)
 
     monkeypatch.setattr(pushing._Push, "_fill", counted)
     proxy.seen.clear()
@@ -422,7 +442,9 @@ def test_complete_itself(proxy, s3, run, monkeypatch):
     parts = pieces(run)
     upload = leave(s3, {})
     store, stop = store_of(s3), parallel.Stop()
-    arrived = {n: store.put(upload, n, data, crc64=native.crc64(data), stop=stop) for n, data in enumerate(parts, 1)}
+    bodies = {number: connections.whole(data) for number, data in enumerate(parts, 1)}
+    crcs = {number: native.crc64(data) for number, data in enumerate(parts, 1)}
+    arrived = {number: store.put(upload, number, body, crc64=crcs[number], stop=stop) for number, body in bodies.items()}
     whole = native.crc64(b"".join(parts))
     assert store.complete(upload, arrived, crc64=whole ^ 1, stop=stop) == "BadDigest"
     assert store.complete(upload, arrived | {2: arrived[2]._replace(crc64=7)}, crc64=whole, stop=stop) == "BadDigest"
@@ -744,7 +766,7 @@ def test_checkpoint_after_checkpoint_in_one_process(seaweed, s3, run):
 def test_a_connection_that_the_store_has_closed(seaweed, s3, run):
     """Is not used again: nothing of a request goes into it."""
     meter = faults.Meter(seaweed.port)
-    request = control(open_backend(s3))._signed("HEAD", KEY, query={}, headers={}, body=b"")
+    request = control(open_backend(s3))._signed("HEAD", KEY, query={}, headers={}, body=connections.NOTHING)
     request = request._replace(host=f"127.0.0.1:{meter.port}")
     kept = Connections()
     kept.ask(request, timeout_s=5, stop=parallel.Stop())
@@ -764,7 +786,7 @@ def test_a_forked_child_has_connections_of_its_own(s3):
     """A worker that a trainer forks after a push: two processes on one connection would read each other's answers."""
     store = control(open_backend(s3))
     store.backend.put("key", b"1")
-    request = store._signed("HEAD", "key", query={}, headers={}, body=b"")
+    request = store._signed("HEAD", "key", query={}, headers={}, body=connections.NOTHING)
 
     def ask() -> int:
         return connections.shared().ask(request, timeout_s=5, stop=parallel.Stop()).status
@@ -804,7 +826,7 @@ def test_an_answer_that_never_ends(s3, monkeypatch):
                 time.sleep(0.05)
 
     threading.Thread(target=trickle, daemon=True).start()
-    request = control(open_backend(s3))._signed("HEAD", KEY, query={}, headers={}, body=b"")
+    request = control(open_backend(s3))._signed("HEAD", KEY, query={}, headers={}, body=connections.NOTHING)
     request = request._replace(method="GET", host=f"127.0.0.1:{listener.getsockname()[1]}")
     began = time.monotonic()
     with listener, pytest.raises(TimeoutError):
@@ -855,7 +877,7 @@ def a_part(url: str, port: int, data: bytes):
     """The signed request of a part, by TLS: the signature covers the host, not the way there."""
     upload = leave(url, {})
     query = {"partNumber": "1", "uploadId": upload.upload_id}
-    request = control(open_backend(url))._signed("PUT", KEY, query=query, headers={}, body=data)
+    request = control(open_backend(url))._signed("PUT", KEY, query=query, headers={}, body=connections.whole(data))
     return upload, request._replace(scheme="https", host=f"127.0.0.1:{port}")
 
 
@@ -877,7 +899,7 @@ def test_a_slow_line_without_tls(seaweed, s3, monkeypatch):
     meter = faults.Meter(seaweed.port, together_bytes_per_s=1e6)
     upload = leave(s3, {})
     query = {"partNumber": "1", "uploadId": upload.upload_id}
-    request = control(open_backend(s3))._signed("PUT", KEY, query=query, headers={}, body=bytes(5 << 20))
+    request = control(open_backend(s3))._signed("PUT", KEY, query=query, headers={}, body=connections.whole(bytes(5 << 20)))
     try:
         answer = Connections().ask(request._replace(host=f"127.0.0.1:{meter.port}"), timeout_s=60, stop=parallel.Stop())
     finally:

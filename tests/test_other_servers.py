@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckptstore import parallel
-from ckptstore.backends import open_backend
+from ckptstore.backends import connections, open_backend
 from ckptstore.backends.s3control import control
 from ckptstore.backends.s3multipart import GoneError, multipart
 from ckptstore.errors import AlreadyExistsError
@@ -181,7 +181,7 @@ def test_an_old_s3_goes_on_by_etags(ceph, tmp_path, monkeypatch):
         parts = uploads.parts(upload)
         assert len(parts) > 2
         wrong = bytes(parts[0].size_bytes)
-        uploads.put(upload, 1, wrong, crc64=0, stop=parallel.Stop())
+        uploads.put(upload, 1, connections.whole(wrong), crc64=0, stop=parallel.Stop())
         there = sum(part.size_bytes for part in parts[1:])
         small = total - (run / EXPORT / "optim_world_size_1_rank_0.pt").stat().st_size
         env = commands.environment(**ceph.env)

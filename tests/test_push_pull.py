@@ -455,13 +455,13 @@ def test_an_interrupted_push_goes_on(url, run, monkeypatch):
     CheckpointStore(run).seal(46)
     real = pushing._Push._fill
 
-    def stop_at_the_large_one(self, file, start, view, crc):
-        if start:
+    def stop_at_its_second_part(self, fill, file, start, view, *, crc):
+        if start >= sending.PART_BYTES:
             raise KeyboardInterrupt
-        return real(self, file, start, view, crc)
+        return real(self, fill, file, start, view, crc=crc)
 
     with monkeypatch.context() as planted:
-        planted.setattr(pushing._Push, "_fill", stop_at_the_large_one)
+        planted.setattr(pushing._Push, "_fill", stop_at_its_second_part)
         planted.setattr(sending.parallel, "each", each_in_turn)
         with pytest.raises(KeyboardInterrupt):
             send(run, url)

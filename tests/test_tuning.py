@@ -222,11 +222,11 @@ class Counted:
 
 
 def outgoing(key: str, data: bytes) -> sending.Outgoing:
-    def read(offset: int, length: int) -> memoryview:
-        return memoryview(data)[offset : offset + length]
+    def read(offset: int, length: int) -> list[memoryview]:
+        return [memoryview(data)[offset : offset + length]]
 
     def crc(offset: int, length: int) -> int:
-        return native.crc64(read(offset, length))
+        return native.crc64(memoryview(data)[offset : offset + length])
 
     content = multipart.Content(key, len(data), native.crc64(data), read, crc)
     return sending.Outgoing(key, len(data), lambda _: iter(()), content=content)
@@ -247,10 +247,10 @@ def up_through(url: str, data: bytes) -> tuple[float, int]:
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of 5 MiB, no smaller ones are allowed; 2 to 8 of them at once, soon."""
-    monkeypatch.setattr(sending, "WARM_S", 0.4)
+    monkeypatch.setattr(tuning, "WARM_S", 0.4)
     monkeypatch.setattr(multipart, "STREAMS", 2)
     monkeypatch.setattr(sending, "part_size", lambda size_bytes: 5 * MIB)
-    monkeypatch.setattr(sending, "BUDGET_BYTES", 20 * MIB)
+    monkeypatch.setattr(sending, "MOST_AT_ONCE", 8)
 
 
 def test_more_parts_go_up_over_slow_connections(line, s3, small_parts):
@@ -262,7 +262,8 @@ def test_more_parts_go_up_over_slow_connections(line, s3, small_parts):
 def test_files_of_several_parts_share_what_is_on_its_way(s3, monkeypatch):
     """All of them, also those that are smaller than a part of the largest one."""
     monkeypatch.setattr(sending, "part_size", lambda size_bytes: 25 * MIB if size_bytes > 50 * MIB else 5 * MIB)
-    monkeypatch.setattr(sending, "BUDGET_BYTES", 100 * MIB)
+    monkeypatch.setattr(sending, "AT_ONCE", 4)
+    monkeypatch.setattr(sending, "MOST_AT_ONCE", 4)
     backend = open_backend(s3)
     uploads = Counted(s3multipart.multipart(control(backend), digests=True))
     files = {"large": os.urandom(60 * MIB)} | {f"small {number}": os.urandom(24 * MIB) for number in range(3)}
@@ -278,7 +279,7 @@ def test_twice_as_fast_up_over_slow_connections(line, s3, small_parts, monkeypat
     data = os.urandom(200 * MIB)
     tuned, most = up_through(s3, data)
     assert most == 8
-    monkeypatch.setattr(sending, "BUDGET_BYTES", 5 * MIB)
+    monkeypatch.setattr(sending, "MOST_AT_ONCE", 2)
     plain, most = up_through(s3, data)
     assert most == 2
     assert plain > 2 * tuned, (plain, tuned)
@@ -290,5 +291,5 @@ def test_no_more_parts_go_up_over_a_slow_line(line, s3, small_parts, monkeypatch
     data = os.urandom(150 * MIB)
     tuned, most = up_through(s3, data)
     assert most == 4
-    monkeypatch.setattr(sending, "BUDGET_BYTES", 5 * MIB)
+    monkeypatch.setattr(sending, "MOST_AT_ONCE", 2)
     assert tuned < 1.1 * up_through(s3, data)[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptstore.backends.bandwidth import Bandwidth
@@ -13,6 +14,9 @@ from ckptstore.native import Entry, Folder
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+#: From an offset on into memory: how many bytes came, fewer only where the file ends.
+Fill = Callable[[int, memoryview], int]
 
 
 class Blob(NamedTuple):
@@ -82,11 +86,16 @@ class Backend(ABC):
         """The bytes of a range that is known to be there, copied as little as the medium allows. StorageError if shorter."""
         return self._exact(key, offset_bytes, length_bytes, self.get(key, offset_bytes=offset_bytes, length_bytes=length_bytes))
 
-    def fill(self, key: str, offset_bytes: int, memory: memoryview) -> int:
-        """Read from `offset_bytes` on into `memory`; how many bytes came, fewer only where the file ends. Errors as get's."""
-        data = self.get(key, offset_bytes=offset_bytes, length_bytes=len(memory))
-        memory[: len(data)] = data
-        return len(data)
+    @contextlib.contextmanager
+    def reader(self, key: str) -> Iterator[Fill]:
+        """Read `key` range by range, the file held open where the medium has such a thing. Errors as get's."""
+
+        def fill(offset_bytes: int, memory: memoryview) -> int:
+            data = self.get(key, offset_bytes=offset_bytes, length_bytes=len(memory))
+            memory[: len(data)] = data
+            return len(data)
+
+        yield fill
 
     def _pay(self, count_bytes: int) -> None:
         """Wait until so much may go."""

@@ -1,7 +1,7 @@
 """HTTP(S) connections that are kept between requests, as Python's own client makes them, for bodies that are large.
 
-One request at a time each; as many as there are threads that ask at once. The caller's memory is handed to the kernel as it
-is, piece by piece, so that a caller that shall stop ends within moments. No redirect is followed: a signature must not be
+One request at a time each; as many as there are threads that ask at once. A body is made piece by piece, and each piece is
+handed to the kernel as it is; a caller that shall stop ends within moments. No redirect is followed: a signature must not be
 carried elsewhere. All stores of a process share them, so that those that are kept are as many as were once used at a time, and
 no more. Proxies as the library's requests take (proxies.py); certificates by `$SSL_CERT_FILE`, and those given.
 """
@@ -22,7 +22,7 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptstore import stalls
@@ -34,9 +34,24 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 LOOK_S = 0.2  #: how long nobody looks whether it shall stop
-PIECE_BYTES = 64 << 10  #: TLS says nothing of what it has sent before all of it has gone
+TLS_BYTES = 64 << 10  #: TLS says nothing of what it has sent before all of it has gone
 LONGEST_ANSWER_S = 900.0  #: S3 sends spaces while it completes a large upload, for some minutes
 MAX_ANSWER_BYTES = 16 << 20  #: a page of a listing has about one
+
+
+class Body(NamedTuple):
+    """What a request carries. `pieces` makes it anew each time that it is sent; what it raises ends the request."""
+
+    size_bytes: int
+    pieces: Callable[[], Iterable[Buffer]]
+
+
+def whole(data: Buffer) -> Body:
+    """A body that is all in memory."""
+    return Body(memoryview(data).nbytes, lambda: (data,))
+
+
+NOTHING = whole(b"")
 
 
 class Request(NamedTuple):
@@ -47,7 +62,7 @@ class Request(NamedTuple):
     method: str
     target: str
     headers: Mapping[str, str]
-    body: Buffer = b""
+    body: Body = NOTHING
 
 
 _Where = tuple[str, str, proxies.Proxy | None]  #: scheme, host and port, and through what
@@ -153,11 +168,13 @@ def _exchange(
     for name, value in {**request.headers, **(proxy.headers if proxy else {})}.items():
         connection.putheader(name, value)
     connection.endheaders()
-    sock, body = connection.sock, memoryview(request.body).cast("B")
+    sock, body = connection.sock, request.body
     stalls.pass_over(sock)
-    large = request.method == "PUT" and len(body) >= stalls.PART_BYTES  # completing thousands of parts has a large body too
+    large = (
+        request.method == "PUT" and body.size_bytes >= stalls.PART_BYTES
+    )  # that of completing thousands of parts is large too
     try:
-        _send(sock, body, _Patience(sock, min(timeout_s, stalls.STALL_S) if large else timeout_s, stop))
+        _send_all(sock, body, _Patience(sock, min(timeout_s, stalls.STALL_S) if large else timeout_s, stop))
     except ConnectionError:  # refused before it was all there: why, is often said
         with contextlib.suppress(OSError, http.client.HTTPException):
             answer = _answer(connection, _Patience(sock, LOOK_S, stop))
@@ -197,13 +214,18 @@ class _Patience:
         self._stop.check()
 
 
-def _send(sock: socket.socket, body: memoryview, patience: _Patience) -> None:
-    most = PIECE_BYTES if isinstance(sock, ssl.SSLSocket) else len(body)
+def _send_all(sock: socket.socket, body: Body, patience: _Patience) -> None:
+    for piece in body.pieces():
+        _send(sock, memoryview(piece).cast("B"), patience)
+
+
+def _send(sock: socket.socket, piece: memoryview, patience: _Patience) -> None:
+    most = TLS_BYTES if isinstance(sock, ssl.SSLSocket) else len(piece)
     sent = 0
-    while sent < len(body):
+    while sent < len(piece):
         patience.check()
         try:
-            sent += sock.send(body[sent : sent + most])
+            sent += sock.send(piece[sent : sent + most])
         except TimeoutError:  # of TLS, a part of the piece may have gone: it must be sent again as it was
             patience.look()
         else:

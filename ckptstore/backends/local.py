@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptstore import native
-from ckptstore.backends.base import Backend, Blob
+from ckptstore.backends.base import Backend, Blob, Fill
 from ckptstore.errors import CkptStoreError, NotFoundError, StorageError, from_os_error
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
 
@@ -44,15 +44,21 @@ class LocalBackend(Backend):
                 wanted -= len(data)
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def fill(self, key: str, offset_bytes: int, memory: memoryview) -> int:
-        """See Backend.fill."""
-        filled = 0
+    @contextlib.contextmanager
+    def reader(self, key: str) -> Iterator[Fill]:
+        """See Backend.reader."""
         with self._open(key) as descriptor:
-            while filled < len(memory) and (
-                count := os.preadv(descriptor, [memory[filled : filled + _MOST_BYTES]], offset_bytes + filled)
-            ):
-                filled += count
-        return filled
+
+            def fill(offset_bytes: int, memory: memoryview) -> int:
+                filled = 0
+                while filled < len(memory) and (
+                    count := os.preadv(descriptor, [memory[filled : filled + _MOST_BYTES]], offset_bytes + filled)
+                ):
+                    filled += count
+                return filled
+
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # small ranges: the kernel shall read ahead
+            yield fill
 
     @contextlib.contextmanager
     def _open(self, key: str) -> Iterator[int]:

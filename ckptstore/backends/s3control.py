@@ -16,20 +16,17 @@ import ssl
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
 from xml.etree import ElementTree
 
 from ckptstore.backends import connections, profile, proxies
 from ckptstore.backends import object as objects
 from ckptstore.backends.base import Backend
-from ckptstore.backends.connections import Request
+from ckptstore.backends.connections import NOTHING, Body, Request, whole
 from ckptstore.backends.object import ObjectBackend
-from ckptstore.errors import AccessError, NotFoundError, StorageError, TransitError, UnavailableError
+from ckptstore.errors import AccessError, CkptStoreError, NotFoundError, StorageError, TransitError, UnavailableError
 from ckptstore.parallel import Stop
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 PAGE = 1000  #: uploads that one answer lists, the most that S3 allows
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
@@ -101,7 +98,7 @@ class S3Control:
         """Put a byte under the scratch key `key` with the CRC of another one; whether the store noticed."""
         headers = {CRC: text_of(0), "x-amz-sdk-checksum-algorithm": "CRC64NVME"}
         try:
-            self.ask("probing", "PUT", key, headers=headers, body=b"1")
+            self.ask("probing", "PUT", key, headers=headers, body=whole(b"1"))
         except TransitError:
             return True
         return False
@@ -161,7 +158,7 @@ class S3Control:
         *,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
-        body: Buffer = b"",
+        body: Body = NOTHING,
         long: bool = False,
         codes: tuple[str, ...] = (),
         stop: Stop = _NEVER,
@@ -184,6 +181,8 @@ class S3Control:
                     path=self.where(key),
                     hint=profile.CERTIFICATES,
                 ) from None
+            except CkptStoreError:  # of the body's: some of them are OSErrors too
+                raise
             except (OSError, http.client.HTTPException) as error:
                 if not tries.again(stop.wait):
                     self._fail(doing, key, _said(error))
@@ -200,7 +199,7 @@ class S3Control:
                 self._raise(doing, key, status, code)
 
     def _signed(
-        self, method: str, key: str | None, *, query: Mapping[str, str], headers: Mapping[str, str], body: Buffer
+        self, method: str, key: str | None, *, query: Mapping[str, str], headers: Mapping[str, str], body: Body
     ) -> Request:
         from awscrt.exceptions import AwsCrtError
         from awscrt.http import HttpHeaders, HttpRequest
@@ -217,9 +216,8 @@ class S3Control:
             path += "?" + urlencode(query, quote_via=quote, safe="-_.~")
         auth = self._auth
         sending = {"Host": aim.netloc, **headers}
-        size_bytes = memoryview(body).nbytes
-        if size_bytes or method == "POST":
-            sending |= {"Content-Length": str(size_bytes), "Content-Type": "application/octet-stream"}
+        if body.size_bytes or method == "POST":
+            sending |= {"Content-Length": str(body.size_bytes), "Content-Type": "application/octet-stream"}
         request = HttpRequest(method, path, HttpHeaders(list(sending.items())))
         config = auth.AwsSigningConfig(
             credentials_provider=self._provider,
@@ -227,7 +225,7 @@ class S3Control:
             service="s3",
             use_double_uri_encode=False,
             should_normalize_uri_path=False,
-            signed_body_value="UNSIGNED-PAYLOAD" if size_bytes else auth.AwsSignedBodyValue.EMPTY_SHA256,
+            signed_body_value="UNSIGNED-PAYLOAD" if body.size_bytes else auth.AwsSignedBodyValue.EMPTY_SHA256,
             signed_body_header_type=auth.AwsSignedBodyHeaderType.X_AMZ_CONTENT_SHA_256,
         )
         try:

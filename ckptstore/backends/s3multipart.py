@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 from xml.sax.saxutils import escape
 
+from ckptstore.backends.connections import Body, whole
 from ckptstore.backends.s3control import CRC, DAMAGED, Reply, S3Control, Upload, crc64_of, text_of, xml_of
 from ckptstore.errors import NotFoundError, StorageError, UnavailableError
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
-
-    from typing_extensions import Buffer
 
     from ckptstore.parallel import Stop
 
@@ -98,18 +97,17 @@ class S3Multipart:
                 return found
             query["part-number-marker"] = marker
 
-    def put(self, upload: Upload, number: int, data: Buffer, *, crc64: int, stop: Stop) -> Part:
+    def put(self, upload: Upload, number: int, body: Body, *, crc64: int, stop: Stop) -> Part:
         """Send part `number`, of this digest. Waits for the backend's bandwidth; sent again as any request."""
-        size_bytes = memoryview(data).nbytes
         if (bandwidth := self._control.backend.bandwidth) is not None:
-            bandwidth.take(size_bytes)
+            bandwidth.take(body.size_bytes)
         headers = {CRC: text_of(crc64), "x-amz-sdk-checksum-algorithm": "CRC64NVME"} if self.digests else {}
         query = {"partNumber": str(number), "uploadId": upload.upload_id}
         answer = self._control.ask(
-            "writing", "PUT", upload.key, query=query, headers=headers, body=data, long=True, codes=(_GONE,), stop=stop
+            "writing", "PUT", upload.key, query=query, headers=headers, body=body, long=True, codes=(_GONE,), stop=stop
         )
         self._see(upload, answer)
-        return Part(number, size_bytes, answer.headers.get("etag", "").strip('"'), crc64)
+        return Part(number, body.size_bytes, answer.headers.get("etag", "").strip('"'), crc64)
 
     def complete(self, upload: Upload, parts: Mapping[int, Part], *, crc64: int, stop: Stop) -> str:
         """Make an object of these parts: "" when it is there, else the code with which the store refuses them.
@@ -127,7 +125,7 @@ class S3Multipart:
             for number in sorted(parts)
         )
         space = "http://s3.amazonaws.com/doc/2006-03-01/"
-        body = f'<CompleteMultipartUpload xmlns="{space}">{entries}</CompleteMultipartUpload>'.encode()
+        body = whole(f'<CompleteMultipartUpload xmlns="{space}">{entries}</CompleteMultipartUpload>'.encode())
         headers = {CRC: text_of(crc64), "x-amz-checksum-type": "FULL_OBJECT"} if self.digests else {}
         answer = self._control.ask(
             "completing the upload of", "POST", upload.key, query={"uploadId": upload.upload_id}, headers=headers, body=body,

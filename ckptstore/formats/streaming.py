@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckptstore import native
+from ckptstore import native, pages
 from ckptstore.errors import CkptStoreError, DigestMismatchError, RefusedError, SourceChangedError, from_os_error
 from ckptstore.model import FileInfo
 
@@ -123,7 +123,7 @@ class _Run:
             worker.result()
 
     def work(self) -> None:
-        buffer = memoryview(bytearray(BLOCK_BYTES))
+        buffer = pages.new(BLOCK_BYTES)
         try:
             while not self.stop.is_set() and (taken := self.take()):
                 for number in taken:
