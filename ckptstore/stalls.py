@@ -48,6 +48,7 @@ class _Seen:
     received: int
     acked_before: int  #: when something last came back
     since: float
+    idle: float  #: when nothing last waited to be taken: a request may come long after anything moved
 
 
 class StallWatch:
@@ -94,7 +95,7 @@ class StallWatch:
         now = time.monotonic()
         seen = self._seen.get(name)
         if seen is None or received != seen.received:
-            self._seen[name] = _Seen(acked, received, 0 if seen is None else acked, now)
+            self._seen[name] = _Seen(acked, received, 0 if seen is None else acked, now, now)
             return False
         if acked != seen.acked:
             seen.acked, seen.since = acked, now
@@ -102,7 +103,8 @@ class StallWatch:
         if state != _ESTABLISHED:
             return False
         if unacked or unsent:
-            return now - seen.since > STALL_S
+            return now - max(seen.since, seen.idle) > STALL_S
+        seen.idle = now
         waiting = sent_ms < received_ms or not received
         return waiting and acked - seen.acked_before > PART_BYTES and now - seen.since > ANSWER_S
 

@@ -120,6 +120,36 @@ def test_idle_connections_and_small_requests_are_left_alone(soon, answer):
         assert client.recv(4) == b"more"
 
 
+class Told:
+    """A connection of which the kernel tells what it is told to."""
+
+    def __init__(self) -> None:
+        self.unacked = 0
+
+    def getsockopt(self, *_: int) -> bytes:
+        return stalls._LAYOUT.pack(1, self.unacked, 0, 0, 700, 900, 0)
+
+
+def test_a_request_after_a_long_rest_is_on_its_way(monkeypatch):
+    """Nothing has moved for long, and its first bytes are not taken yet: the way there takes its time."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watch, connection = stalls.StallWatch(), Told()
+
+    def stalled(seconds: int) -> list[bool]:
+        nonlocal now
+        looks = []
+        for _ in range(2 * seconds):
+            now += 0.5
+            looks.append(watch._stalled("it", connection))
+        return looks
+
+    assert not any(stalled(60))
+    connection.unacked = 1
+    looks = stalled(12)
+    assert (any(looks[:19]), all(looks[20:])) == (False, True)
+
+
 def test_other_descriptors_are_left_alone(soon, tmp_path):
     """Files, pipes, sockets of other kinds and such as listen."""
     one, other = socket.socketpair()
