@@ -170,9 +170,7 @@ def _exchange(
     connection.endheaders()
     sock, body = connection.sock, request.body
     stalls.pass_over(sock)
-    large = (
-        request.method == "PUT" and body.size_bytes >= stalls.PART_BYTES
-    )  # that of completing thousands of parts is large too
+    large = request.method == "PUT" and body.size_bytes >= stalls.PART_BYTES  # that of completing many parts is large too
     try:
         _send_all(sock, body, _Patience(sock, min(timeout_s, stalls.STALL_S) if large else timeout_s, stop))
     except ConnectionError:  # refused before it was all there: why, is often said
