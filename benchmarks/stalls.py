@@ -116,7 +116,7 @@ def measure(job, here):
     """Until the state may change, of the second save: the first makes the buffers. Both are at their end afterwards."""
     begin, path = STALLS[job["contender"]], Path(job["path"])
     tensors, waiting = state_of(job["size"], job["device"]), []
-    begin(tensors, path, 1)[1]()
+    synchronized(lambda: begin(tensors, path, 1)[1]())()
     os.sync()
     time.sleep(0.3)
 

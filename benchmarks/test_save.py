@@ -254,6 +254,7 @@ def test_stall(benchmark, request, place, device, name, turn):
     if name == "torch_checkpointing":
         pytest.importorskip("torch_checkpointing")
     made.cache_clear()  # a child has a state of its own
+    torch.cuda.empty_cache()
     size = parse_size(request.config.getoption("--size"))
     path = place / f"stall-{time.monotonic_ns()}"
     record(
