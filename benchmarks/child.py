@@ -32,8 +32,12 @@ def here(function):
     seconds = time.monotonic() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, cpu, peak_bytes()
+
+
+def peak_bytes():
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return seconds, cpu, int(peak[1]) << 10
+    return int(peak[1]) << 10
 
 
 def specs_of(job):
@@ -72,13 +76,20 @@ def copytree(job):
     return here(run)
 
 
+def stall(job):
+    import stalls
+
+    seconds, cpu_s, _ = stalls.measure(job, here)
+    return seconds, cpu_s, peak_bytes()  # that of the whole save
+
+
 def main():
     with open(sys.argv[1]) as file:
         job = json.load(file)
     jobs = {"shell": lambda: shell(job["command"]), "copy": lambda: copy(job), "digest": lambda: digest(job)}
-    jobs["copytree"] = lambda: copytree(job)
-    seconds, cpu_s, peak_bytes = jobs[job["do"]]()
-    print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "peak_bytes": peak_bytes}))
+    jobs |= {"copytree": lambda: copytree(job), "stall": lambda: stall(job)}
+    seconds, cpu_s, peak = jobs[job["do"]]()
+    print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "peak_bytes": peak}))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ Contenders take turns in the same run; the first turn of each is dropped; figure
 fastest run in brackets. *Warm*: the source is in the page cache; *cold*: it was dropped from it. *Durable*: on the disk
 when the clock stops (file contents and names). *Digested*: every byte is checked against, or yields, a digest. CPU
 seconds are those of the process: what the kernel writes back later for buffered tools is not in them. Memory is the
-largest resident set of the process, for ckptstore Python included. Every run's result was checked. `dcp.load` fills tensors
-that are there; the other loads make new ones, and memory that a virtual machine has yet to get from its host is slow. To and
-from a bucket, the server (SeaweedFS) runs on the same machine, and program start counts.
+largest resident set of the process, for ckptstore Python included; of a save in the background also torch, and the state
+where it is on the CPU. Every run's result was checked. `dcp.load` fills tensors that are there; the other loads make new ones,
+and memory that a virtual machine has yet to get from its host is slow. To and from a bucket, the server (SeaweedFS) runs on
+the same machine, and program start counts.
 
 """
 

@@ -3,16 +3,18 @@
 With `--device cuda` they are on a GPU, and the tables say so.
 """
 
+import functools
 import os
 import shutil
 import time
 
 import pytest
-from conftest import measure_fio, measure_here, parse_size, record
+from conftest import measure_child, measure_fio, measure_here, parse_size, record
 
 from ckptstore import CheckpointStore, native
 
 torch = pytest.importorskip("torch")
+from stalls import STALLS, state_of, synchronized  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -23,29 +25,20 @@ def device(request):
     return wanted
 
 
-@pytest.fixture(scope="module")
+@functools.lru_cache(maxsize=1)
+def made(size, device):
+    return state_of(size, device)
+
+
+@pytest.fixture
 def tensors(request, device):
-    size = parse_size(request.config.getoption("--size"))
-    generator = torch.Generator().manual_seed(1)
-    rows = size // 16 // 2 // 1024
-    make = lambda: torch.randint(-(2**15), 2**15, (rows, 1024), dtype=torch.int16, generator=generator)  # noqa: E731
-    return {f"layer{i}.weight": make().view(torch.bfloat16).to(device) for i in range(16)}
+    """The same for one test after another."""
+    return made(parse_size(request.config.getoption("--size")), device)
 
 
 def at(device, what):
     """The name of a table."""
     return what if device == "cpu" else f"{what}, {device}"
-
-
-def synchronized(function):
-    """With all that it asked a GPU for."""
-
-    def run():
-        function()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-
-    return run
 
 
 def sync_tree(root):
@@ -221,7 +214,7 @@ def test_load(benchmark, place, tensors, device, name, heat, turn):
     write, read, digested = LOADS[name]
     path = place / f"load-{time.monotonic_ns()}"
     write(tensors, path)
-    target, found = blank(tensors), []
+    target, found = blank(tensors) if name.startswith("dcp.load") else tensors, []  # the others make new ones, of this kind
 
     def prepare():
         os.sync()
@@ -253,120 +246,21 @@ def test_load(benchmark, place, tensors, device, name, heat, turn):
 # --- what training waits for ---------------------------------------------------------------------------------------
 
 
-def copied(tensors):
-    """Room for a copy on the CPU, pinned where it comes from a GPU."""
-    return {name: torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda) for name, tensor in tensors.items()}
-
-
-def memcpy(tensors, copies):
-    for name, tensor in tensors.items():
-        copies[name].copy_(tensor, non_blocking=True)
-
-
-# These return what waits until the state may change, and what waits for the end.
-
-
-def store_async(tensors, path, step):
-    import ckptstore.torch
-
-    handle = ckptstore.torch.save_async(CheckpointStore(path), step, {"model": tensors})
-    return handle.wait_staged, handle.wait
-
-
-def group_of_one():
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
-
-
-def dcp_async(cached):
-    def begin(tensors, path, step):
-        import torch.distributed.checkpoint as checkpoint
-
-        group_of_one()
-        writer = kept((path, cached), lambda: checkpoint.FileSystemWriter(path, cache_staged_state_dict=cached))
-        return nothing, checkpoint.async_save(tensors, checkpoint_id=path / str(step), storage_writer=writer).result
-
-    return begin
-
-
-def dcp_stager(tensors, path, step):
-    """torch's newer stager, pinned: since torch 2.9."""
-    import torch.distributed.checkpoint as checkpoint
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-    group_of_one()
-    stager = kept((path, "stager"), lambda: DefaultStager(StagingOptions(use_shared_memory=False)))
-    answer = checkpoint.async_save(tensors, checkpoint_id=path / str(step), async_stager=stager)
-    return answer.staging_completion.result, answer.upload_completion.result
-
-
-def torch_checkpointing(tensors, path, step):
-    from torch_checkpointing import CheckpointManager
-
-    manager = kept((path, "manager"), CheckpointManager)
-    ended = manager.save(str(path / str(step)), {"model": tensors})
-    return manager._staging_future.result, ended.result
-
-
-def nothing():
-    pass
-
-
-_kept = {}
-
-
-def kept(key, make):
-    """From one save to the next."""
-    if key not in _kept:
-        _kept[key] = make()
-    return _kept[key]
-
-
-STALLS = {
-    "one memcpy": None,
-    "ckptstore.torch.save_async": store_async,
-    "dcp.async_save": dcp_async(False),
-    "dcp.async_save, cached staging": dcp_async(True),
-    "dcp.async_save, DefaultStager": dcp_stager,
-    "torch_checkpointing": torch_checkpointing,
-}
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", STALLS)
-def test_stall(benchmark, place, tensors, device, name, turn):
+def test_stall(benchmark, request, place, device, name, turn):
     """Until the state may change, from the second save on: the first makes the buffers."""
     if device == "cpu" and ("cached" in name or "Stager" in name or name == "torch_checkpointing"):
         pytest.skip("it pins its memory, for an accelerator")
     if name == "torch_checkpointing":
         pytest.importorskip("torch_checkpointing")
-    begin = STALLS[name]
+    made.cache_clear()  # a child has a state of its own
+    torch.cuda.empty_cache()
+    size = parse_size(request.config.getoption("--size"))
     path = place / f"stall-{time.monotonic_ns()}"
-    copies, waiting = copied(tensors), []
-
-    def prepare():
-        if begin is not None:
-            begin(tensors, path, 1)[1]()
-        os.sync()
-        time.sleep(0.3)
-
-    def stall():
-        if begin is None:
-            memcpy(tensors, copies)
-            return
-        staged, ended = begin(tensors, path, 2)
-        staged()
-        waiting.append(ended)
-
     record(
         benchmark,
-        lambda: measure_here(synchronized(stall)),
-        prepare=prepare,
-        moved_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        lambda: measure_child(do="stall", contender=name, size=size, device=device, path=path),
+        moved_bytes=size,
         group=at(device, "what training waits for, of a save in the background"),
         contender=name,
         ours="ckptstore" in name,
@@ -374,11 +268,6 @@ def test_stall(benchmark, place, tensors, device, name, turn):
         digested="ckptstore" in name,
         turn=turn,
     )
-    for wait in waiting:
-        wait()
-    for key in [key for key in _kept if key[0] == path]:
-        if hasattr(one := _kept.pop(key), "close"):
-            one.close()
     if name == "ckptstore.torch.save_async":
         assert CheckpointStore(path).verify(2).ok
     shutil.rmtree(path, ignore_errors=True)

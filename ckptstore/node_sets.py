@@ -49,14 +49,14 @@ def settle(root: str, step: int, group: NodeSet) -> None:
     """All nodes of the set have the step: note it, and remove what was kept until then. A full disk is a StorageError."""
     note_whole(root, step, group)
     discard_old(root, step)
-    prepared.discard(steps.side_of(os.path.realpath(root)), up_to=step)
 
 
 def discard_old(root: str, step: int) -> None:
-    """Remove what was kept of a step that was replaced."""
+    """Remove what was kept of a step that was replaced; not what is prepared, and has that name between two renames."""
     side = steps.side_of(os.path.realpath(root))
+    ready = {one.name for one in prepared.found(side)}
     for name in prepared.names_in(side):
-        if name.startswith(f"old-step-{step}-"):
+        if name.startswith(f"old-step-{step}-") and name not in ready:
             side_folders.discard(side, name)
 
 

@@ -54,15 +54,19 @@ class Prepared(NamedTuple):
         )
 
 
+def found(side: str) -> list[Prepared]:
+    """Those of the living too, in no order."""
+    return [one for name in names_in(side) if (match := _PLACE.fullmatch(name)) and (one := _read(side, name, match[1]))]
+
+
 def left(side: str) -> list[Prepared]:
     """Those of dead writers, the oldest first."""
-    found = [one for name in names_in(side) if (match := _PLACE.fullmatch(name)) and (one := _read(side, name, match[1]))]
-    dead = [one for one in found if not os.path.lexists(one.home) or is_dead(one.home)]
+    dead = [one for one in found(side) if not os.path.lexists(one.home) or is_dead(one.home)]
     return sorted(dead, key=lambda one: one.manifest_mtime_ns)
 
 
 def discard(side: str, *, up_to: int) -> None:
-    """Remove those of steps up to `up_to`, which is committed: no resume needs them. What cannot be removed stays."""
+    """Remove those of steps up to `up_to`, which was saved now: no resume needs them. What cannot be removed stays."""
     for one in left(side):
         if one.manifest.step <= up_to:
             with contextlib.suppress(CkptStoreError):

@@ -97,7 +97,7 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
         os.makedirs(os.path.join(unborn, "step"), 0o700)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(os.path.join(unborn, OWNER), flags, 0o600)
-        with contextlib.suppress(OSError):  # no flock on some network file systems: there a draft counts as left behind
+        with contextlib.suppress(OSError):  # no flock on some network file systems: there none ever counts as left behind
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         os.rename(unborn, home)  # from here on it is somebody's: whoever sweeps finds it locked
     except OSError as error:

@@ -75,11 +75,19 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
 
 @dataclass
 class Recording:
-    """What was written to a disk that began as `image`. `returned`: how many of `log` were written when the call came back."""
+    """What was written to a disk that began as `image`. `returned`: how many of `log` were written when the call came back.
+
+    Or had given its word: what was to be durable by then must be there in each state from there on.
+    """
 
     image: Path
     log: list[Write]
     returned: int
+
+
+def written(room: Path) -> int:
+    """How many entries the log of a recording has by now."""
+    return len(read_log((room / "log").read_bytes()))
 
 
 def record(image: Path, room: Path, act: Callable[[Path], None]) -> Recording:
@@ -101,7 +109,7 @@ def record(image: Path, room: Path, act: Callable[[Path], None]) -> Recording:
     try:
         with mounted(export, room / "recorded") as folder:
             act(folder)
-            returned = len(read_log(log.read_bytes()))
+            returned = written(room)
             with (folder / "unrelated").open("wb") as file:
                 file.write(b"x" * 5000)
                 file.flush()
@@ -148,6 +156,7 @@ class State(NamedTuple):
     """What the disk may hold after a cut."""
 
     image: Path  #: overwritten by the next
+    cut: int  #: so many entries of the log were sent to the disk
     returned: bool  #: whether the call had come back by then
     name: str
 
@@ -180,7 +189,7 @@ def replay(recording: Recording, room: Path, *, parts: int, chance: random.Rando
         for name, chosen in choices:
             run("cp", "--sparse=always", flushed, image)
             apply(image, chosen)
-            yield State(image, returned, f"after {cut} of {len(recording.log)} writes and flushes, {name}")
+            yield State(image, cut, returned, f"after {cut} of {len(recording.log)} writes and flushes, {name}")
 
 
 def apply(image: Path, writes: list[Write]) -> None:

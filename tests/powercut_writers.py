@@ -45,6 +45,7 @@ class Writer:
 
     name = ""
     before = NOTHING
+    cut: powercut.State  #: which is judged
 
     def __init__(self, room: Path) -> None:
         self.room = room
@@ -55,6 +56,10 @@ class Writer:
     def act(self, folder: Path) -> None:
         """The call."""
         raise NotImplementedError
+
+    def promised(self, recording: powercut.Recording) -> int:
+        """From how many entries of the log on the new one must be there: when the call had come back."""
+        return recording.returned
 
     def judge(self, folder: Path) -> str:
         """What a reader finds: NOTHING, OLD or NEW."""
@@ -398,8 +403,8 @@ COLUMNS = (
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
-def campaign(make: Callable[[Path], Writer], *, parts: int, seed: int = 0) -> Result:
-    """Record one call, and judge every state."""
+def campaign(make: Callable[[Path], Writer], *, parts: int, seed: int = 0, until_bad: bool = False) -> Result:
+    """Record one call, and judge every state; or until one is bad, which is enough of a planted bug."""
     with room() as place:
         writer = make(place)
         image = place / "image"
@@ -407,15 +412,19 @@ def campaign(make: Callable[[Path], Writer], *, parts: int, seed: int = 0) -> Re
         with powercut.mounted(image, place / "mount") as folder:
             writer.prepare(folder)
         recording = powercut.record(image, place, writer.act)
+        recording.returned = writer.promised(recording)
         result = Result(writer.name)
         for cut in powercut.replay(recording, place, parts=parts, chance=random.Random(seed)):
             result.states += 1
             with powercut.mounted(cut.image, place / "mount") as folder:
                 _count(result, writer, cut, folder)
+            if until_bad and result.bad:
+                break
         return result
 
 
 def _count(result: Result, writer: Writer, cut: powercut.State, folder: Path) -> None:
+    writer.cut = cut
     try:
         verdict = writer.judge(folder)
     except Wrong as wrong:

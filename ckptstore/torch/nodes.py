@@ -31,7 +31,7 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ckptstore import native, node_sets, steps
+from ckptstore import native, node_sets, prepared, steps
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError, CommitUncertain, IntegrityError, NotCommitted, RankError, from_os_error
 from ckptstore.formats import dcp
@@ -132,7 +132,7 @@ def _follow(channel: Channel, node: int, draft: Draft, stop: threading.Event) ->
         undecided = False
         channel.tell(f"committed/{node}", {})
         _wait(channel, "settle", None, threading.Event())
-        node_sets.settle(draft.root, draft.step, group)
+        _settle(draft, group)
         channel.tell(f"settled/{node}", {})
     except _GivenUpError as error:
         undecided = undecided and not isinstance(error, _AbortedError)
@@ -196,7 +196,7 @@ def commit(channel: Channel, draft: Draft, shares: Sequence[Share], metrics: Map
             ) from error
         try:
             channel.tell("settle", {})
-            node_sets.settle(draft.root, draft.step, group)
+            _settle(draft, group)
             _await(channel, "settled", others, time.monotonic() + SETTLE_S)
             for key in [f"{word}/{node}" for node in others for word in ("prepare", "prepared", "committed", "settled")]:
                 channel.forget(key)
@@ -211,6 +211,11 @@ def commit(channel: Channel, draft: Draft, shares: Sequence[Share], metrics: Map
     finally:
         steps.abandon(draft)
     return manifest
+
+
+def _settle(draft: Draft, group: NodeSet) -> None:
+    node_sets.settle(draft.root, draft.step, group)
+    prepared.discard(steps.side_of(draft.root), up_to=draft.step)
 
 
 def _await(channel: Channel, word: str, nodes: Sequence[int], deadline: float) -> None:
