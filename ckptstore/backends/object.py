@@ -71,11 +71,9 @@ class ObjectBackend(Backend):
             self._store = _store(parts.scheme, parts.netloc, {"read_timeout": STALL})
             self._sending = _store(parts.scheme, parts.netloc, {})
         except (*self._failures, ValueError) as error:
-            trusted = [f"${name}" for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
             raise UsageError(
                 f"{url}: {_said(error)}",
-                hint="Credentials and endpoint come from the environment: docs/object-stores.md."
-                + (f" Are the certificates right ({', '.join(trusted)})?" if trusted else ""),
+                hint="Credentials and endpoint come from the environment: docs/object-stores.md." + profile.hint(),
             ) from None
 
     def get(self, key: str, *, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
@@ -379,11 +377,11 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
     endpoint = profile.endpoint() or config.get("endpoint", "")
     if endpoint.startswith("http://"):
         options["allow_http"] = True
-    elif found := profile.authorities():
+    elif (trusted := profile.authorities()).path:
         try:
-            options["root_certificate"] = Path(found).read_bytes()
+            options["root_certificate"] = Path(trusted.path).read_bytes()
         except OSError as error:
-            raise UsageError(f"$AWS_CA_BUNDLE ({found}) cannot be read: {error.strerror}") from None
+            raise UsageError(f"{trusted.said} ({trusted.path}) cannot be read: {error.strerror}") from None
     if not os.environ.get("AWS_CHECKSUM_ALGORITHM"):
         config["checksum_algorithm"] = "CRC64NVME"  # the server checks what arrives, and keeps it
     if not os.environ.get("AWS_UNSIGNED_PAYLOAD"):
