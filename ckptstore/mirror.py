@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
-from ckptstore import mirrored, native, places
+from ckptstore import mirrored, native, parallel, places
 from ckptstore.backends import Bandwidth, normal_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
@@ -24,7 +24,6 @@ from ckptstore.frameworks.areal import layout
 from ckptstore.listing import mirror_of, scan
 from ckptstore.mirrored import Lag, Record, finished
 from ckptstore.model import Checkpoint, FileInfo, Status
-from ckptstore.parallel import Stopped
 from ckptstore.parts import find_manifest, folder_of, read_part
 from ckptstore.push import Sent, push
 from ckptstore.verify import Notify
@@ -118,10 +117,13 @@ class Mirror:
         return True
 
     def close(self) -> None:
-        """End it within seconds; what is half sent is gone on with the next time."""
+        """End it within seconds, a request that is not answered left out; what is half sent is gone on with the next time.
+
+        After Ctrl-C not even that is waited for.
+        """
         self._ended.set()
         self._wake.set()
-        self._thread.join()
+        self._thread.join(parallel.PATIENCE_S if parallel.interrupted() else None)
 
     def _run(self) -> None:
         native.be_nice(NICENESS)
@@ -131,7 +133,7 @@ class Mirror:
                 if not self._safe():
                     mirror(self._backend, self._url, bandwidth=self._bandwidth, notify=self._notify)
                 pause_s = POLL_S
-            except Stopped:
+            except parallel.Stopped:
                 return
             except CkptStoreError as error:
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
@@ -159,7 +161,7 @@ class Mirror:
 
     def _notify(self, doing: str, done_bytes: int, total_bytes: int) -> None:
         if self._ended.is_set():
-            raise Stopped("the mirror was closed")
+            raise parallel.Stopped("the mirror was closed")
 
 
 def _begun(side: str, url: str) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ T = TypeVar("T")
 
 TICK_S = 0.1
 #: How long threads that sit in a request are waited for after an error. They are daemons: none outlives the process.
-PATIENCE_S = 2.0
+PATIENCE_S = 1.0
 
 
 class Stopped(CkptStoreError):
@@ -98,7 +99,7 @@ def each(
             with lock:
                 working += 1
             crew.append(threading.Thread(target=run, daemon=True, name=f"ckptstore-{len(crew)}"))
-            _start(crew[-1])
+            start(crew[-1])
 
     try:
         fill()
@@ -122,14 +123,22 @@ def each(
         tick()
 
 
-def _start(thread: threading.Thread) -> None:
-    """Start a thread. Ctrl-C while it comes up breaks a lock inside of CPython's own start(): said as what it was."""
+def start(thread: threading.Thread) -> None:
+    """Let it run. Ctrl-C while it comes up breaks a lock inside of CPython's own: said as what it was."""
     try:
         thread.start()
     except RuntimeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
+
+
+def interrupted() -> bool:
+    """Whether the caller tidies up after Ctrl-C, in a `finally` or an `except`: somebody waits for the end."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 _NONE, _LAST = object(), object()

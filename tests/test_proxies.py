@@ -230,6 +230,48 @@ def test_a_ca_of_ones_own(s3s, secure, tmp_path, monkeypatch, name):
     assert control(backend).head("key") == (1, native.crc64(b"1"))
 
 
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A profile's file that says where certificates are."""
+
+    def write(path: object) -> None:
+        (tmp_path / "config").write_text(f"[default]\nregion = us-east-1\n[profile lab]\nca_bundle = {path}\n")
+
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    return write
+
+
+@pytest.mark.parametrize("keys", ["environment", "profile"])
+def test_a_ca_in_a_profile(s3s, secure, config, tmp_path, monkeypatch, keys):
+    """Of both kinds of requests, as boto3 takes it: wherever the keys are."""
+    config(secure[1])
+    monkeypatch.delenv("SSL_CERT_FILE")
+    if keys == "profile":
+        lines = [f"aws_{name} = {os.environ.pop(f'AWS_{name.upper()}')}" for name in ("access_key_id", "secret_access_key")]
+        (tmp_path / "credentials").write_text("\n".join(["[lab]", *lines]))
+    backend = open_backend(s3s)
+    backend.put("key", b"1")
+    assert control(backend).head("key") == (1, native.crc64(b"1"))
+    monkeypatch.setenv("AWS_PROFILE", "default")  # it says nothing of a CA
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
+    with pytest.raises(StorageError, match="certificate"):
+        open_backend(s3s).get("key")
+
+
+def test_the_environment_comes_before_the_profile(s3s, secure, config, monkeypatch):
+    config("/nowhere")
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(UsageError, match=r"ca_bundle of the profile lab \(/nowhere\) cannot be read"):
+        open_backend(s3s)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(secure[1]))
+    backend = open_backend(s3s)
+    backend.put("key", b"1")
+    assert control(backend).head("key") == (1, native.crc64(b"1"))
+
+
 @pytest.mark.parametrize("bundle", ["", "other"])
 def test_a_certificate_that_nobody_vouches_for(s3s, tmp_path, monkeypatch, bundle):
     """Said as what it is, and asked once: it will not change. No variable turns the check off."""
@@ -266,18 +308,21 @@ def test_a_certificate_that_nobody_vouches_for(s3s, tmp_path, monkeypatch, bundl
 
 
 @pytest.mark.parametrize("what", ["missing", "a folder", "no certificates", "a bad one"])
-@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
-def test_certificates_that_cannot_be_read(s3s, tmp_path, monkeypatch, what, name):
-    """Named, with the variable."""
+@pytest.mark.parametrize("name", ["$AWS_CA_BUNDLE", "$SSL_CERT_FILE", "ca_bundle of the profile lab"])
+def test_certificates_that_cannot_be_read(s3s, config, tmp_path, monkeypatch, what, name):
+    """Named, with who said it."""
     path = tmp_path / "bundle"
     if what == "a folder":
         path.mkdir()
     elif what != "missing":
         path.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n" if what == "a bad one" else "none")
-    monkeypatch.setenv(name, str(path))
+    if name.startswith("$"):
+        monkeypatch.setenv(name[1:], str(path))
+    else:
+        config(path)
     with pytest.raises((UsageError, StorageError)) as caught:
         control(open_backend(s3s)).head("key")
-    assert f"${name}" in f"{caught.value} {caught.value.hint}"
+    assert name in f"{caught.value} {caught.value.hint}"
 
 
 def test_a_bundle_is_no_matter_without_tls(s3, monkeypatch):

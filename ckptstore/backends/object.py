@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
-from ckptstore.backends import profile, proxies
+from ckptstore.backends import interruptible, profile, proxies
 from ckptstore.backends.base import Backend, Blob
 from ckptstore.errors import (
     AccessError,
@@ -71,11 +71,9 @@ class ObjectBackend(Backend):
             self._store = _store(parts.scheme, parts.netloc, {"read_timeout": STALL})
             self._sending = _store(parts.scheme, parts.netloc, {})
         except (*self._failures, ValueError) as error:
-            trusted = [f"${name}" for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
             raise UsageError(
                 f"{url}: {_said(error)}",
-                hint="Credentials and endpoint come from the environment: docs/object-stores.md."
-                + (f" Are the certificates right ({', '.join(trusted)})?" if trusted else ""),
+                hint="Credentials and endpoint come from the environment: docs/object-stores.md." + profile.hint(),
             ) from None
 
     def get(self, key: str, *, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
@@ -86,7 +84,7 @@ class ObjectBackend(Backend):
         wanted: Any = {"offset": offset_bytes} if length_bytes is None else (offset_bytes, offset_bytes + length_bytes)
         options = {} if not offset_bytes and length_bytes is None else {"range": wanted}
         try:
-            data = bytes(self._obstore.get(self._store, path, options=options).bytes())
+            data, _ = self._read(path, options)
         except self._failures as error:
             # A range that begins behind the end is refused by most stores, each in words of its own.
             if options and not isinstance(error, self._missing) and self._size(key) <= offset_bytes:
@@ -99,7 +97,7 @@ class ObjectBackend(Backend):
         """See Backend.view."""
         self._pay(length_bytes)
         try:
-            data = self._obstore.get_range(self._store, self.key_path(key), start=offset_bytes, length=length_bytes)
+            data = self._ask("get_range", self._store, self.key_path(key), start=offset_bytes, length=length_bytes)
         except self._failures as error:
             self._raise(error, "reading", key)
         return self._exact(key, offset_bytes, length_bytes, memoryview(data))
@@ -112,7 +110,7 @@ class ObjectBackend(Backend):
         tries = Tries()
         while True:
             try:
-                for batch in self._obstore.list(self._store, prefix=below or None, offset=last, chunk_size=1000):
+                for batch in _pages(self._obstore.list(self._store, prefix=below or None, offset=last, chunk_size=1000)):
                     for meta in batch:
                         last = meta["path"]
                         yield Blob(last[cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
@@ -129,7 +127,7 @@ class ObjectBackend(Backend):
             self._create(key, data)
             return
         try:
-            self._obstore.put(self._uploading(data), path, memoryview(data), mode="overwrite", use_multipart=False)
+            self._ask("put", self._uploading(data), path, memoryview(data), mode="overwrite", use_multipart=False)
         except self._failures as error:
             self._raise(error, "writing", key)
 
@@ -148,7 +146,7 @@ class ObjectBackend(Backend):
         lost = False
         while True:
             try:
-                self._obstore.put(self._uploading(data), path, memoryview(data), mode="create", use_multipart=False)
+                self._ask("put", self._uploading(data), path, memoryview(data), mode="create", use_multipart=False)
                 return
             except (kinds.AlreadyExistsError, kinds.PreconditionError) as error:
                 if self._is_there(key):
@@ -190,11 +188,11 @@ class ObjectBackend(Backend):
         tries = Tries()
         while True:
             try:
-                found = self._obstore.get(self._store, self.key_path(key))
-                if bytes(found.bytes()) != expected:
+                found, meta = self._read(self.key_path(key))
+                if found != expected:
                     return bool(tries.made) and self.get(key) == bytes(data)
-                mode: Any = {"e_tag": version or found.meta["e_tag"]}
-                self._obstore.put(self._sending, self.key_path(key), memoryview(data), mode=mode, use_multipart=False)
+                mode: Any = {"e_tag": version or meta["e_tag"]}
+                self._ask("put", self._sending, self.key_path(key), memoryview(data), mode=mode, use_multipart=False)
                 return True
             except self._obstore.exceptions.PreconditionError:
                 if self.get(key) == expected:
@@ -240,7 +238,7 @@ class ObjectBackend(Backend):
         tries = Tries()
         while True:
             try:
-                self._obstore.delete(self._store, path)
+                self._ask("delete", self._store, path)
                 return
             except self._missing:
                 return
@@ -250,14 +248,14 @@ class ObjectBackend(Backend):
 
     def _size(self, key: str) -> int:
         try:
-            return int(self._obstore.head(self._store, self.key_path(key))["size"])
+            return int(self._ask("head", self._store, self.key_path(key))["size"])
         except self._failures as error:
             self._raise(error, "reading", key)
 
     def signed_url(self, key: str) -> str:
         """An address of `key` that works for a minute: whoever sees it can read, so it is never shown. See s3control.py."""
         try:
-            url: str = self._obstore.sign(self._store, "HEAD", self.key_path(key), expires_in=timedelta(seconds=60))
+            url: str = self._ask("sign", self._store, "HEAD", self.key_path(key), expires_in=timedelta(seconds=60))
         except self._failures as error:
             self._raise(error, "signing a request for", key)
         return url
@@ -267,6 +265,24 @@ class ObjectBackend(Backend):
         if any(component in ("", ".", "..") for component in key.split("/")):
             raise NotFoundError(f"{key!r} is no key below {self.location}")
         return f"{self._prefix}/{key}" if self._prefix else key
+
+    def _ask(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """What a function of the library answers."""
+        if not interruptible.needed():
+            return getattr(self._obstore, name)(*arguments, **options)
+        return interruptible.result(lambda: getattr(self._obstore, f"{name}_async")(*arguments, **options))
+
+    def _read(self, path: str, options: Any = None) -> tuple[bytes, Any]:
+        """A whole answer, and what the store says of the object."""
+        if not interruptible.needed():
+            found = self._obstore.get(self._store, path, options=options)
+            return bytes(found.bytes()), found.meta
+
+        async def read() -> tuple[bytes, Any]:
+            found = await self._obstore.get_async(self._store, path, options=options)
+            return bytes(await found.bytes_async()), found.meta
+
+        return interruptible.result(read)
 
     def _raise(self, error: Exception, doing: str, key: str) -> NoReturn:
         kinds = self._obstore.exceptions
@@ -303,6 +319,15 @@ class ObjectBackend(Backend):
             hint="It was tried several times. Is the store there, and its name right? The same command goes on."
             + proxies.hint(),
         ) from None
+
+
+def _pages(listing: Any) -> Iterator[Any]:
+    """What a listing of the library yields."""
+    while True:
+        page = interruptible.result(lambda: anext(listing, None)) if interruptible.needed() else next(listing, None)
+        if page is None:
+            return
+        yield page
 
 
 class Tries:
@@ -352,11 +377,11 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
     endpoint = profile.endpoint() or config.get("endpoint", "")
     if endpoint.startswith("http://"):
         options["allow_http"] = True
-    elif found := profile.authorities():
+    elif (trusted := profile.authorities()).path:
         try:
-            options["root_certificate"] = Path(found).read_bytes()
+            options["root_certificate"] = Path(trusted.path).read_bytes()
         except OSError as error:
-            raise UsageError(f"$AWS_CA_BUNDLE ({found}) cannot be read: {error.strerror}") from None
+            raise UsageError(f"{trusted.said} ({trusted.path}) cannot be read: {error.strerror}") from None
     if not os.environ.get("AWS_CHECKSUM_ALGORITHM"):
         config["checksum_algorithm"] = "CRC64NVME"  # the server checks what arrives, and keeps it
     if not os.environ.get("AWS_UNSIGNED_PAYLOAD"):

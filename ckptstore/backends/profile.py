@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import configparser
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptstore.errors import UsageError
 
-CERTIFICATES = "Name the file with the certificates of your own CA: $AWS_CA_BUNDLE (s3://) or $SSL_CERT_FILE."
+CERTIFICATES = (
+    "Name the file with your own CA's certificates: $AWS_CA_BUNDLE or ca_bundle in ~/.aws/config (s3://), or $SSL_CERT_FILE."
+)
 
 
-def authorities() -> str:
-    """The file with certificates of those who vouch for an S3 store, beside those that this machine trusts; or ""."""
-    return os.environ.get("AWS_CA_BUNDLE", "")
+class Authorities(NamedTuple):
+    """A file with certificates of those who vouch for an S3 store, beside those that this machine trusts; "" for none."""
+
+    path: str
+    said: str  #: where
+
+
+def authorities() -> Authorities:
+    """What the environment says of it, else the profile, as botocore takes it: whoever signs."""
+    if path := os.environ.get("AWS_CA_BUNDLE", ""):
+        return Authorities(path, "$AWS_CA_BUNDLE")
+    return Authorities(_section().get("ca_bundle", ""), f"ca_bundle of the profile {_name()}")
+
+
+def hint() -> str:
+    """For an error before any request: whose certificates count was said here."""
+    found = authorities()
+    names = [f"${name}" for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+    names += [found.said] if found.path else []
+    return f" Are the certificates right ({', '.join(names)})?" if names else ""
 
 
 def endpoint() -> str:
@@ -32,8 +51,21 @@ def read() -> dict[str, Any]:
     """What ~/.aws says of $AWS_PROFILE, where the environment has no keys: the static ones, and what else it does not say."""
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return {}
-    name = os.environ.get("AWS_PROFILE", "default")
-    found: dict[str, Any] = {}
+    found = _section()
+    keys = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
+    keys |= {"aws_session_token": "session_token"} | ({} if endpoint() else {"endpoint_url": "endpoint"})
+    keys |= {"region": "region"} if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")) else {}
+    return {ours: found[theirs] for theirs, ours in keys.items() if theirs in found}
+
+
+def _name() -> str:
+    return os.environ.get("AWS_PROFILE", "default")
+
+
+def _section() -> dict[str, str]:
+    """All that the two files say of the profile."""
+    name = _name()
+    found: dict[str, str] = {}
     for variable, usual, section in (
         ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
         ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
@@ -41,11 +73,8 @@ def read() -> dict[str, Any]:
         parser = configparser.RawConfigParser()
         try:
             parser.read(os.path.expanduser(os.environ.get(variable) or usual))
-        except configparser.Error as error:
+        except (configparser.Error, UnicodeDecodeError) as error:
             raise UsageError(f"${variable} ({usual}) cannot be read: {type(error).__name__}") from None
         if parser.has_section(section):
             found |= dict(parser.items(section))
-    keys = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
-    keys |= {"aws_session_token": "session_token"} | ({} if endpoint() else {"endpoint_url": "endpoint"})
-    keys |= {"region": "region"} if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")) else {}
-    return {ours: found[theirs] for theirs, ours in keys.items() if theirs in found}
+    return found

@@ -73,7 +73,7 @@ class S3Control:
     def __init__(self, backend: ObjectBackend, auth: Any) -> None:
         self.backend = backend
         self._auth = auth
-        self._authorities = profile.authorities()
+        self._authorities = profile.authorities().path
         keys = profile.static_keys()
         self._identity = keys.get("access_key_id", "")
         if self._identity:

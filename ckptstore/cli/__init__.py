@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gc
 import importlib
@@ -19,6 +20,8 @@ VERBS = (
     "list", "setup", "resume", "show", "verify", "seal", "push", "pull", "repair", "adopt", "watch", "status", "plot", "doctor",
     "prune", "clean",
 )  # fmt: skip
+
+INTERRUPTED = 130  #: as shells say it
 
 HELP = """From a crash to resumed training, and never onto a bad checkpoint.
 
@@ -78,7 +81,17 @@ def cli(ctx: click.Context) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(100_000)  # a listing of ten thousand makes a million objects and hardly a cycle: a tenth of its time
-    sys.exit(run(arguments))
+    try:
+        code = run(arguments)
+    except KeyboardInterrupt:  # once more, while it was being said
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        # Threads may sit in requests that no store answers. Nothing of theirs is waited for, and none of them begins anything.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +110,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _report("interrupted", exit_code=130, as_json=as_json)
+        return _report("interrupted", exit_code=INTERRUPTED, as_json=as_json)
     except click.ClickException as error:
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ckptstore"
         return _report(error.format_message(), hint=f"`{path} --help`", exit_code=error.exit_code, as_json=as_json)
@@ -116,7 +129,7 @@ def _report(message: str, facts: Sequence[str] = (), hint: str = "", *, exit_cod
 
     if as_json:
         print_json({"error": message, "facts": [*facts], "hint": hint, "exit_code": exit_code})
-    if exit_code == 130:
+    if exit_code == INTERRUPTED:
         click.echo(f"\n{message}", err=True)
     else:
         problem(message, facts=facts, hint=hint)

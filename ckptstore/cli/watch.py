@@ -44,9 +44,12 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
     """
     located, backend = open_run(where, as_json=as_json)
     stop = threading.Event()
+    sending = False
 
     def end(number: int, frame: FrameType | None) -> None:
         stop.set()
+        if sending:
+            raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
@@ -62,14 +65,20 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
         def kept() -> None:
             if not url:
                 return
+            nonlocal sending
             from ckptstore.mirror import mirror
 
             sent: list[Sent] = []
             try:
+                sending = True
                 with StallWatch():
                     sent = mirror(backend, url, bandwidth=bandwidth, notify=progress.notify)
             except CkptStoreError as error:
                 note(f"not pushed to {url}, until the next save: {error}")
+            except KeyboardInterrupt:
+                note(f"not pushed to {url}: stopped. The next push or watch goes on with what arrived.")
+            finally:
+                sending = False
             for step in sorted({one.step for one in sent}):
                 note(f"step {step} is committed in {url}")
 
