@@ -197,9 +197,9 @@ def test_an_old_s3_goes_on_by_etags(ceph, tmp_path, monkeypatch):
     assert done.code == 0, done.out
     assert list(control(backend).uploads()) == []
     begun = uploads.begin("gone")
-    part = uploads.put(begun, 1, wrong, crc64=0, stop=parallel.Stop())
+    part = uploads.put(begun, 1, connections.whole(wrong), crc64=0, stop=parallel.Stop())
     assert uploads.complete(begun, {1: part}, crc64=0, stop=parallel.Stop()) == ""
     assert uploads.holds("gone", len(wrong), {1: part}, crc64=0)
     assert not uploads.holds("gone", len(wrong), {1: part._replace(etag="0" * 32)}, crc64=0)
     with pytest.raises(GoneError):
-        uploads.put(begun, 2, b"late", crc64=0, stop=parallel.Stop())
+        uploads.put(begun, 2, connections.whole(b"late"), crc64=0, stop=parallel.Stop())
