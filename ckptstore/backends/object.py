@@ -268,19 +268,14 @@ class ObjectBackend(Backend):
 
     def _ask(self, name: str, *arguments: Any, **options: Any) -> Any:
         """What a function of the library answers."""
-        if not interruptible.needed():
-            return getattr(self._obstore, name)(*arguments, **options)
-        return interruptible.result(lambda: getattr(self._obstore, f"{name}_async")(*arguments, **options))
+        return interruptible.result(lambda: getattr(self._obstore, name)(*arguments, **options))
 
     def _read(self, path: str, options: Any = None) -> tuple[bytes, Any]:
         """A whole answer, and what the store says of the object."""
-        if not interruptible.needed():
+
+        def read() -> tuple[bytes, Any]:
             found = self._obstore.get(self._store, path, options=options)
             return bytes(found.bytes()), found.meta
-
-        async def read() -> tuple[bytes, Any]:
-            found = await self._obstore.get_async(self._store, path, options=options)
-            return bytes(await found.bytes_async()), found.meta
 
         return interruptible.result(read)
 
@@ -324,7 +319,7 @@ class ObjectBackend(Backend):
 def _pages(listing: Any) -> Iterator[Any]:
     """What a listing of the library yields."""
     while True:
-        page = interruptible.result(lambda: anext(listing, None)) if interruptible.needed() else next(listing, None)
+        page = interruptible.result(lambda: next(listing, None))
         if page is None:
             return
         yield page
