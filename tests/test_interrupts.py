@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore.backends import open_backend
+from ckptstore.backends import interruptible, open_backend
+from ckptstore.errors import AccessError
 from ckptstore.model import CLAIM_NAME, Status
 from ckptstore.store import CheckpointStore
 from tests import commands, faults, servers, trees
@@ -267,6 +268,32 @@ def test_a_save_from_python_that_cannot_be_taken_back(proxy, s3, run, monkeypatc
         store.save(2, run / EXPORT)
     proxy.choose = lambda request: ""
     assert [checkpoint.step for checkpoint in store.list() if checkpoint.status.usable] == [1]
+
+
+def test_who_saves_after_ctrl_c_has_all_the_time(proxy, s3, run, monkeypatch):
+    """The end of many a training loop. The store is slow, and nothing was interrupted of this save."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    store = CheckpointStore(s3)
+    proxy.choose = lambda request: "" if proxy.seen else time.sleep(interruptible.TIDY_S + 0.5) or ""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        store.save(1, run / EXPORT)
+        damaged = faults.response(b"403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>")
+        proxy.instead = lambda request: damaged
+        slow = iter([interruptible.TIDY_S + 0.5])
+        proxy.choose = lambda request: (
+            "instead" if request.method == "PUT" else time.sleep(next(slow, 0) if proxy.hit else 0) or ""
+        )
+        with pytest.raises(AccessError):
+            store.save(2, run / EXPORT)
+    assert [checkpoint.step for checkpoint in store.list()] == [1]
+
+
+def test_a_mirror_is_left_by_ctrl_c(silent, run):
+    """Its thread sits in a request that is not answered."""
+    with interrupted(lambda: silent.asked), CheckpointStore(run).mirror("s3://bucket/run"):
+        time.sleep(30)
 
 
 LEFT_BEHIND = """

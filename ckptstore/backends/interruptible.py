@@ -8,10 +8,11 @@ directly, which costs less; who started those does not wait for them for long (p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from ckptstore import parallel
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: What is tidied up after Ctrl-C may take so long, a request.
-TIDY_S = 0.75
+TIDY_S = 0.75  #: see briefly()
+
+_limit_s: float | None = None  #: of the main thread's requests
 
 
 def needed() -> bool:
@@ -37,16 +39,44 @@ def result(request: Callable[[], Awaitable[T]]) -> T:
     async def made() -> T:
         return await request()
 
-    limit_s = TIDY_S if parallel.interrupted() else None
     future = asyncio.run_coroutine_threadsafe(made(), _loop(os.getpid()))
     try:
-        return future.result(limit_s)
+        return future.result(_limit_s)
     except TimeoutError:
         if future.done():
             raise  # the request's own
         raise KeyboardInterrupt from None  # that has been waited for long enough
     finally:
         future.cancel()
+
+
+@contextlib.contextmanager
+def briefly() -> Iterator[None]:
+    """To tidy up after Ctrl-C: a request of the main thread in here may take TIDY_S, then KeyboardInterrupt ends it, too."""
+    global _limit_s
+    if not needed():
+        yield
+        return
+    _limit_s = TIDY_S
+    try:
+        yield
+    finally:
+        _limit_s = None
+
+
+@contextlib.contextmanager
+def tidied(tidy: Callable[[], object]) -> Iterator[None]:
+    """Calls `tidy` at the end, as a `finally` does; after Ctrl-C briefly."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with briefly():
+            tidy()
+        raise
+    except BaseException:
+        tidy()
+        raise
+    tidy()
 
 
 @functools.lru_cache(maxsize=1)
