@@ -327,6 +327,12 @@ def test_profile(seaweed, s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "default")
     with pytest.raises(AccessError):
         open_backend(s3).get("key")
+    monkeypatch.setenv("AWS_PROFILE", "lob")  # as anybody else, the machine's role say, it must not go on
+    with pytest.raises(UsageError, match=r"lob.*\$AWS_PROFILE"):
+        open_backend(s3)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
+    assert open_backend(s3).get("key") == b"data"
 
 
 @pytest.mark.parametrize("variable", ["", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
