@@ -11,6 +11,7 @@ import secrets
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptstore import native
+from ckptstore.backends import interruptible
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AccessError, AlreadyExistsError, NotFoundError, UnavailableError
 from ckptstore.manifest import ALGORITHM
@@ -52,7 +53,7 @@ def find_out(target: Backend) -> Conditions:
     atomic = target.creates_atomically
     if atomic:
         target.put(key, _DATA, if_absent=True)  # a store that does not answer is not asked to remove it, either
-    try:
+    with interruptible.tidied(lambda: target.delete(key)):
         if atomic:
             try:
                 target.put(key, _DATA, if_absent=True)
@@ -60,8 +61,6 @@ def find_out(target: Backend) -> Conditions:
             except AlreadyExistsError:
                 pass
         digests, check = _digests(target, key)
-    finally:
-        target.delete(key)
     target.creates_atomically = atomic
     text = "this store does not keep two writers apart: push a step from one machine at a time"
     return Conditions(digests, check, () if atomic else (text,))

@@ -99,7 +99,8 @@ class Mirror:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        # Whoever pressed Ctrl-C does not wait for a request that no store answers.
+        self._end(parallel.PATIENCE_S if kind is not None and issubclass(kind, KeyboardInterrupt) else None)
 
     @property
     def lag(self) -> Lag:
@@ -117,13 +118,13 @@ class Mirror:
         return True
 
     def close(self) -> None:
-        """End it within seconds, a request that is not answered left out; what is half sent is gone on with the next time.
+        """End it within seconds, a request that is not answered left out; what is half sent is gone on with the next time."""
+        self._end(None)
 
-        After Ctrl-C not even that is waited for.
-        """
+    def _end(self, patience_s: float | None) -> None:
         self._ended.set()
         self._wake.set()
-        self._thread.join(parallel.PATIENCE_S if parallel.interrupted() else None)
+        self._thread.join(patience_s)
 
     def _run(self) -> None:
         native.be_nice(NICENESS)

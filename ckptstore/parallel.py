@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -131,14 +130,6 @@ def start(thread: threading.Thread) -> None:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
-
-
-def interrupted() -> bool:
-    """Whether the caller tidies up after Ctrl-C, in a `finally` or an `except`: somebody waits for the end."""
-    error = sys.exc_info()[1]
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
 
 
 _NONE, _LAST = object(), object()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ckptstore import conditions, native, pages, server_digests
+from ckptstore.backends import interruptible
 from ckptstore.backends.base import Backend
 from ckptstore.errors import (
     AccessError,
@@ -267,7 +269,8 @@ def discard(upload: Upload) -> None:
     """
     if not upload.ended and upload.process == os.getpid():
         upload.ended = True
-        with contextlib.suppress(CkptStoreError):
+        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)  # who saves calls this in a `finally`
+        with interruptible.briefly() if interrupted else contextlib.nullcontext(), contextlib.suppress(CkptStoreError):
             remove(upload.target, upload.prefix)
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from ckptstore.backends import Backend, open_backend
 from ckptstore.backends import object as object_backend
+from ckptstore.backends.s3control import control
 from ckptstore.errors import AccessError, AlreadyExistsError, CkptStoreError, NotFoundError, StorageError, UsageError
 from tests import servers
 
@@ -331,6 +332,12 @@ def test_profile(seaweed, s3, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "default")
     with pytest.raises(AccessError):
         open_backend(s3).get("key")
+    monkeypatch.setenv("AWS_PROFILE", "lob")  # as anybody else, the machine's role say, it must not go on
+    with pytest.raises(UsageError, match=r"lob.*\$AWS_PROFILE"):
+        open_backend(s3)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
+    assert open_backend(s3).get("key") == b"data"
 
 
 @pytest.mark.parametrize("variable", ["", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
@@ -366,6 +373,22 @@ def test_secrets_in_urls_are_refused(url):
     with pytest.raises(UsageError) as caught:
         open_backend(url)
     assert "hush" not in f"{caught.value!r}{caught.value.hint}"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a//b", "s3://bucket/a/../b", "gs://bucket/./b", "az://container/.."])
+def test_prefixes_that_name_nothing(url):
+    with pytest.raises(UsageError, match="between two slashes"):
+        open_backend(url)
+
+
+def test_a_password_in_an_endpoint_is_not_repeated(s3, monkeypatch):
+    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush-hush@127.0.0.1:1")
+    for ask in (lambda backend: backend.get("key"), lambda backend: control(backend).head("key")):
+        with pytest.raises(StorageError) as caught:
+            ask(open_backend(s3))
+        assert "hush" not in f"{caught.value!r}{caught.value.hint}"
 
 
 def test_unknown_scheme():

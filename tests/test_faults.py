@@ -16,7 +16,15 @@ import pytest
 from ckptstore import listing, parallel
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
-from ckptstore.errors import AccessError, AlreadyExistsError, CkptStoreError, DigestMismatchError, StorageError
+from ckptstore.errors import (
+    AccessError,
+    AlreadyExistsError,
+    CkptStoreError,
+    DigestMismatchError,
+    RefusedError,
+    StorageError,
+    UnavailableError,
+)
 from ckptstore.model import Level, Status
 from ckptstore.pull import pull
 from ckptstore.store import CheckpointStore
@@ -310,6 +318,35 @@ def test_credentials_that_have_expired(proxy, s3, what, code):
     with pytest.raises(AccessError, match=code):
         REFUSALS[what](open_backend(s3))
     assert len(proxy.seen) == 1
+
+
+def test_a_request_that_a_store_does_not_know(proxy, s3, monkeypatch):
+    """It is there, and says so: it is not asked again by us, and nobody is told to look for it."""
+    body = b"<Error><Code>NotImplemented</Code><Message>A header you provided implies functionality ...</Message></Error>"
+    proxy.instead = lambda request: faults.response(b"501 Not Implemented", body)
+    proxy.choose = lambda request: "instead"
+    monkeypatch.setattr(object_backend, "TRIES", 2)
+    for what in ("create", "get", "list"):
+        with pytest.raises(UnavailableError, match="does not do what was asked"):
+            REFUSALS[what](open_backend(s3))
+
+
+def test_a_store_that_is_down_for_a_moment_still_knows_conditions(proxy, s3, monkeypatch):
+    """What was found out by trying is not what a failure says."""
+    monkeypatch.setattr(object_backend, "TRIES", 2)
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    backend = open_backend(s3)
+    backend.put("key", b"1")
+    proxy.choose = lambda request: "internal" if b"if-match" in request.head.lower() else ""
+    with pytest.raises(StorageError, match="500"):
+        backend.replace("key", b"2", expected=b"1")
+    proxy.choose = lambda request: ""
+    backend.replace("key", b"2", expected=b"1")
+    assert [blob.key for blob in backend.list()] == ["key"]
+    proxy.instead = lambda request: faults.response(b"501 Not Implemented", b"<Error><Code>NotImplemented</Code></Error>")
+    proxy.choose = lambda request: "instead" if b"if-match" in request.head.lower() else ""
+    with pytest.raises(RefusedError, match="If-Match"):
+        open_backend(s3).replace("key", b"3", expected=b"2")
 
 
 def test_a_conflict_is_no_existing_key(proxy, s3, monkeypatch):

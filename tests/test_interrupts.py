@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore.backends import open_backend
+from ckptstore.backends import interruptible, open_backend
+from ckptstore.errors import AccessError
 from ckptstore.model import CLAIM_NAME, Status
 from ckptstore.store import CheckpointStore
 from tests import commands, faults, servers, trees
@@ -116,7 +117,10 @@ def stop(process: subprocess.Popen[str], *, times: int = 1, how: int = signal.SI
 
 def test_every_verb(silent, run, tmp_path):
     """All are begun at once, each at a bucket of its own, and stopped one after the other."""
-    running = trees.make_run(tmp_path / "running", steps=[46], slot="era_a", slot_step=150, recover_info=150, logs=False)
+    running = [
+        trees.make_run(tmp_path / name, steps=[46], slot="era_a", slot_step=150, recover_info=150, logs=False)
+        for name in ("one", "another")
+    ]
     words = {
         "list": ("list", "--run", "URL"),
         "show": ("show", "46", "--run", "URL"),
@@ -127,7 +131,8 @@ def test_every_verb(silent, run, tmp_path):
         "repair": ("repair", "46", "--run", run, "--from", "URL"),
         "repair-there": ("repair", "46", "--run", "URL", "--from", run),
         "clean": ("clean", "--run", "URL"),
-        "watch": ("watch", "--run", running, "--to", "URL"),
+        "watch": ("watch", "--run", running[0], "--to", "URL"),
+        "watch-term": ("watch", "--run", running[1], "--to", "URL"),
         "twice": ("list", "--run", "URL"),
     }
     before = commands.snapshot(run)
@@ -137,8 +142,9 @@ def test_every_verb(silent, run, tmp_path):
     }
     for name, process in processes.items():
         until(lambda name=name: any(f"/bucket-{name}?" in head or f"/bucket-{name}/" in head for head in silent.asked), name)
-        if name == "watch":
-            assert "stopped" in stop(process, code=0)
+        if name.startswith("watch"):
+            how = signal.SIGTERM if name == "watch-term" else signal.SIGINT
+            assert f"not pushed to s3://bucket-{name}/run: stopped" in stop(process, how=how, code=0)
         else:
             assert stop(process, times=20 if name == "twice" else 1).endswith("interrupted\n")
     assert commands.snapshot(run) == before
@@ -167,13 +173,6 @@ def test_once_more_while_it_is_being_said(silent):
     )
     until(lambda: silent.asked)
     assert stop(process).endswith("interrupted\n")
-
-
-def test_sigterm_ends_watch_alike(silent, tmp_path):
-    running = trees.make_run(tmp_path, steps=[46], slot="era_a", slot_step=150, recover_info=150, logs=False)
-    process = start(silent.port, "watch", "--run", running, "--to", "s3://bucket/run")
-    until(lambda: silent.asked)
-    assert "not pushed to s3://bucket/run: stopped" in stop(process, how=signal.SIGTERM, code=0)
 
 
 def test_in_the_middle_of_the_data(proxy, s3, run, tmp_path):
@@ -241,9 +240,7 @@ def interrupted(when: Callable[[], object]) -> Iterator[None]:
     "call",
     [
         pytest.param(lambda url, run: open_backend(url).put("key", b"1"), id="put"),
-        pytest.param(lambda url, run: open_backend(url).put("key", b"1", if_absent=True), id="create"),
         pytest.param(lambda url, run: open_backend(url).get("key"), id="get"),
-        pytest.param(lambda url, run: open_backend(url).delete("key"), id="delete"),
         pytest.param(lambda url, run: CheckpointStore(url).list(), id="list"),
         pytest.param(lambda url, run: CheckpointStore(url).save(1, run / EXPORT), id="save"),
     ],
@@ -263,6 +260,32 @@ def test_a_save_from_python_that_cannot_be_taken_back(proxy, s3, run, monkeypatc
         store.save(2, run / EXPORT)
     proxy.choose = lambda request: ""
     assert [checkpoint.step for checkpoint in store.list() if checkpoint.status.usable] == [1]
+
+
+def test_who_saves_after_ctrl_c_has_all_the_time(proxy, s3, run, monkeypatch):
+    """The end of many a training loop. The store is slow, and nothing was interrupted of this save."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    store = CheckpointStore(s3)
+    proxy.choose = lambda request: "" if proxy.seen else time.sleep(interruptible.TIDY_S + 0.5) or ""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        store.save(1, run / EXPORT)
+        damaged = faults.response(b"403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>")
+        proxy.instead = lambda request: damaged
+        slow = iter([interruptible.TIDY_S + 0.5])
+        proxy.choose = lambda request: (
+            "instead" if request.method == "PUT" else time.sleep(next(slow, 0) if proxy.hit else 0) or ""
+        )
+        with pytest.raises(AccessError):
+            store.save(2, run / EXPORT)
+    assert [checkpoint.step for checkpoint in store.list()] == [1]
+
+
+def test_a_mirror_is_left_by_ctrl_c(silent, run):
+    """Its thread sits in a request that is not answered."""
+    with interrupted(lambda: silent.asked), CheckpointStore(run).mirror("s3://bucket/run"):
+        time.sleep(30)
 
 
 LEFT_BEHIND = """

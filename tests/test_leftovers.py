@@ -17,7 +17,7 @@ from ckptstore.errors import NotFoundError
 from ckptstore.model import CLAIM_NAME, Level, Status
 from ckptstore.store import CheckpointStore
 from ckptstore.verify import verify
-from tests import commands, trees
+from tests import commands, faults, trees
 from tests.test_push_pull import EXPORT, crash, keys, send
 from tests.test_remote_looking import sealed_run
 from tests.test_server_digests import begin_upload
@@ -149,6 +149,29 @@ def test_unfinished_uploads_go(seaweed, s3, run):
     assert [one.upload_id for one in control(open_backend(f"{s3}x")).uploads()] == [other]
     assert keys(s3) == before
     assert verify(open_backend(s3), listing.scan(open_backend(s3)).checkpoints[0], Level.SERVER).ok
+
+
+UPLOADS = "<ListMultipartUploadsResult>{}</ListMultipartUploadsResult>"
+UPLOAD = "<Upload><Key>{}</Key>{}<Initiated>2020-01-01T00:00:00Z</Initiated></Upload>"
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_uploads_that_cannot_be_ended(seaweed, s3, monkeypatch, names):
+    """No id: to end one could be to remove the object. A key that no push has: it is not said to be removed."""
+    proxy = faults.Proxy(seaweed.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    backend = open_backend(s3)
+    backend.put("a/b", b"1")
+    above = s3.removeprefix("s3://").partition("/")[2]
+    upload = UPLOAD.format(f"{above}/a//b", "<UploadId>1</UploadId>") if names else UPLOAD.format(f"{above}/a/b", "")
+    proxy.instead = lambda request: faults.response(b"200 OK", UPLOADS.format(upload).encode())
+    proxy.choose = lambda request: "instead" if "max-uploads=1000" in request.path else ""
+    try:
+        assert clean(s3) == {}
+        assert (leftovers.look(backend, older_than_s=1).notes == ()) == names
+        assert "DELETE" not in {request.method for request in proxy.seen}
+    finally:
+        proxy.close()
 
 
 def test_an_upload_in_progress_shows_that_a_push_lives(seaweed, s3, run, monkeypatch):

@@ -750,7 +750,7 @@ def open_to(port: int) -> int:
     count = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
-            count += one.getpeername()[1] == port
+            count += one.family == socket.AF_INET and one.getpeername()[1] == port
     return count
 
 

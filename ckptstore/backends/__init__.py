@@ -62,6 +62,8 @@ def normal_url(text: str) -> str:
             f"a {parts.scheme}:// URL that names no bucket, or something before an @",
             hint=f"Say {parts.scheme}://BUCKET/PREFIX.",
         )
+    if parts.scheme in OBJECT_SCHEMES and {"", ".", ".."} & set((parts.path.strip("/") or "-").split("/")):
+        raise UsageError(f"{text}: no name between two slashes of a prefix may be empty, `.` or `..`")
     return text.rstrip("/")
 
 

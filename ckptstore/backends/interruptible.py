@@ -10,8 +10,9 @@ ended, and of processes that end in that moment one in twelve was aborted (obsto
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -19,13 +20,14 @@ from ckptstore import parallel
 
 T = TypeVar("T")
 
-#: What is tidied up after Ctrl-C may take so long, a request.
-TIDY_S = 0.75
+TIDY_S = 0.75  #: see briefly()
+
+_limit_s: float | None = None  #: of the main thread's requests
 
 
 def result(request: Callable[[], T]) -> T:
     """What `request` returns or raises."""
-    if threading.current_thread() is not threading.main_thread():
+    if not _main():
         return request()
     answer: Future[T] = Future()
 
@@ -37,8 +39,42 @@ def result(request: Callable[[], T]) -> T:
 
     parallel.start(threading.Thread(target=make, daemon=True, name="ckptstore-request"))
     try:
-        return answer.result(TIDY_S if parallel.interrupted() else None)
+        return answer.result(_limit_s)
     except TimeoutError:
         if answer.done():
             raise  # the request's own
         raise KeyboardInterrupt from None  # that has been waited for long enough
+
+
+@contextlib.contextmanager
+def briefly() -> Iterator[None]:
+    """To tidy up after Ctrl-C: a request of the main thread in here may take TIDY_S, then KeyboardInterrupt ends it, too."""
+    global _limit_s
+    if not _main():
+        yield
+        return
+    _limit_s = TIDY_S
+    try:
+        yield
+    finally:
+        _limit_s = None
+
+
+@contextlib.contextmanager
+def tidied(tidy: Callable[[], object]) -> Iterator[None]:
+    """Calls `tidy` at the end, as a `finally` does; after Ctrl-C briefly."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with briefly():
+            tidy()
+        raise
+    except BaseException:
+        tidy()
+        raise
+    tidy()
+
+
+def _main() -> bool:
+    """Whether this is the thread that Ctrl-C comes to."""
+    return threading.current_thread() is threading.main_thread()

@@ -27,6 +27,7 @@ from ckptstore.errors import (
     RefusedError,
     StorageError,
     TransitError,
+    UnavailableError,
     UsageError,
 )
 from ckptstore.model import DRAFT_PREFIX
@@ -51,6 +52,9 @@ _NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
 _BAD_DIGEST = re.compile(r"<Code>(BadDigest|InvalidDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
 EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answers them with 400
 _DENIED = re.compile(rf"status code: 40[13] |<Code>({'|'.join(EXPIRED)})<")
+#: The store knows the bucket, and not what is asked of it. A 400 may also be a request that broke off.
+_UNKNOWN = re.compile(r"status code: (405|501) |<Code>(NotImplemented|InvalidArgument|InvalidRequest)<")
+_PASSWORD = re.compile(r"(?<=://)[^/\s@]*@")  #: of an endpoint
 _SECRETS = re.compile(r"(?i)((?:signature|credential|token|sig|secret|key)[\w-]*=)[^&\s\"']+")
 
 
@@ -168,7 +172,7 @@ class ObjectBackend(Backend):
 
     def _passing(self, error: Exception) -> bool:
         """Whether the same request may fare better the next time."""
-        hopeless = any(what.search(str(error)) for what in (_NO_BUCKET, _DENIED, _REFUSED_CERTIFICATE))
+        hopeless = any(what.search(str(error)) for what in (_NO_BUCKET, _DENIED, _REFUSED_CERTIFICATE, _UNKNOWN))
         return isinstance(error, self._obstore.exceptions.GenericError) and not hopeless
 
     def replace(self, key: str, data: Buffer, *, expected: bytes) -> None:
@@ -206,12 +210,11 @@ class ObjectBackend(Backend):
         """Whether a wrong version is refused and the right one is not: some stores ignore the condition, some refuse any."""
         key = f"{DRAFT_PREFIX}probe-{secrets.token_hex(8)}"
         try:
-            self.put(key, b"1")
-            return not self._swap(key, b"2", b"1", '"00000000000000000000000000000000"') and self._swap(key, b"3", b"1")
-        except StorageError:
-            return False  # not implemented there
-        finally:
-            self.delete(key)
+            with interruptible.tidied(lambda: self.delete(key)):
+                self.put(key, b"1")
+                return not self._swap(key, b"2", b"1", '"00000000000000000000000000000000"') and self._swap(key, b"3", b"1")
+        except UnavailableError:
+            return False
 
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """See Backend.put_parts."""
@@ -307,6 +310,11 @@ class ObjectBackend(Backend):
             raise AccessError(
                 f"{what}: {_said(error)}", hint="Are the credentials in the environment right, and not expired?"
             ) from None
+        if _UNKNOWN.search(str(error)):
+            raise UnavailableError(
+                f"{what}: the store does not do what was asked of it: {_said(error)}",
+                hint="What a store must be able to do: docs/object-stores.md.",
+            ) from None
         raise StorageError(
             f"{what}: {_said(error)}",
             operation=doing,
@@ -387,5 +395,5 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
 def _said(error: BaseException) -> str:
     """The library's words on one line, short, without what could be a secret."""
     text = " ".join(str(error).split())
-    text = _SECRETS.sub(r"\1…", text.partition("Debug source:")[0])
+    text = _PASSWORD.sub("", _SECRETS.sub(r"\1…", text.partition("Debug source:")[0]))
     return text[:400].strip()

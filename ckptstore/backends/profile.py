@@ -24,7 +24,7 @@ def authorities() -> Authorities:
     """What the environment says of it, else the profile, as botocore takes it: whoever signs."""
     if path := os.environ.get("AWS_CA_BUNDLE", ""):
         return Authorities(path, "$AWS_CA_BUNDLE")
-    return Authorities(_section().get("ca_bundle", ""), f"ca_bundle of the profile {_name()}")
+    return Authorities((_section() or {}).get("ca_bundle", ""), f"ca_bundle of the profile {_name()}")
 
 
 def hint() -> str:
@@ -52,6 +52,9 @@ def read() -> dict[str, Any]:
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return {}
     found = _section()
+    if found is None and os.environ.get("AWS_PROFILE"):  # whoever the machine's role is, it is not who was asked for
+        raise UsageError(f"there is no profile {_name()} ($AWS_PROFILE) in ~/.aws", hint="Is its name right?")
+    found = found or {}
     keys = {"aws_access_key_id": "access_key_id", "aws_secret_access_key": "secret_access_key"}
     keys |= {"aws_session_token": "session_token"} | ({} if endpoint() else {"endpoint_url": "endpoint"})
     keys |= {"region": "region"} if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")) else {}
@@ -59,13 +62,13 @@ def read() -> dict[str, Any]:
 
 
 def _name() -> str:
-    return os.environ.get("AWS_PROFILE", "default")
+    return os.environ.get("AWS_PROFILE") or "default"
 
 
-def _section() -> dict[str, str]:
-    """All that the two files say of the profile."""
+def _section() -> dict[str, str] | None:
+    """All that the two files say of the profile; None where neither knows it."""
     name = _name()
-    found: dict[str, str] = {}
+    found: dict[str, str] | None = None
     for variable, usual, section in (
         ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
         ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
@@ -76,5 +79,5 @@ def _section() -> dict[str, str]:
         except (configparser.Error, UnicodeDecodeError) as error:
             raise UsageError(f"${variable} ({usual}) cannot be read: {type(error).__name__}") from None
         if parser.has_section(section):
-            found |= dict(parser.items(section))
+            found = (found or {}) | dict(parser.items(section))
     return found

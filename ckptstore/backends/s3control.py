@@ -124,8 +124,11 @@ class S3Control:
                 path = unquote_plus(path) if encoded else path
                 if not path.startswith(query["prefix"]):
                     continue  # a store that knows no prefix here must not have others' uploads aborted
-                begun_ns = self._time_ns(entry.findtext("{*}Initiated", ""))
-                yield Upload(path.removeprefix(above), entry.findtext("{*}UploadId", ""), begun_ns)
+                upload = Upload(path.removeprefix(above), entry.findtext("{*}UploadId", ""), self._time_ns(entry))
+                if not upload.upload_id:  # to abort it could be to remove the object
+                    raise UnavailableError(f"{_LISTING} {self.backend.location}: the store does not say which they are")
+                if self._can_be_ours(upload.key):
+                    yield upload
             key_marker = root.findtext("{*}NextKeyMarker", "")
             marker = {
                 "key-marker": unquote_plus(key_marker) if encoded else key_marker,
@@ -136,9 +139,16 @@ class S3Control:
                 return
             query |= marker
 
-    def _time_ns(self, text: str) -> int:
+    def _can_be_ours(self, key: str) -> bool:
+        """No push has a key like `a//b`, and nothing can be asked about it."""
         try:
-            begun = datetime.fromisoformat(text)
+            return bool(self.backend.key_path(key))
+        except NotFoundError:
+            return False
+
+    def _time_ns(self, entry: ElementTree.Element) -> int:
+        try:
+            begun = datetime.fromisoformat(entry.findtext("{*}Initiated", ""))
         except ValueError:
             raise UnavailableError(f"{_LISTING} {self.backend.location}: the store does not say when one was begun") from None
         return int((begun if begun.tzinfo else begun.replace(tzinfo=UTC)).timestamp() * 1e9)

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 from xml.sax.saxutils import escape
 
-from ckptstore import parallel
 from ckptstore.backends.connections import Body, whole
 from ckptstore.backends.s3control import CRC, DAMAGED, Reply, S3Control, Upload, crc64_of, text_of, xml_of
-from ckptstore.errors import NotFoundError, StorageError, UnavailableError
+from ckptstore.errors import CkptStoreError, NotFoundError, StorageError, UnavailableError
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
+
+    from ckptstore.parallel import Stop
 
 PAGE = 1000  #: parts that one answer lists, the most that S3 allows
 _GONE = "NoSuchUpload"
@@ -58,11 +59,13 @@ class S3Multipart:
         key = f"{above}{secrets.token_hex(8)}"
         upload = self.begin(key)
         try:
-            if upload.upload_id not in [found.upload_id for found in self.unfinished(key)] or self.parts(upload):
-                raise UnavailableError(f"{self._control.backend.location}: the store does not list unfinished uploads")
-        finally:
-            if not parallel.interrupted():  # else it may be that nothing is answered; it has no parts, and `clean` knows it
-                self.abort(upload)
+            listed = upload.upload_id in [found.upload_id for found in self.unfinished(key)] and not self.parts(upload)
+        except CkptStoreError:
+            self.abort(upload)
+            raise
+        self.abort(upload)  # after Ctrl-C it stays: perhaps nothing is answered. It has no parts, and `clean` knows it
+        if not listed:
+            raise UnavailableError(f"{self._control.backend.location}: the store does not list unfinished uploads")
 
     def begin(self, key: str) -> Upload:
         """A new upload."""
@@ -97,7 +100,7 @@ class S3Multipart:
                 return found
             query["part-number-marker"] = marker
 
-    def put(self, upload: Upload, number: int, body: Body, *, crc64: int, stop: parallel.Stop) -> Part:
+    def put(self, upload: Upload, number: int, body: Body, *, crc64: int, stop: Stop) -> Part:
         """Send part `number`, of this digest. Waits for the backend's bandwidth; sent again as any request."""
         if (bandwidth := self._control.backend.bandwidth) is not None:
             bandwidth.take(body.size_bytes)
@@ -109,7 +112,7 @@ class S3Multipart:
         self._see(upload, answer)
         return Part(number, body.size_bytes, answer.headers.get("etag", "").strip('"'), crc64)
 
-    def complete(self, upload: Upload, parts: Mapping[int, Part], *, crc64: int, stop: parallel.Stop) -> str:
+    def complete(self, upload: Upload, parts: Mapping[int, Part], *, crc64: int, stop: Stop) -> str:
         """Make an object of these parts: "" when it is there, else the code with which the store refuses them.
 
         GoneError where there is no such upload (any more: it may have come through at an earlier try).
