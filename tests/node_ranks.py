@@ -181,6 +181,13 @@ def finish(root: Path) -> dict[str, Any]:
     shutil.copytree(root / "whole/node1/step-6", root / "between renames/node1/step-6")
     draft.rename(draft.parent.parent / f"old-step-6-{draft.parent.name.removeprefix('save-')}")
     shutil.rmtree(draft.parent)
+    # Step 6 as it was, and what was to replace it is prepared on both; on one it was cut between the renames.
+    shutil.copytree(root / "saved again", root / "saved again by none")
+    for node in range(NODES):
+        draft = unpublish(root / f"saved again by none/node{node}", 6)
+        shutil.copytree(root / f"whole/node{node}/step-6", root / f"saved again by none/node{node}/step-6")
+    draft.rename(draft.parent.parent / f"old-step-6-{draft.parent.name.removeprefix('save-')}")
+    shutil.rmtree(draft.parent)
     # The bugs that these cases are for.
     planted = {
         "published by none": ("undone", lambda ranks: sorted({save for rank in ranks for save in rank.prepared})),

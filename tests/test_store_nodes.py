@@ -109,6 +109,7 @@ def test_drafts_that_a_crash_left(tmp_path: Path) -> None:
         assert seen.pop(case) == [6, [6], 0, 0], case
     assert seen.pop("between renames") == [6, [7], 0, 0]
     assert seen.pop("published by none") == [5, [5], 1, 1]
+    assert seen.pop("saved again by none") == [6, [6], 1, 1]
     assert seen.pop("four ranks") == [6] * 4, "also those who do not publish"
     planted = {case: seen.pop(case) for case in list(seen) if case.startswith("planted")}
     for case, found in seen.items():
