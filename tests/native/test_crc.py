@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ckptstore import native
 
-from .conftest import HERE, random_bytes
+from .conftest import HERE
+from .files import random_bytes
 
 IMPLEMENTATIONS = native.implementations()
 OTHERS = {native.crc64: awscrt.checksums.crc64nvme, native.crc32: zlib.crc32}
