@@ -811,7 +811,7 @@ def test_a_trial_that_is_a_mount_of_its_own(tmp_path):
         (),
         ("refuse",),
         ("lie",),
-        ("nodirect", "nofallocate"),
+        pytest.param(("nodirect", "nofallocate"), marks=pytest.mark.soak),  # the next one has both
         ("nofsyncdir", "nodirect", "nofallocate"),
         ("refuse", "nofsyncdir"),
     ],
