@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,18 @@ def memory_path() -> Iterator[Path]:
     folder = tempfile.mkdtemp(prefix="ckptstore-test-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     yield Path(folder)
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of native/faults.c, to be loaded before libc."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the fault library")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = Path(__file__).parent / "native/faults.c"
+    subprocess.run([compiler, "-O2", "-Wall", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
+    return library
 
 
 @pytest.fixture

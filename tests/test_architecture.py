@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -59,20 +60,29 @@ def modules():
 MODULES = modules()
 
 
-def imports(tree):
+@functools.cache
+def nodes(name):
+    """All of a module's syntax tree; a walk takes longer than what most tests do with it."""
+    return tuple(ast.walk(MODULES[name]))
+
+
+@functools.cache
+def imports(name):
     """Dotted names that a module imports, wherever in it; `from a import b` gives a.b."""
-    for node in ast.walk(tree):
+    found = []
+    for node in nodes(name):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "relative imports hide where a name comes from"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def own_imports(name):
     """Modules of the package that a module imports."""
     found = set()
-    for imported in imports(MODULES[name]):
+    for imported in imports(name):
         if imported.partition(".")[0] == "ckptstore":
             rest = imported.removeprefix("ckptstore").removeprefix(".")
             found.add(rest if rest in MODULES else rest.rpartition(".")[0])
@@ -90,7 +100,7 @@ def layer(name):
 
 
 def outside(name):
-    return {imported.partition(".")[0] for imported in imports(MODULES[name])} - {"ckptstore"}
+    return {imported.partition(".")[0] for imported in imports(name)} - {"ckptstore"}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -123,7 +133,7 @@ def test_command_line_is_on_top():
 
 
 def test_only_native_imports_the_extension():
-    users = {name for name in MODULES if any("_native" in imported.split(".") for imported in imports(MODULES[name]))}
+    users = {name for name in MODULES if any("_native" in imported.split(".") for imported in imports(name))}
     assert users == {"native"}
 
 
@@ -149,7 +159,7 @@ def test_third_parties_have_one_door_each(library):
 def test_nothing_is_unpickled_or_evaluated(name):
     """Looking at a checkpoint never runs what is in it."""
     assert not outside(name) & {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-    for node in ast.walk(MODULES[name]):
+    for node in nodes(name):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), f"{name}:{node.lineno}"
@@ -161,7 +171,7 @@ def test_nothing_is_unpickled_or_evaluated(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_no_handler_swallows_everything(name):
     """`except:` and a silent `except Exception` hide what nobody thought of."""
-    for node in ast.walk(MODULES[name]):
+    for node in nodes(name):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             if caught in ("everything", "BaseException"):
@@ -198,7 +208,7 @@ def test_type_checkers_see_the_same_names():
     """The names imported lazily and those under TYPE_CHECKING are two lists: they must not drift apart."""
     seen = {
         alias.asname or alias.name: node.module
-        for node in ast.walk(MODULES[""])
+        for node in nodes("")
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ckptstore")
         for alias in node.names
     }

@@ -13,8 +13,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +33,7 @@ from ckptstore.config import load
 from ckptstore.errors import NothingToResumeError, RefusedError
 from ckptstore.frameworks.areal.launch import find_installation
 from ckptstore.plan import Options
-from tests import areal_rules, trees
+from tests import areal_rules, trees, warm
 from tests.areal_rules import Engine, Fresh, Resumed
 
 KILL_CHILD = Path(__file__).parent / "kill_child.py"
@@ -567,28 +565,19 @@ def test_kill_9_at_random_moments_is_never_silent(memory_path: Path, fallback: b
     while sum(seen[how] for how in ("old", "loud", "new")) < kills:
         root = memory_path / "run"
         run = copied(template, memory_path / "template", root)
-        reading, writing = os.pipe()
         words = ["setup", "--step", "100", "--areal-version", VERSIONS["A"], "--world-size", "2", "--force", "--json"]
-        process = subprocess.Popen(
-            [sys.executable, KILL_CHILD, json.dumps({"fallback": fallback, "report": writing}), *words, "--run", run.trial],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(KILL_CHILD.parents[1]), *sys.path])},
-            pass_fds=[writing],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(writing)
-        with open(reading, "rb") as pipe:
-            pipe.readline()  # it has come to its first phase
-            started = time.monotonic()
-            timer = threading.Timer(chance.uniform(0.3, 1.1) * whole_s, process.kill)
-            if whole_s:
-                timer.start()
-            phases = pipe.read().decode().split()
+        process = warm.Python(KILL_CHILD, json.dumps({"fallback": fallback}), *words, "--run", run.trial)
+        process.stdout.readline()  # it has come to its first phase
+        started = time.monotonic()
+        timer = threading.Timer(chance.uniform(0.3, 1.1) * whole_s, process.send_signal, (signal.SIGKILL,))
+        if whole_s:
+            timer.start()
+        done = process.finish()
         timer.cancel()
-        ended = process.wait()
+        ended, phases = done.returncode, done.stdout.split()
         if ended == 0:
             whole_s = time.monotonic() - started
-        assert ended in (0, -signal.SIGKILL), (ended, phases)
+        assert ended in (0, -signal.SIGKILL), (ended, done.stdout, done.stderr)
         how = judge(run, 140, 100)
         seen["finished" if ended == 0 else how] += 1
         said = commit.roll_forward(run.side)

@@ -24,24 +24,13 @@ from pathlib import Path
 import pytest
 
 from ckptstore import cli
-from tests import trees
+from tests import trees, warm
 from tests.crashing import content, without_manifest
 from tests.kill_phases import PHASES
 
 CHILD = Path(__file__).parent / "kill_child.py"
 BIG_BYTES = 3 << 20
 WORDS = ("setup", "--as-is", "--json", "--areal-version", "1.0.0", "--run")
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler for the fault library")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).parent / "native/faults.c"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
-    return library
 
 
 class Campaign:
@@ -79,37 +68,38 @@ class Campaign:
     def strike(self, *, fallback: bool, fault: str = "", strace: str = "", delay_s: float = -1.0, **spec) -> bool:
         """One setup that is to be killed; False when it came to its end before."""
         run = self.fresh()
-        reading, writing = os.pipe()
-        spec |= {"fallback": fallback, "report": writing}
+        spec |= {"fallback": fallback}
+        words = [CHILD, json.dumps(spec), *WORDS, run]
+        if fault or strace or delay_s >= 0 or spec["phase"] == "start-up":
+            done = self.from_the_start(words, fault=fault, strace=strace, delay_s=delay_s)
+        else:
+            done = warm.Python(*words).finish()
+        phases = [line for line in done.stdout.splitlines() if line in PHASES]
+        what = f"{spec} {fault} {strace} in {phases[-1:]}"
+        if done.returncode == 0:
+            self.finished += 1
+            assert self.state(run) == "new", what
+            return False
+        assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), f"{what}: {done.stderr[-2000:]}"
+        self.kills[phases[-1] if phases else "start-up"] += 1
+        self.judge(run, what)
+        return True
+
+    def from_the_start(self, words: list, *, fault: str, strace: str, delay_s: float) -> subprocess.CompletedProcess[str]:
+        """Of Python, too; with the library of faults, traced, or killed after a while."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CHILD.parents[1]), *sys.path])}
         if fault:
             environment |= {"LD_PRELOAD": str(self.faults), "FAULT": f"{fault}:kill", "FAULT_PATH": "/stage-"}
         tracer = ["strace", "-f", "-qq", "-o", "/dev/null", "--seccomp-bpf", "-e", f"inject={strace}"] if strace else []
-        process = subprocess.Popen(
-            [*tracer, sys.executable, CHILD, json.dumps(spec), *WORDS, run],
-            env=environment,
-            pass_fds=[writing],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        os.close(writing)
-        if delay_s >= 0:
+        command = [*tracer, sys.executable, *words]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
             timer = threading.Timer(delay_s, process.kill)
-            timer.start()
-        said = process.communicate()[1]
-        with open(reading, "rb") as pipe:
-            phases = pipe.read().decode().split("\n")[:-1]
-        if delay_s >= 0:
+            if delay_s >= 0:
+                timer.start()
+            out, error = process.communicate()
             timer.cancel()
-        what = f"{spec} {fault} {strace} in {phases[-1:]}"
-        if process.returncode == 0:
-            self.finished += 1
-            assert self.state(run) == "new", what
-            return False
-        assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), f"{what}: {said.decode()[-2000:]}"
-        self.kills[phases[-1] if phases else "start-up"] += 1
-        self.judge(run, what)
-        return True
+        return subprocess.CompletedProcess(command, process.returncode, out, error)
 
     def state(self, run: Path) -> str:
         """Old, new, or what it should never be; by the bytes of every file."""

@@ -53,12 +53,22 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(sending, "PART_BYTES", PART_BYTES)
 
 
-@pytest.fixture
-def run(tmp_path):
-    run = sealed_run(tmp_path, (46,))
-    trees.set_age(add_big_file(run, 24).parent, 3600)
+def make(folder, megabytes=24):
+    run = sealed_run(folder, (46,))
+    trees.set_age(add_big_file(run, megabytes).parent, 3600)
     CheckpointStore(run).seal(46)
     return run
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("sealed"))
+
+
+@pytest.fixture
+def run(sealed, tmp_path):
+    """To be read only: its files are the same for all tests."""
+    return shutil.copytree(sealed, tmp_path / "checkpoints/alice/gsm8k-grpo/trial0", copy_function=os.link)
 
 
 @pytest.fixture
@@ -195,8 +205,9 @@ def test_a_part_that_is_flipped_on_its_way(proxy, s3, run):
     assert checked(s3).ok
 
 
-def test_a_source_differs_from_its_manifest(proxy, s3, run):
+def test_a_source_differs_from_its_manifest(proxy, s3, tmp_path):
     """A bit of it rotted since: it is never sent whole, whatever of the file was there before."""
+    run = make(tmp_path)
     upload = leave(s3, {1: pieces(run)[0]})
     proxy.seen.clear()
     status = (run / KEY).stat()
@@ -649,9 +660,7 @@ def told(process: subprocess.Popen[bytes]) -> list[dict[str, object]]:
 
 def test_kill_9_in_the_middle_of_a_file(seaweed, s3, tmp_path):
     """What is sent again is what was on its way: at most one part a stream, and of what the store tells to have, none."""
-    run = sealed_run(tmp_path, (46,))
-    trees.set_age(add_big_file(run, 128).parent, 3600)
-    CheckpointStore(run).seal(46)
+    run = make(tmp_path, 128)
     total = CheckpointStore(run).get(46).size_bytes
     meter = faults.Meter(seaweed.port, together_bytes_per_s=150e6)
     try:

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,20 +23,14 @@ from ckptstore.sharing import deal
 from ckptstore.verify import verify
 from tests import commands, warm
 from tests.faults import Proxy
-from tests.test_sharing import _no_process_is_left, popen  # noqa: F401 (a fixture)
+from tests.test_sharing import _no_process_is_left, ended, start  # noqa: F401 (a fixture)
 
 torch = pytest.importorskip("torch")
 from tests.killed_ranks import free_port, values  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 STEP = 6
-#: The streams of a process that was forked are those of the one that it was forked from.
-COMMAND = """
-import sys
-sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))
-from ckptstore.recover import main
-main()
-"""
+COMMAND = "from ckptstore.recover import main\nmain()"
 HASTY = "from ckptstore import rendezvous\nrendezvous.MEET_S = {}\n" + COMMAND
 
 
@@ -76,14 +69,8 @@ def push(
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         words = ("push", STEP, "--run", root / stores[rank // local], "--to", there.url, *more)
         env = there.env | {name: str(value) for name, value in place.items()}
-        started.append(warm.Python("-c", command, *words, env=env))
+        started.append(start("-c", command, *words, env=env))
     return started
-
-
-def ended(processes: list[warm.Python], timeout_s: float = 60) -> tuple[list[int], list[str], str]:
-    """Exit codes and outputs."""
-    done = [process.finish(timeout_s) for process in processes]
-    return [one.returncode for one in done], [one.stdout for one in done], "".join(one.stderr for one in done)
 
 
 def is_whole(url: str, step: int = STEP) -> None:
@@ -124,17 +111,16 @@ def test_four_ranks_of_two_nodes(there: Any, saved: Path, tmp_path: Path) -> Non
 @pytest.mark.soak
 def test_two_launchers_of_torch(there: Any, saved: Path) -> None:
     """A torchrun a node, as on two machines; all steps, the newest one first as a dry run."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
     for words in (("--latest", "--dry-run"), ("--all",)):
-        port = str(free_port())
+        port = free_port()
         both = []
         for node in (0, 1):
-            where = ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port]
-            command = ["push", *words, "--run", str(saved / f"node{node}"), "--to", there.url]
-            both.append(popen([*launcher, *where, "-m", "--", "ckptstore.recover", *command], there.env))
-        outs = [process.communicate(timeout=90) for process in both]
-        assert [process.returncode for process in both] == [0, 0], outs
-        out = outs[0][0]
+            where = ("--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port)
+            command = ("push", *words, "--run", saved / f"node{node}", "--to", there.url)
+            both.append(start(*launcher, *where, "-m", "--", "ckptstore.recover", *command, env=there.env))
+        codes, (out, _), err = ended(both, 90)
+        assert codes == [0, 0], err
         if "--dry-run" in words:
             assert "would be sent" in out
             assert list(open_backend(there.url).list()) == []

@@ -664,17 +664,6 @@ else:
 """
 
 
-@pytest.fixture(scope="session")
-def faults_library(tmp_path_factory):
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler for the fault library")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    source = Path(__file__).parent / "native/faults.c"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
-    return library
-
-
 def setup_with_fault(run, library, fault, *words):
     log = run.parent / "hits"
     more = {"LD_PRELOAD": str(library), "FAULT": fault, "FAULT_PATH": "stage-", "FAULT_LOG": str(log)}
@@ -702,23 +691,23 @@ def setup_with_fault(run, library, fault, *words):
         (f"renameat2:1:{errno.EIO}", "NotCommitted"),
     ],
 )
-def test_a_failing_destination_is_no_fault_of_the_checkpoint(tmp_path, faults_library, fault, said):
+def test_a_failing_destination_is_no_fault_of_the_checkpoint(tmp_path, faults, fault, said):
     """The quota counts as space; no candidate is skipped for it, the old slot stays, and the next setup works."""
     run = make_run(tmp_path, slot="hf")
     before = content(slot(run))
-    assert setup_with_fault(run, faults_library, fault).startswith(said)
+    assert setup_with_fault(run, faults, fault).startswith(said)
     assert content(slot(run)) == before
     setup(run)
     assert_holds(run, 140)
 
 
-def test_a_write_that_lies_is_found_by_reading_back(tmp_path, faults_library):
+def test_a_write_that_lies_is_found_by_reading_back(tmp_path, faults):
     """The disk says that it wrote. Reading back finds it, and blames the disk, not the checkpoint."""
     run = make_run(tmp_path, slot="hf")
     for step in STEPS:
         seal_step(run, step)
     before = content(slot(run))
-    assert setup_with_fault(run, faults_library, "pwrite64:1:lie", "verify").startswith("StorageError")
+    assert setup_with_fault(run, faults, "pwrite64:1:lie", "verify").startswith("StorageError")
     assert content(slot(run)) == before
     assert all(checkpoint.status is Status.COMMITTED for checkpoint in scan(LocalBackend(run)).checkpoints)
     setup(run)
@@ -822,7 +811,7 @@ def test_a_trial_that_is_a_mount_of_its_own(tmp_path):
         (),
         ("refuse",),
         ("lie",),
-        ("nodirect", "nofallocate"),
+        pytest.param(("nodirect", "nofallocate"), marks=pytest.mark.soak),  # the next one has both
         ("nofsyncdir", "nodirect", "nofallocate"),
         ("refuse", "nofsyncdir"),
     ],
@@ -934,27 +923,21 @@ class Counting(LocalBackend):
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.soak)])
-def test_thousands_of_checkpoints_cost_one_look_at_each(tmp_path, count):
+def test_thousands_of_checkpoints_cost_one_look_at_each(memory_path, count):
     """Listing reads one tree, which brings the manifests along; choosing opens the files of the chosen one alone."""
-    place = Path("/dev/shm") if count > 1000 and os.path.isdir("/dev/shm") else tmp_path
-    root = place / f"ckptstore-test-{os.getpid()}"
-    root.mkdir()
-    try:
-        run = trees.make_many(root, count)
-        for step in range(0, count if count <= 300 else 0, 10):
-            seal_step(run, step)
-        backend = Counting(run)
-        listing = scan(backend)
-        assert len(listing.checkpoints) == count
-        sealed = sum(checkpoint.status is Status.COMMITTED for checkpoint in listing.checkpoints)
-        assert sealed == (count // 10 if count <= 300 else 0)
-        assert (backend.trees, backend.reads) == (1, 0)
-        backend = Counting(run)
-        point = resume_point(backend, listing, Selection())
-        assert point.checkpoint.step == count - 1
-        assert backend.reads <= 4 * len(trees.MODEL_FILES)
-    finally:
-        shutil.rmtree(root)
+    run = trees.make_many(memory_path, count)
+    for step in range(0, count if count <= 300 else 0, 10):
+        seal_step(run, step)
+    backend = Counting(run)
+    listing = scan(backend)
+    assert len(listing.checkpoints) == count
+    sealed = sum(checkpoint.status is Status.COMMITTED for checkpoint in listing.checkpoints)
+    assert sealed == (count // 10 if count <= 300 else 0)
+    assert (backend.trees, backend.reads) == (1, 0)
+    backend = Counting(run)
+    point = resume_point(backend, listing, Selection())
+    assert point.checkpoint.step == count - 1
+    assert backend.reads <= 4 * len(trees.MODEL_FILES)
 
 
 def test_errors_carry_what_a_person_needs(run):

@@ -8,8 +8,7 @@ import functools
 import itertools
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +183,8 @@ def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int]) 
 
 
 @pytest.fixture
-def room() -> Iterator[Path]:
-    place = tempfile.mkdtemp(prefix="ckptstore-test-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-    yield Path(place)
-    shutil.rmtree(place)
+def room(memory_path: Path) -> Path:
+    return memory_path
 
 
 def fill(room: Path, *numbers: int) -> CheckpointStore:

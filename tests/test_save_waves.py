@@ -26,10 +26,10 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "store")
 
 
-def make(value: float) -> dict[str, Any]:
+def make(value: float, *, large_count: int = 9_000_001) -> dict[str, Any]:
     """54 MB in two files: pieces that end within tensors, a transposed one, a tied one, small ones, an empty one."""
     torch.manual_seed(int(value))
-    large = torch.randn(9_000_001)
+    large = torch.randn(large_count)
     return {
         "model": {"large": large, "tied": large, "half": torch.randn(1001).bfloat16(), "turned": torch.randn(1500, 1500).t()},
         "optimizer": {

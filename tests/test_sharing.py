@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.sharing import deal, share_of
 from ckptstore.store import CheckpointStore
 from ckptstore.verify import verify
-from tests import commands, trees
+from tests import commands, trees, warm
 from tests.faults import Proxy
 from tests.test_push_pull import EXPORT, add_big_file, same, send
 from tests.test_remote_looking import sealed_run
@@ -101,12 +100,7 @@ def pushed(stored, s3, seaweed):
     proxy.close()
 
 
-def torchrun(count: int, *words: object, env: dict[str, str]) -> subprocess.Popen[str]:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "--")
-    return popen([*launcher, "ckptstore.recover", *map(str, words)], env)
-
-
-_STARTED: list[subprocess.Popen[str]] = []
+_STARTED: list[warm.Python] = []
 
 
 @pytest.fixture(autouse=True)
@@ -114,16 +108,17 @@ def _no_process_is_left():
     """A test that fails in its middle leaves none waiting."""
     yield
     while _STARTED:
-        process = _STARTED.pop()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        _STARTED.pop().kill()
 
 
-def popen(words: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    _STARTED.append(subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
+def start(*words: object, env: dict[str, str]) -> warm.Python:
+    _STARTED.append(warm.Python(*words, env=env))
     return _STARTED[-1]
+
+
+def torchrun(count: int, *words: object, env: dict[str, str]) -> warm.Python:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, "-m", "--")
+    return start(*launcher, "ckptstore.recover", *words, env=env)
 
 
 def ranks(count: int, *words: object, env: dict[str, str], nodes: int = 1, meet=30, join=20, more="", to=()):
@@ -134,15 +129,14 @@ def ranks(count: int, *words: object, env: dict[str, str], nodes: int = 1, meet=
         place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local, "MASTER_PORT": "1"}
         own = ["--to", str(to[rank // local])] if to else []
         program = HASTY.format(meet=meet, join=join, more=more.format(node=rank // local))
-        command = [sys.executable, "-c", program, *map(str, words), *own]
-        started.append(popen(command, env | {name: str(value) for name, value in place.items()}))
+        started.append(start("-c", program, *words, *own, env=env | {name: str(value) for name, value in place.items()}))
     return started
 
 
 def ended(processes, timeout_s=60):
     """Exit codes and outputs."""
-    found = [process.communicate(timeout=timeout_s) for process in processes]
-    return [process.returncode for process in processes], [out for out, _ in found], "".join(err for _, err in found)
+    found = [process.finish(timeout_s) for process in processes]
+    return [one.returncode for one in found], [one.stdout for one in found], "".join(one.stderr for one in found)
 
 
 def whole(run: Path) -> None:
@@ -221,7 +215,7 @@ def nothing_visible(there: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.soak), 1])
-def test_a_rank_is_killed(slow, tmp_path, victim):
+def test_a_rank_is_killed(slow, tmp_path, capfd, victim):
     """The others end by themselves, soon; nothing is there; the next launch goes on with what had come."""
     there = tmp_path / "there/trial0"
     words = ("pull", "46", "--from", slow.url, "--to", there, "--json")
@@ -242,7 +236,7 @@ def test_a_rank_is_killed(slow, tmp_path, victim):
     whole(there)
     assert re.search(r'"kept_bytes": [1-9]', outs[0])
     assert [name for name in side_of(there) if not name.startswith("ranks-")] == []
-    assert commands.spawn("clean", "--run", there).code == 0
+    assert commands.invoke(capfd, "clean", "--run", there).code == 0
     assert side_of(there) == []
 
 
@@ -294,7 +288,7 @@ def test_a_rank_that_never_comes(pushed, tmp_path):
     """Bounded, and it is said which one is missing."""
     there = tmp_path / "there/trial0"
     processes = ranks(3, "pull", "46", "--from", pushed.url, "--to", there, env=pushed.env, meet=4, join=1)
-    processes[2].kill()
+    processes[2].send_signal(signal.SIGKILL)
     codes, _, err = ended(processes, 30)
     assert all(codes), codes
     assert "rank 2" in err
@@ -327,7 +321,6 @@ def test_a_machine_that_falls_silent(slow, tmp_path):
     processes[1].send_signal(signal.SIGSTOP)
     (code,), _, err = ended(processes[:1], 20)
     processes[1].kill()
-    processes[1].communicate()
     assert code == 1
     assert "rank 1 died: no sign of it" in err
     nothing_visible(there)

@@ -10,9 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,11 +55,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def room() -> Iterator[Path]:
+def room(memory_path: Path) -> Path:
     """A folder in memory: the sweeps do thousands of fsyncs."""
-    place = tempfile.mkdtemp(prefix="ckptstore-test-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-    yield Path(place)
-    shutil.rmtree(place)
+    return memory_path
 
 
 def step_folder(store: CheckpointStore, step: int) -> Path:

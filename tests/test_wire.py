@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from ckptstore.backends import open_backend, s3multipart
 from ckptstore.backends.s3control import control
 from ckptstore.model import Status
 from ckptstore.store import CheckpointStore
-from tests import trees
+from tests import trees, warm
 from tests.faults import Meter
 from tests.test_push_pull import EXPORT, same, send
 from tests.test_remote_looking import sealed_run
@@ -56,21 +56,18 @@ def meter(seaweed, s3):
 
 def transfer(meter: Meter, words: list[object], *, kill_when: Callable[[], bool] | None = None) -> int:
     """The command in a process of its own, through the meter, killed when told; its exit code."""
-    environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{meter.port}", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "ckptstore.recover", *map(str, words)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if kill_when is not None and kill_when():
-            process.kill()
-        try:
-            process.wait(0.002)
-        except subprocess.TimeoutExpired:
-            continue
+    environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{meter.port}"}
+    process = warm.Python("-m", "ckptstore.recover", *words, env=environment)
+    while kill_when is not None and not kill_when():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            raise AssertionError(f"it ended before: {process.wait(0.002)}")
+    if kill_when is not None:
+        process.send_signal(signal.SIGKILL)
+    code = process.finish(120).returncode
     before = -1
     while before != (before := meter.up_bytes):  # what a dead process had handed to the kernel goes on its way
         time.sleep(0.3)
-    return process.wait(1)
+    return code
 
 
 def test_a_push_that_goes_on(meter, s3, run):

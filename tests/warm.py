@@ -70,6 +70,8 @@ def _run(words: list[str], environment: dict[str, str], output: Connection, erro
     os.dup2(errors.fileno(), 2)
     output.close()
     errors.close()
+    # Those that were inherited believe to be what the fork server's were: a file, say, that can be sought in.
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False, buffering=1) for number in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     warnings.simplefilter("ignore")

@@ -34,8 +34,10 @@ def result(request: Callable[[], T]) -> T:
     def make() -> None:
         try:
             answer.set_result(request())
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        except BaseException as error:
             answer.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
 
     parallel.start(threading.Thread(target=make, daemon=True, name="ckptstore-request"))
     try:

@@ -1,47 +1,16 @@
-"""Helpers of the engine's tests: files of known bytes, digests made by somebody else, mounts, subprocesses."""
+"""Helpers of the engine's tests: mounts, subprocesses, a library of faults."""
 
 import contextlib
 import os
-import random
 import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
-import awscrt.checksums
 import pytest
 
-from ckptstore import native
-
 HERE = Path(__file__).parent
-CHUNK = 64 << 10  # small, so that small files have many
-
-
-def random_bytes(size, seed=0):
-    return random.Random(f"{size} {seed}").randbytes(size)
-
-
-def independent_digest(data, chunk=CHUNK):
-    crc = awscrt.checksums.crc64nvme
-    return native.Digest(crc(data) if data else 0, tuple(crc(data[i : i + chunk]) for i in range(0, len(data), chunk)))
-
-
-def make_tree(root, contents):
-    """Write {name: bytes} below root; return the specs."""
-    for name, data in contents.items():
-        path = Path(root, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return [native.FileSpec(name, len(data)) for name, data in contents.items()]
-
-
-def assert_same(source, destination, specs):
-    for spec in specs:
-        assert Path(destination, spec.name).read_bytes() == Path(source, spec.name).read_bytes(), spec.name
-        a, b = Path(source, spec.name).stat(), Path(destination, spec.name).stat()
-        assert (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
 
 
 @pytest.fixture
@@ -50,27 +19,6 @@ def roots(tmp_path):
     source.mkdir()
     destination.mkdir()
     return source, destination
-
-
-@pytest.fixture(scope="session")
-def faults(tmp_path_factory):
-    """Return the compiled LD_PRELOAD library."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler for the fault library")
-    library = tmp_path_factory.mktemp("faults") / "faults.so"
-    subprocess.run([compiler, "-O2", "-Wall", "-shared", "-fPIC", HERE / "faults.c", "-o", library, "-ldl"], check=True)
-    return library
-
-
-def state(threads=1):
-    """Descriptors and how many threads there are, once these are `threads`: one that was joined is listed for a moment."""
-    threads += os.environ.get("CKPTSTORE_SANITIZED") == "thread"  # which has one of its own
-    for _ in range(1000):
-        if len(os.listdir("/proc/self/task")) <= threads:
-            break
-        time.sleep(0.001)
-    return sorted(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 def run_python(code, *arguments, preload=None, prefix=(), env=(), **options):

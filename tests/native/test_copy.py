@@ -21,7 +21,8 @@ from ckptstore.errors import (
     UsageError,
 )
 
-from .conftest import CHUNK, SANITIZED, assert_same, independent_digest, make_tree, mounted, random_bytes, run_python, state
+from .conftest import SANITIZED, mounted, run_python
+from .files import CHUNK, assert_same, independent_digest, make_tree, random_bytes, state
 
 BLOCK = 16 << 10
 STRATEGIES = ["auto", "clone", "direct", "warm", "buffered"]

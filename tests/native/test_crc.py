@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ckptstore import native
 
-from .conftest import HERE, random_bytes
+from .conftest import HERE
+from .files import random_bytes
 
 IMPLEMENTATIONS = native.implementations()
 OTHERS = {native.crc64: awscrt.checksums.crc64nvme, native.crc32: zlib.crc32}
@@ -105,15 +106,15 @@ def test_self_check():
     native.self_check()
 
 
-def _selftest(tmp_path, compiler, *command):
+def _selftest(tmp_path_factory, compiler, *command):
     runner = command[0] if command else None
     if shutil.which(compiler) is None or (runner and shutil.which(runner) is None):
         pytest.skip(f"no {compiler} or no {runner} here (Debian: g++-aarch64-linux-gnu, qemu-user)")
-    binary = tmp_path / "selftest"
-    flags = ["-std=c++20", "-O2", "-static", "-I", ROOT / "csrc"]
+    binary = tmp_path_factory.getbasetemp() / f"selftest-{compiler}"
     environment = {"PATH": os.environ["PATH"]}  # without a sanitizer's LD_PRELOAD
-    command_line = [compiler, *flags, HERE / "crc_selftest.cpp", "-o", binary]
-    subprocess.run(command_line, check=True, env=environment)
+    if not binary.exists():
+        flags = ["-std=c++20", "-O2", "-static", "-I", ROOT / "csrc"]
+        subprocess.run([compiler, *flags, HERE / "crc_selftest.cpp", "-o", binary], check=True, env=environment)
     command = [binary if word == "{}" else word for word in command or ("{}",)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if runner and done.returncode == -signal.SIGILL:
@@ -121,13 +122,13 @@ def _selftest(tmp_path, compiler, *command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_stand_alone_selftest(tmp_path):
-    _selftest(tmp_path, "g++")
+def test_stand_alone_selftest(tmp_path_factory):
+    _selftest(tmp_path_factory, "g++")
 
 
-def test_pmull_under_qemu(tmp_path):
-    _selftest(tmp_path, "aarch64-linux-gnu-g++", "qemu-aarch64", "{}", "pmull")
+def test_pmull_under_qemu(tmp_path_factory):
+    _selftest(tmp_path_factory, "aarch64-linux-gnu-g++", "qemu-aarch64", "{}", "pmull")
 
 
-def test_vpclmulqdq_avx2_under_qemu(tmp_path):
-    _selftest(tmp_path, "g++", "qemu-x86_64", "-cpu", "max", "{}", "vpclmulqdq-avx2")
+def test_vpclmulqdq_avx2_under_qemu(tmp_path_factory):
+    _selftest(tmp_path_factory, "g++", "qemu-x86_64", "-cpu", "max", "{}", "vpclmulqdq-avx2")

@@ -15,7 +15,7 @@ from ckptstore.errors import (
     UsageError,
 )
 
-from .conftest import CHUNK, independent_digest, make_tree, random_bytes
+from .files import CHUNK, independent_digest, make_tree, random_bytes
 
 SIZES = [0, 1, 4095, 4096, 4097, CHUNK - 1, CHUNK, CHUNK + 1, 7 * CHUNK + 5, (2 << 20) + 3]
 

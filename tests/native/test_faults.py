@@ -13,9 +13,8 @@ from .conftest import SANITIZED, run_python
 COMMON = """
 import ctypes, os, shutil, sys, time
 from pathlib import Path
-import awscrt.checksums
 from ckptstore import errors, native
-from conftest import CHUNK, assert_same, independent_digest, make_tree, random_bytes, state
+from files import CHUNK, assert_same, independent_digest, make_tree, random_bytes, state
 
 library = ctypes.CDLL(sys.argv[1])
 top = Path(sys.argv[2])
@@ -89,12 +88,17 @@ print(json.dumps(outcomes))
 ERRORS = [errno.EIO, errno.ENOSPC, errno.EDQUOT]
 
 
+@pytest.fixture
+def place(strategy, tmp_path, memory_path):
+    """Where to copy: those that go through the page cache need no disk, and a sweep syncs hundreds of files."""
+    return memory_path if strategy == "buffered" else tmp_path
+
+
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "from there on"])
 @pytest.mark.parametrize("strategy", ["auto", "buffered"])
-def test_pwrite(faults, tmp_path, strategy, sticky):
-    got = sweep(
-        faults, tmp_path, "pwrite64", [*ERRORS, "short", errno.EINTR][: 3 if sticky else 5], strategy=strategy, sticky=sticky
-    )
+def test_pwrite(faults, place, strategy, sticky):
+    actions = [*ERRORS, "short", errno.EINTR][: 3 if sticky else 5]
+    got = sweep(faults, place, "pwrite64", actions, strategy=strategy, sticky=sticky)
     assert len(got["5"]) > 30
     assert set(got["5"]) == {"StorageError"}
     assert set(got["28"]) == set(got["122"]) == {"NoSpaceError"}
@@ -103,9 +107,9 @@ def test_pwrite(faults, tmp_path, strategy, sticky):
 
 
 @pytest.mark.parametrize("strategy", ["auto", "direct", "buffered"])
-def test_pread(faults, tmp_path, strategy):
+def test_pread(faults, place, strategy):
     actions = [errno.EIO, "short", errno.EINTR]
-    got = sweep(faults, tmp_path, "pread64", actions, strategy=strategy, where="source/")
+    got = sweep(faults, place, "pread64", actions, strategy=strategy, where="source/")
     assert set(got["5"]) == {"StorageError"}
     assert set(got["short"]) == set(got["4"]) == {"ok"}
 

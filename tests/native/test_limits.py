@@ -9,15 +9,8 @@ import pytest
 from ckptstore import native
 from ckptstore.errors import NoSpaceError, StorageError
 
-from .conftest import (
-    assert_same,
-    independent_digest,
-    make_tree,
-    mounted,
-    random_bytes,
-    run_python,
-    unsanitized,
-)
+from .conftest import mounted, run_python, unsanitized
+from .files import assert_same, independent_digest, make_tree, random_bytes
 
 MIB = 1 << 20
 

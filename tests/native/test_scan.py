@@ -10,7 +10,7 @@ import pytest
 from ckptstore import native
 from ckptstore.errors import NotFoundError
 
-from .conftest import make_tree
+from .files import make_tree
 
 
 def by_python(root, max_depth=99):

@@ -14,20 +14,30 @@ import pytest
 from ckptstore import native
 from ckptstore.errors import AccessError, NoSpaceError, NotFoundError, RefusedError, StorageError, UsageError
 
-from .conftest import mounted, random_bytes, run_python
+from .conftest import mounted, run_python
+from .files import random_bytes
 from .test_faults import COMMON
 
 MIB = 1 << 20
 PAGE = 4096
 
 
-@pytest.fixture(params=["here", "tmpfs", "xfs"])
-def folder(request, tmp_path):
+@pytest.fixture(scope="module", params=["here", "tmpfs", "xfs"])
+def disk(request, tmp_path_factory):
+    place = tmp_path_factory.mktemp("disk")
     if request.param == "here":
-        yield tmp_path
+        yield place
     else:
-        with mounted(request.param, tmp_path / "mount", size_mib=320 if request.param == "xfs" else 64) as at:
+        with mounted(request.param, place / "mount", size_mib=320 if request.param == "xfs" else 64) as at:
             yield at
+
+
+@pytest.fixture
+def folder(disk):
+    path = disk / "folder"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
 
 
 def whole_pages(data):
