@@ -310,5 +310,5 @@ def test_planted_a_buffer_that_is_filled_too_early(s3: str, monkeypatch: pytest.
 
     monkeypatch.setattr(filling.Ring, "lend", lend)
     with pytest.raises(TransitError, match="not what was sent"):
-        save(s3, 1, make(1)).wait(60)
+        save(s3, 1, on_a_disk.make(1)).wait(60)  # parts enough that one is filled before it has been read
     assert keys(s3) == []
