@@ -56,13 +56,18 @@ def test_the_harness_sees_what_others_do() -> None:
 # --- planted bugs: each must be caught ------------------------------------------------------------------------------
 
 
+def not_durable(patch: pytest.MonkeyPatch, name: str) -> None:
+    """A function of the engine that leaves its files to the page cache."""
+    real = getattr(native, name)
+
+    def undurable(*args: Any, **kwargs: Any) -> Any:
+        return real(*args, **(kwargs | {"options": native.CopyOptions(durable=False)}))
+
+    patch.setattr(native, name, undurable)
+
+
 def no_file_fsync(patch: pytest.MonkeyPatch) -> None:
-    copy_files = native.copy_files
-
-    def copy(*args: Any, **kwargs: Any) -> Any:
-        return copy_files(*args, **(kwargs | {"options": native.CopyOptions(durable=False)}))
-
-    patch.setattr(native, "copy_files", copy)
+    not_durable(patch, "copy_files")
 
 
 def no_folder_fsync(patch: pytest.MonkeyPatch) -> None:
@@ -74,8 +79,8 @@ def manifest_before_data(patch: pytest.MonkeyPatch) -> None:
     no_file_fsync(patch)
     publish = steps._publish
 
-    def publish_first(draft: steps.Draft, manifest: Any) -> None:
-        publish(draft, manifest)
+    def publish_first(draft: steps.Draft, manifest: Any, **options: Any) -> None:
+        publish(draft, manifest, **options)
         folder = Path(draft.root) / f"step-{draft.step}"
         for entry in manifest.files:
             native.fsync_path(folder / entry.path)
@@ -87,20 +92,20 @@ def rewrite_in_place(patch: pytest.MonkeyPatch) -> None:
     """A re-save that writes over the files of the step that is there, as dcp.save does."""
     publish = steps._publish
 
-    def over(draft: steps.Draft, manifest: Any) -> None:
+    def over(draft: steps.Draft, manifest: Any, **options: Any) -> None:
         folder = Path(draft.root) / f"step-{draft.step}"
         if folder.exists():
             for entry in manifest.files:
                 (folder / entry.path).write_bytes((Path(draft.path) / entry.path).read_bytes())
                 native.fsync_path(folder / entry.path)
-        publish(draft, manifest)
+        publish(draft, manifest, **options)
 
     patch.setattr(steps, "_publish", over)
 
 
 def prune_in_place(patch: pytest.MonkeyPatch) -> None:
-    def delete(backend: Any, keep: Any) -> list[retention.Decision]:
-        decisions = retention.plan(backend, keep)
+    def delete(backend: Any, keep: Any, **options: Any) -> list[retention.Decision]:
+        decisions = retention.plan(backend, keep, **options)
         for one in decisions:
             folder = Path(backend.location, f"step-{one.candidate.step}")
             if not one.keep:

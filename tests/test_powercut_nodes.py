@@ -11,14 +11,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("torch.distributed.checkpoint")
 
-from ckptstore import native, steps
 from ckptstore import side as side_folders
+from ckptstore import steps
 from ckptstore.torch import nodes
 from tests import powercut
 from tests import warm as warm  # the other rank has torch imported
 from tests.powercut_nodes import KINDS, PREPARED, node_campaign
 from tests.powercut_writers import NEW, NOTHING
-from tests.test_powercut import no_folder_fsync, planted
+from tests.test_powercut import no_folder_fsync, not_durable, planted
 
 pytestmark = [
     pytest.mark.root,
@@ -48,12 +48,7 @@ def test_no_bad_state(kind: str) -> None:
 
 
 def no_fsync_of_files(patch: pytest.MonkeyPatch) -> None:
-    write_files = native.write_files
-
-    def write(*args: Any, **kwargs: Any) -> Any:
-        return write_files(*args, **(kwargs | {"options": native.CopyOptions(durable=False)}))
-
-    patch.setattr(native, "write_files", write)
+    not_durable(patch, "write_files")
 
 
 def no_fsync_of_the_mark(patch: pytest.MonkeyPatch) -> None:
