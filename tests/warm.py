@@ -6,6 +6,7 @@ an environment of their own. Only what is registered with `atexit` is not done a
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -32,6 +33,7 @@ class Python:
         self._process = _forks.Process(target=_run, args=(list(map(str, words)), environment, writing, errors), daemon=True)
         self._process.start()
         self.pid = int(self._process.pid or 0)
+        self._ended = False
         writing.close()
         errors.close()
         self.stdout = open(os.dup(reading.fileno()), encoding="utf-8")  # noqa: SIM115
@@ -42,6 +44,7 @@ class Python:
         self._process.join(timeout_s)
         if (code := self._process.exitcode) is None:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout_s or 0)
+        self._ended = True
         return code
 
     def finish(self, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
@@ -54,8 +57,10 @@ class Python:
             self.kill()
 
     def send_signal(self, number: int) -> None:
-        if self._process.exitcode is None:
-            os.kill(self.pid, number)
+        """On any thread; nothing where it has ended. Only `wait` asks what became of it: of two, one gets it."""
+        if not self._ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """If it still runs; what it said can be read no more."""
