@@ -1,7 +1,8 @@
 """One checkpoint of four shards up to a bucket and down again: push and pull beside what people use today.
 
-One SeaweedFS on this machine serves all of them, so server and clients share its processors. The peers are installed by
-`./run bench` into environments of their own (.venv-peers, .venv-s3fs); who is not there is skipped.
+One server on this machine serves all of them, so server and clients share its processors: SeaweedFS, which takes much of
+them, and then Ceph, all of it in memory, which takes little. The peers are installed by `./run bench` into environments of
+their own (.venv-peers, .venv-s3fs); who is not there is skipped, and so is Ceph.
 """
 
 import json
@@ -18,8 +19,8 @@ from conftest import DataSet, measure_command, parse_size, record
 from ckptstore import native
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-import servers  # noqa: E402
+sys.path.insert(0, str(HERE.parent))
+from tests import other_servers, servers  # noqa: E402
 
 SHARDS = 4
 EXPORT = "default/epoch0epochstep0globalstep0"
@@ -74,12 +75,17 @@ WAYS = {  # name: (program, command up, command down)
 }
 
 
-@pytest.fixture(scope="module")
-def server(place):
+@pytest.fixture(scope="module", params=["SeaweedFS", "Ceph"])
+def server(request, place):
+    """Return (what it is called, a function that empties its bucket)."""
     folder = place / "server"
     folder.mkdir()
-    started = servers.start_seaweed(folder)
-    names = started.environment() | {
+    if request.param == "Ceph":
+        started = other_servers.start_ceph(folder, 3 * parse_size(request.config.getoption("--size")))
+        empty = other_servers.empty_ceph
+    else:
+        started, empty = servers.start_seaweed(folder), servers.empty_bucket
+    names = servers.environment(started.port) | {
         "AWS_DEFAULT_REGION": "us-east-1",
         "RCLONE_S3_ENDPOINT": f"http://127.0.0.1:{started.port}",
     }
@@ -87,7 +93,7 @@ def server(place):
     before = dict(os.environ)
     os.environ.update(names)
     os.environ.pop("AWS_CA_BUNDLE", None)  # rclone refuses to run with it
-    yield started
+    yield request.param, lambda: empty(started)
     os.environ.clear()
     os.environ.update(before)
     started.stop()
@@ -130,10 +136,11 @@ def command_of(template, program, **words):
 @pytest.mark.parametrize("name", WAYS)
 def test_up_and_down(benchmark, place, server, run, name, turn):
     program, *templates = WAYS[name]
+    kind, empty = server
     if not Path(program).exists():
         pytest.skip(f"not installed: {program}")
     folder, data = run
-    where = f"turn-{turn}-{name.replace(' ', '-')}"
+    where = f"{kind}-turn-{turn}-{name.replace(' ', '-')}"
     words = {
         "bucket": servers.BUCKET,
         "place": where,
@@ -161,10 +168,10 @@ def test_up_and_down(benchmark, place, server, run, name, turn):
         lambda: measure_command(down),
         prepare=settle,
         **facts,
-        group="from a bucket",
+        group="from a bucket" + ("" if kind == "SeaweedFS" else f", {kind}"),
         durable=ours,
         up={"seconds": sent.seconds, "cpu_s": sent.cpu_s, "peak_bytes": sent.peak_bytes},
     )
     data.check(words["target"])  # so what went up is right as well
     shutil.rmtree(words["target_run"])
-    servers.empty_bucket(server)  # the disk holds a few turns only
+    empty()  # the disk holds a few turns only

@@ -115,7 +115,7 @@ paxos min wait = 0.01
 [osd]
 osd data = {d}/osd
 osd objectstore = memstore
-memstore device bytes = 4294967296
+memstore device bytes = {memory_bytes}
 osd class dir = /usr/lib/{machine}-linux-gnu/rados-classes
 [client.rgw]
 rgw data = {d}/rgw
@@ -126,7 +126,7 @@ rgw gc processor period = 2
 """
 
 
-def start_ceph(folder: Path) -> Running:
+def start_ceph(folder: Path, memory_bytes: int = 4 << 30) -> Running:
     """One monitor, one OSD in memory and an S3 gateway. Debian's is of 2021: it stands for the old implementations of S3."""
     if missing := [name for name in ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin") if not shutil.which(name)]:
         pytest.skip(f"not installed: {missing} (Debian: radosgw ceph-mon ceph-osd ceph-common)")
@@ -135,7 +135,7 @@ def start_ceph(folder: Path) -> Running:
         (folder / name).mkdir()
     fsid = str(uuid.uuid4())
     conf = folder / "ceph.conf"
-    conf.write_text(_CEPH.format(d=folder, fsid=fsid, mon=mon, rgw=rgw, machine=platform.machine()))
+    conf.write_text(_CEPH.format(d=folder, fsid=fsid, mon=mon, rgw=rgw, machine=platform.machine(), memory_bytes=memory_bytes))
 
     def ceph(program: str, *words: object) -> None:
         command = [program, *map(str, words)]
@@ -167,6 +167,14 @@ def start_ceph(folder: Path) -> Running:
     running.env = servers.environment(rgw)
     running.url = f"s3://{servers.BUCKET}"
     return running
+
+
+def empty_ceph(running: Running) -> None:
+    """Remove the bucket with its keys, and make it again: the memory has their room at once, not when their turn comes."""
+    remove = ["radosgw-admin", "-c", running.folder / "ceph.conf", "bucket", "rm", f"--bucket={servers.BUCKET}"]
+    done = subprocess.run([*remove, "--purge-objects", "--bypass-gc"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    running.until(lambda: servers.make_bucket(running))
 
 
 def start_azurite(folder: Path) -> Running:
