@@ -45,6 +45,15 @@ def digest_files(
     nice: int,
     progress: _Progress | None,
 ) -> list[_Digest | _Failure]: ...
+def read_files(
+    root: bytes,
+    files: Iterable[_File],
+    wanted: Iterable[Iterable[tuple[int, Buffer]]],
+    *,
+    threads: int,
+    chunk_bytes: int,
+    progress: _Progress | None,
+) -> list[_Digest | _Failure]: ...
 def scan_tree(
     root: bytes,
     *,

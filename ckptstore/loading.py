@@ -1,21 +1,20 @@
 """Reads ranges of a checkpoint's files straight into memory, in parallel, every byte checked against the manifest: one read.
 
-A chunk that is wanted in part is read whole, since its digest covers all of it. On a disk what nobody wants goes to a scratch
-buffer; at a URL the chunks come by fetching.py, and what is wanted is copied out of them. Memory that a read cannot fill (of a
-GPU) gets checked chunks by way of `BounceBuffers`.
+A chunk that is wanted in part is read whole, since its digest covers all of it. From a disk the engine reads; at a URL the
+chunks come by fetching.py, and what is wanted is copied out of them. Memory that a read cannot fill (of a GPU) gets checked
+chunks by way of `BounceBuffers`.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from ckptstore import native, pages
+from ckptstore import native
 from ckptstore.backends.base import Backend
-from ckptstore.errors import IntegrityError, from_os_error
+from ckptstore.errors import IntegrityError, SourceChangedError, from_os_error
 from ckptstore.fetching import Wanted, fetch
 from ckptstore.formats import streaming
 from ckptstore.manifest import FileEntry
@@ -23,7 +22,6 @@ from ckptstore.manifest import FileEntry
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_MOST_VIEWS = 1000  # a preadv takes IOV_MAX (1024)
 _MOST_THREADS = 16
 
 
@@ -80,7 +78,11 @@ def read_into(
     memory then holds anything. NotFoundError, AccessError, StorageError. Blocks; releases the GIL while it reads.
     """
     if backend.is_folder:
-        _from_disk(os.path.join(backend.location, folder), files, chunk_bytes, bounce)
+        root = os.path.join(backend.location, folder)
+        if bounce is None:
+            _from_disk(root, files, chunk_bytes)
+        else:
+            _by_bounce(root, files, chunk_bytes, bounce)
     else:
         assert bounce is None
         _from_url(backend, folder, files, chunk_bytes)
@@ -107,11 +109,25 @@ def _from_url(backend: Backend, folder: str, files: Sequence[tuple[FileEntry, Se
     fetch(backend, wanted, chunk_bytes=chunk_bytes, sink=fill, stop_at_error=True)
 
 
-def _from_disk(
+def _from_disk(root: str, files: Sequence[tuple[FileEntry, Sequence[Want]]], chunk_bytes: int) -> None:
+    wanted = []
+    for entry, wants in files:
+        parts = [(offset, memory) for offset, memory in wants if isinstance(memory, memoryview)]
+        wanted.append((native.FileSpec(entry.path, entry.size_bytes, expected=entry.chunks), parts))
+    try:
+        native.read_files(root, wanted, chunk_bytes=chunk_bytes)
+    except SourceChangedError as error:  # what is committed does not change
+        raise IntegrityError(
+            f"{os.path.join(root, error.path)} is not the file that the manifest describes: {error}",
+            hint="Use another checkpoint.",
+        ) from error
+
+
+def _by_bounce(
     root: str,
     files: Sequence[tuple[FileEntry, Sequence[Want]]],
     chunk_bytes: int,
-    bounce: Callable[[int], BounceBuffers] | None,
+    bounce: Callable[[int], BounceBuffers],
 ) -> None:
     fds: list[int] = []
     try:
@@ -125,7 +141,7 @@ def _from_disk(
         queue = iter(chunks)
         largest = max(min(chunk_bytes, chunk.entry.size_bytes) for chunk in chunks)
         with ThreadPoolExecutor(count, thread_name_prefix="ckptstore-load") as pool:
-            list(pool.map(lambda _: _work(queue, chunk_bytes, bounce and functools.partial(bounce, largest)), range(count)))
+            list(pool.map(lambda _: _work(queue, chunk_bytes, bounce(largest)), range(count)))
     finally:
         for fd in fds:
             os.close(fd)
@@ -165,66 +181,29 @@ def _by_chunk(wants: Sequence[Want], chunk_bytes: int) -> Mapping[int, list[Want
     return found
 
 
-def _work(queue: Iterator[_Chunk], chunk_bytes: int, bounce: Callable[[], BounceBuffers] | None) -> None:
-    scratch = pages.new(0)
-    ours = bounce() if bounce is not None else None
+def _work(queue: Iterator[_Chunk], chunk_bytes: int, bounce: BounceBuffers) -> None:
     try:
         while (chunk := next(queue, None)) is not None:
             begin = chunk.number * chunk_bytes
-            end = min(begin + chunk_bytes, chunk.entry.size_bytes)
-            if ours is not None and any(not isinstance(want.memory, memoryview) for want in chunk.wants):
-                whole = ours.buffer()[: end - begin]
-                _check(chunk, begin, [whole])
-                for offset, memory in chunk.wants:
-                    if isinstance(memory, memoryview):
-                        memory[:] = whole[offset - begin :][: len(memory)]
-                    else:
-                        ours.deliver(memory, offset - begin)
-                continue
-            if not scratch and sum(len(want.memory) for want in chunk.wants) < end - begin:
-                scratch = pages.new(chunk_bytes)
-            _check(chunk, begin, list(_views(chunk.wants, begin, end, scratch)))
+            whole = bounce.buffer()[: min(chunk_bytes, chunk.entry.size_bytes - begin)]
+            _read(chunk, whole, begin)
+            if native.crc64(whole) != chunk.entry.chunks[chunk.number]:
+                raise streaming.mismatch(chunk.entry.path, begin)
+            for offset, memory in chunk.wants:
+                if isinstance(memory, memoryview):
+                    memory[:] = whole[offset - begin :][: len(memory)]
+                else:
+                    bounce.deliver(memory, offset - begin)
     finally:
-        if ours is not None:
-            ours.close()
+        bounce.close()
 
 
-def _check(chunk: _Chunk, begin: int, views: list[memoryview]) -> None:
-    """Read a chunk into all of these; DigestMismatchError."""
-    at, crc = begin, 0
-    for some in range(0, len(views), _MOST_VIEWS):
-        at = _fill(chunk, views[some : some + _MOST_VIEWS], at)
-    for view in views:
-        crc = native.crc64(view, crc)
-    if crc != chunk.entry.chunks[chunk.number]:
-        raise streaming.mismatch(chunk.entry.path, begin)
-
-
-def _views(wants: Sequence[Want], begin: int, end: int, scratch: memoryview) -> Iterator[memoryview]:
-    """Memory for all of begin..end, in order: what is wanted, and scratch between."""
-    at = begin
-    for want in wants:
-        if want.offset > at:
-            yield scratch[at - begin : want.offset - begin]
-        assert isinstance(want.memory, memoryview)
-        yield want.memory
-        at = want.offset + len(want.memory)
-    if at < end:
-        yield scratch[at - begin : end - begin]
-
-
-def _fill(chunk: _Chunk, views: list[memoryview], at: int) -> int:
-    """Read the file from `at` on into all of these; where it ended."""
+def _read(chunk: _Chunk, buffer: memoryview, at: int) -> None:
     try:
-        while views:
-            count = os.preadv(chunk.fd, views, at)
+        while buffer:
+            count = os.preadv(chunk.fd, [buffer], at)
             if count == 0:
                 raise IntegrityError(f"{chunk.entry.path} became shorter while it was read", hint="Use another checkpoint.")
-            at += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
+            at, buffer = at + count, buffer[count:]
     except OSError as error:
         raise from_os_error(error, doing="reading", path=chunk.entry.path) from error
-    return at

@@ -232,6 +232,43 @@ def digest_files(
     }
 
 
+def read_files(
+    root: Path,
+    files: Sequence[tuple[FileSpec, Sequence[tuple[int, Buffer]]]],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Read parts of files below a folder into memory: of each file (offset, writable contiguous buffer), none overlapping.
+
+    A chunk of which anything is wanted is read whole, once, and its CRC compared with `expected`. What is not in the page
+    cache is read past it. Errors as those of copy_files; the buffers hold anything then.
+    """
+    _check_chunks(chunk_bytes)
+    specs = [_plain(spec, chunk_bytes) for spec in _unique([spec for spec, _ in files])]
+    wanted = []
+    for spec, parts in files:
+        ordered = sorted(((offset, memoryview(buffer)) for offset, buffer in parts), key=lambda part: part[0])
+        end = 0
+        for offset, view in ordered:
+            if offset < end or offset + view.nbytes > spec.size_bytes:
+                raise UsageError(f"{spec.name}: bytes {offset} to {offset + view.nbytes} are wanted twice, or are not there")
+            if view.readonly:
+                raise UsageError(f"{spec.name}: the memory for its bytes from {offset} on cannot be written")
+            end = offset + view.nbytes
+        wanted.append(ordered)
+    try:
+        outcomes = _native.read_files(
+            os.fsencode(root), specs, wanted, threads=threads, chunk_bytes=chunk_bytes, progress=progress
+        )
+    except _native.NativeError as error:
+        raise _error_of(*error.args) from None
+    for outcome in outcomes:
+        if len(outcome) != 2:
+            raise _error_of(*outcome)
+
+
 def scan_tree(
     root: Path, *, max_depth: int = 4, wanted: str = "", wanted_bytes: int = 1 << 16, threads: int = 0
 ) -> dict[str, Folder]:

@@ -13,15 +13,18 @@ namespace {
 constexpr std::uint64_t kPieceBytes = 128 << 10;  // with its source fits the second-level cache
 constexpr std::uint64_t kDefaultBlockBytes = 1 << 20;  // of one read past the page cache
 
+constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
+
 /// One file being digested by several workers.
 struct Task {
   std::mutex mutex;  // guards opening and `error`
   bool opened = false;
   Source source;
   std::exception_ptr error;
-  std::atomic<std::size_t> first_bad{
-      std::numeric_limits<std::size_t>::max()};  // chunk, or 0 on an error
+  std::atomic<std::size_t> first_bad{kNone};  // chunk, or 0 on an error
   std::atomic<std::size_t> chunks_left{0};
+
+  bool failed() const { return first_bad != kNone; }
 };
 
 class Digester {
@@ -58,7 +61,7 @@ class Digester {
         options_.block_bytes != 0 ? options_.block_bytes : kDefaultBlockBytes;
     const AlignedBlock buffer(std::min(block, options_.chunk_bytes));
     while (const auto chunk = queue_.next()) {
-      if (cancelled_) return;
+      if (cancelled_ || stopped_) return;
       Task& task = tasks_[chunk->file];
       try {
         if (chunk->index <= task.first_bad) digest(task, *chunk, buffer);
@@ -69,12 +72,14 @@ class Digester {
       } catch (const SourceChanged&) {
         note(task);
       }
-      if (task.chunks_left.fetch_sub(1) == 1) finish(task);
+      if (files_[chunk->file].target != nullptr && task.failed()) stopped_ = true;
+      if (task.chunks_left.fetch_sub(1) == 1) finish(task, files_[chunk->file]);
     }
   }
 
-  void finish(Task& task) {
-    if (!task.error) {
+  void finish(Task& task, const DigestSpec& spec) {
+    // What went into memory has the right digests, whatever becomes of the file.
+    if (!task.error && spec.target == nullptr) {
       try {
         task.source.check_unchanged();
       } catch (const IoError&) {
@@ -103,6 +108,8 @@ class Digester {
       }
     }
     if (chunk.bytes == 0) return;
+    const Scatter* const target = spec.target;
+    if (target != nullptr && !target->wants(chunk.offset, chunk.bytes)) return;
     const bool direct = task.source.prefers_direct(chunk.offset, chunk.bytes);
     std::uint64_t crc = 0;
     // From the page cache, one small piece of memory is used over and over: it stays in the
@@ -112,7 +119,12 @@ class Digester {
     for (std::uint64_t at = 0; at < chunk.bytes; at += step) {
       if (cancelled_) throw Cancelled();
       const std::uint64_t bytes = std::min(step, chunk.bytes - at);
-      read_and_digest(task.source, buffer.data(), bytes, chunk.offset + at, direct, crc);
+      const std::uint64_t offset = chunk.offset + at;
+      std::byte* const place =
+          target != nullptr && !direct ? target->whole(offset, bytes) : nullptr;
+      std::byte* const to = place != nullptr ? place : buffer.data();
+      read_and_digest(task.source, to, bytes, offset, direct, crc);
+      if (target != nullptr && place == nullptr) target->write(to, bytes, offset);
       done_.fetch_add(bytes, std::memory_order_relaxed);
     }
     outcomes_[chunk.file].digest.chunks[chunk.index] = crc;
@@ -128,10 +140,10 @@ class Digester {
     DigestOutcome& outcome = outcomes_[i];
     if (task.error) {
       outcome.error = task.error;
-    } else if (task.first_bad != std::numeric_limits<std::size_t>::max()) {
+    } else if (task.failed()) {
       outcome.error = std::make_exception_ptr(
           ChunkMismatch(files_[i].name, task.first_bad * options_.chunk_bytes, options_.read_back));
-    } else {
+    } else if (files_[i].target == nullptr) {
       outcome.digest.crc =
           combine_chunks(outcome.digest.chunks, files_[i].bytes, options_.chunk_bytes);
     }
@@ -146,6 +158,7 @@ class Digester {
   std::uint64_t total_bytes_ = 0;
   std::atomic<std::uint64_t> done_{0};
   std::atomic<bool> cancelled_{false};
+  std::atomic<bool> stopped_{false};  // by an error, where that ends all
 };
 
 }  // namespace

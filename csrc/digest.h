@@ -27,6 +27,9 @@ using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 /// A file to digest, and optionally the chunk CRCs that it should have.
 struct DigestSpec : FileSpec {
   std::optional<std::vector<std::uint64_t>> expected;
+  /// Where what is read goes as well, or null. Chunks of which nothing is wanted are not read then,
+  /// the outcome has no digest, and the first error ends the work on all files.
+  const Scatter* target = nullptr;
 };
 
 struct Chunk {
@@ -76,8 +79,8 @@ struct DigestOutcome {
       error;  ///< IoError, Refused, SourceChanged or ChunkMismatch (of the first bad chunk)
 };
 
-/// Digests every file; what fails for one does not stop the others. Throws only what is not about
-/// one file.
+/// Digests every file, and fills the memory that is wanted of it; what fails for one does not stop
+/// the others. Throws only what is not about one file.
 std::vector<DigestOutcome> digest_files(const Root& root, const std::vector<DigestSpec>& files,
                                         const DigestOptions& options, const Progress& progress);
 

@@ -66,6 +66,38 @@ void Gather::read(std::byte* to, std::size_t bytes, std::uint64_t offset) const 
   }
 }
 
+// --- Scatter
+// -------------------------------------------------------------------------------------------------------
+
+void Scatter::add(std::uint64_t offset, std::byte* memory, std::size_t bytes) {
+  if (bytes != 0) parts_.push_back({offset, offset + bytes, memory});
+}
+
+std::vector<Scatter::Part>::const_iterator Scatter::after(std::uint64_t offset) const {
+  return std::upper_bound(parts_.begin(), parts_.end(), offset,
+                          [](std::uint64_t at, const Part& part) { return at < part.end; });
+}
+
+bool Scatter::wants(std::uint64_t offset, std::uint64_t bytes) const {
+  const auto part = after(offset);
+  return part != parts_.end() && part->begin < offset + bytes;
+}
+
+std::byte* Scatter::whole(std::uint64_t offset, std::size_t bytes) const {
+  const auto part = after(offset);
+  if (part == parts_.end() || offset < part->begin || part->end < offset + bytes) return nullptr;
+  return part->memory + (offset - part->begin);
+}
+
+void Scatter::write(const std::byte* from, std::size_t bytes, std::uint64_t offset) const {
+  const std::uint64_t end = offset + bytes;
+  for (auto part = after(offset); part != parts_.end() && part->begin < end; ++part) {
+    const std::uint64_t first = std::max(offset, part->begin);
+    std::memcpy(part->memory + (first - part->begin), from + (first - offset),
+                std::min(end, part->end) - first);
+  }
+}
+
 // --- Source
 // --------------------------------------------------------------------------------------------------------
 

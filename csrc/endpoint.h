@@ -34,6 +34,28 @@ class Gather {
   std::vector<std::uint64_t> ends_;  // of each place, counted from the first byte of all
 };
 
+/// Places in the caller's memory for parts of a file.
+class Scatter {
+ public:
+  /// In the order of the offsets; no part may overlap another.
+  void add(std::uint64_t offset, std::byte* memory, std::size_t bytes);
+  /// Whether anything of this range is wanted.
+  bool wants(std::uint64_t offset, std::uint64_t bytes) const;
+  /// The memory for all of this range, if it lies in one piece there; else null.
+  std::byte* whole(std::uint64_t offset, std::size_t bytes) const;
+  /// Copies what is wanted of `bytes` at `offset`.
+  void write(const std::byte* from, std::size_t bytes, std::uint64_t offset) const;
+
+ private:
+  struct Part {
+    std::uint64_t begin, end;  // in the file
+    std::byte* memory;
+  };
+  /// The first part that ends behind `offset`.
+  std::vector<Part>::const_iterator after(std::uint64_t offset) const;
+  std::vector<Part> parts_;
+};
+
 /// One file to read, and what the caller knows of it.
 struct FileSpec {
   std::string name;           ///< below the root; neither absolute nor with . or .. in it

@@ -66,13 +66,14 @@ class Waker {
 /// A borrowed view of contiguous bytes.
 class BufferView {
  public:
-  explicit BufferView(const py::object& object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  explicit BufferView(const py::object& object, int flags = PyBUF_SIMPLE) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw py::error_already_set();
   }
   ~BufferView() { PyBuffer_Release(&view_); }
   BufferView(const BufferView&) = delete;
   BufferView& operator=(const BufferView&) = delete;
   const void* data() const { return view_.buf; }
+  void* writable() const { return view_.buf; }
   std::size_t size() const { return static_cast<std::size_t>(view_.len); }
 
  private:
@@ -138,14 +139,8 @@ py::tuple copy_binding(const std::string& source, const std::string& destination
                         py::cast(result.bytes_by_strategy));
 }
 
-py::list digest_binding(const std::string& root, const py::iterable& files, unsigned threads,
-                        std::uint64_t chunk_bytes, bool direct, int nice, py::object progress) {
-  const Files named(files);
-  DigestOptions options;
-  options.threads = threads;
-  options.chunk_bytes = chunk_bytes;
-  options.mode = direct ? ReadMode::kDirect : ReadMode::kAuto;
-  options.nice = nice;
+py::list digests_of(const std::string& root, const Files& named, const DigestOptions& options,
+                    py::object progress) {
   const Waker waker(std::move(progress));
   std::vector<DigestOutcome> outcomes;
   {
@@ -157,6 +152,42 @@ py::list digest_binding(const std::string& root, const py::iterable& files, unsi
     result.append(outcome.error ? describe(outcome.error) : to_python(outcome.digest));
   }
   return result;
+}
+
+py::list digest_binding(const std::string& root, const py::iterable& files, unsigned threads,
+                        std::uint64_t chunk_bytes, bool direct, int nice, py::object progress) {
+  const Files named(files);
+  DigestOptions options;
+  options.threads = threads;
+  options.chunk_bytes = chunk_bytes;
+  options.mode = direct ? ReadMode::kDirect : ReadMode::kAuto;
+  options.nice = nice;
+  return digests_of(root, named, options, std::move(progress));
+}
+
+/// As digest_binding, and fills memory: `wanted` has for each file a list of (offset, writable
+/// buffer).
+py::list read_binding(const std::string& root, const py::iterable& files,
+                      const py::iterable& wanted, unsigned threads, std::uint64_t chunk_bytes,
+                      py::object progress) {
+  Files named(files);
+  std::deque<BufferView> views;
+  std::deque<Scatter> scatters;  // a deque: the specs point into it
+  std::size_t number = 0;
+  for (const auto& parts : wanted) {
+    Scatter& scatter = scatters.emplace_back();
+    for (const auto& item : parts) {
+      const auto fields = py::reinterpret_borrow<py::tuple>(item);
+      const BufferView& view = views.emplace_back(fields[1], PyBUF_WRITABLE);
+      scatter.add(fields[0].cast<std::uint64_t>(), static_cast<std::byte*>(view.writable()),
+                  view.size());
+    }
+    named.specs.at(number++).target = &scatter;
+  }
+  DigestOptions options;
+  options.threads = threads;
+  options.chunk_bytes = chunk_bytes;
+  return digests_of(root, named, options, std::move(progress));
 }
 
 py::object text(const std::string& name) {
@@ -278,6 +309,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("digest_files", digest_binding, py::arg("root"), py::arg("files"), py::kw_only(),
              py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("nice"),
              py::arg("progress"));
+  module.def("read_files", read_binding, py::arg("root"), py::arg("files"), py::arg("wanted"),
+             py::kw_only(), py::arg("threads"), py::arg("chunk_bytes"), py::arg("progress"));
   module.def("scan_tree", scan_binding, py::arg("root"), py::kw_only(), py::arg("max_depth"),
              py::arg("wanted"), py::arg("wanted_bytes"), py::arg("threads"), py::arg("folder_type"),
              py::arg("entry_type"));
