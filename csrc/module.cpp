@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <deque>
 #include <stdexcept>
 #include <string>
@@ -18,6 +19,7 @@
 #include "digest.h"
 #include "error.h"
 #include "file.h"
+#include "pool.h"
 #include "scan.h"
 
 namespace py = pybind11;
@@ -184,8 +186,10 @@ py::list read_binding(const std::string& root, const py::iterable& files,
     }
     named.specs.at(number++).target = &scatter;
   }
+  // Some wait for the disk while others wait for the kernel to hand out memory.
+  constexpr unsigned kFewestThreads = 8;
   DigestOptions options;
-  options.threads = threads;
+  options.threads = threads != 0 ? threads : std::max(kFewestThreads, default_threads());
   options.chunk_bytes = chunk_bytes;
   return digests_of(root, named, options, std::move(progress));
 }
