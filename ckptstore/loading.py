@@ -77,15 +77,14 @@ def read_into(
     DigestMismatchError where a chunk is not what the manifest records, IntegrityError for a file of another size; the
     memory then holds anything. NotFoundError, AccessError, StorageError. Blocks; releases the GIL while it reads.
     """
-    if backend.is_folder:
-        root = os.path.join(backend.location, folder)
-        if bounce is None:
-            _from_disk(root, files, chunk_bytes)
-        else:
-            _by_bounce(root, files, chunk_bytes, bounce)
-    else:
+    if not backend.is_folder:
         assert bounce is None
         _from_url(backend, folder, files, chunk_bytes)
+        return
+    root = os.path.join(backend.location, folder)
+    if bounce is not None:
+        files = _by_bounce(root, files, chunk_bytes, bounce)
+    _from_disk(root, files, chunk_bytes)
 
 
 def _from_url(backend: Backend, folder: str, files: Sequence[tuple[FileEntry, Sequence[Want]]], chunk_bytes: int) -> None:
@@ -112,7 +111,10 @@ def _from_url(backend: Backend, folder: str, files: Sequence[tuple[FileEntry, Se
 def _from_disk(root: str, files: Sequence[tuple[FileEntry, Sequence[Want]]], chunk_bytes: int) -> None:
     wanted = []
     for entry, wants in files:
-        parts = [(offset, memory) for offset, memory in wants if isinstance(memory, memoryview)]
+        parts = []
+        for offset, memory in wants:
+            assert isinstance(memory, memoryview)
+            parts.append((offset, memory))
         wanted.append((native.FileSpec(entry.path, entry.size_bytes, expected=entry.chunks), parts))
     try:
         native.read_files(root, wanted, chunk_bytes=chunk_bytes)
@@ -128,20 +130,28 @@ def _by_bounce(
     files: Sequence[tuple[FileEntry, Sequence[Want]]],
     chunk_bytes: int,
     bounce: Callable[[int], BounceBuffers],
-) -> None:
+) -> list[tuple[FileEntry, list[Want]]]:
+    """All chunks of which a device gets something; what is left to read."""
     fds: list[int] = []
+    left: list[tuple[FileEntry, list[Want]]] = []
     try:
         chunks = []
         for entry, wants in files:
             fds.append(_open(root, entry))
-            chunks += [_Chunk(entry, fds[-1], number, parts) for number, parts in _by_chunk(wants, chunk_bytes).items()]
+            left.append((entry, []))
+            for number, parts in _by_chunk(wants, chunk_bytes).items():
+                if any(not isinstance(part.memory, memoryview) for part in parts):
+                    chunks.append(_Chunk(entry, fds[-1], number, parts))
+                else:
+                    left[-1][1].extend(parts)
         count = min(_MOST_THREADS, 2 * len(os.sched_getaffinity(0)), len(chunks))
         if count == 0:
-            return
+            return left
         queue = iter(chunks)
         largest = max(min(chunk_bytes, chunk.entry.size_bytes) for chunk in chunks)
         with ThreadPoolExecutor(count, thread_name_prefix="ckptstore-load") as pool:
             list(pool.map(lambda _: _work(queue, chunk_bytes, bounce(largest)), range(count)))
+        return left
     finally:
         for fd in fds:
             os.close(fd)

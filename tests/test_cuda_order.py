@@ -20,6 +20,7 @@ import pytest
 from ckptstore import CheckpointStore, loading, native
 from ckptstore.errors import DigestMismatchError, UsageError
 from ckptstore.sending import PART_BYTES
+from tests import reads
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
@@ -433,6 +434,31 @@ def test_planted_loads_before_the_trainers_work(
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
     with pytest.raises(AssertionError, match="after the load"):
         loaded(card, store, large, "dcp.load")
+
+
+def test_a_part_of_it_on_the_host(card: Card, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with an optimizer that is kept there: the engine reads what no device gets, and nothing is read twice."""
+    given: list[loading.Want] = []
+    read = loading._from_disk
+
+    def reading(root: str, files: Any, chunk_bytes: int) -> None:
+        given.extend(want for _, wants in files for want in wants)
+        read(root, files, chunk_bytes)
+
+    monkeypatch.setattr(loading, "_from_disk", reading)
+    host = {"a": torch.arange(3 * blocks.BLOCK_BYTES // 8), "b": torch.arange(999), "c": torch.arange(blocks.BLOCK_BYTES // 4)}
+    there = {"aa": torch.arange(2 * blocks.BLOCK_BYTES // 8), "bb": torch.ones(5)}
+    dcp.save(host | there, storage_writer=StoreWriter(store, 3), no_dist=True)
+    found = {name: torch.zeros_like(tensor) for name, tensor in host.items()}
+    found |= {name: torch.zeros_like(tensor).as_subclass(OnCard) for name, tensor in there.items()}
+    before = reads.count_bytes()
+    dcp.load(found, storage_reader=StoreReader(store, 3), no_dist=True)
+    taken = reads.count_bytes() - before
+    size = Path(store.folder, "step-3", "__0_0.distcp").stat().st_size
+    assert size <= taken < size + 1_000_000
+    assert sum(len(want.memory) for want in given) > 3 * blocks.BLOCK_BYTES
+    for name, tensor in (host | there).items():
+        assert torch.equal(found[name].as_subclass(torch.Tensor), tensor), name
 
 
 def test_damage_is_found_before_it_is_on_the_device(card: Card, store: CheckpointStore, large: Any) -> None:
