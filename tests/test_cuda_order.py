@@ -21,6 +21,7 @@ from ckptstore import CheckpointStore, loading, native
 from ckptstore.errors import DigestMismatchError, UsageError
 from ckptstore.sending import PART_BYTES
 from tests import reads
+from tests.test_torch_state import same
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
@@ -459,6 +460,27 @@ def test_a_part_of_it_on_the_host(card: Card, store: CheckpointStore, monkeypatc
     assert sum(len(want.memory) for want in given) > 3 * blocks.BLOCK_BYTES
     for name, tensor in (host | there).items():
         assert torch.equal(found[name].as_subclass(torch.Tensor), tensor), name
+
+
+def test_single_elements_out_of_larger_tensors(card: Card, store: CheckpointStore) -> None:
+    """They count as contiguous, at any stride."""
+    whole = torch.arange(32.0).reshape(4, 8)
+    parts = {
+        "one": whole[0, 3:4:8],
+        "none": whole[0, ::2][:0],
+        "corner": whole[1:2, ::8],
+        "odd": torch.arange(3, dtype=torch.uint8),
+    }
+    parts["f8"] = torch.ones(7).to(torch.float8_e5m2)
+    state = {name: tensor.as_subclass(OnCard) for name, tensor in parts.items()}
+    ckpt.save(store, 1, {"model": state})
+    dcp.save(state, storage_writer=StoreWriter(store, 2), no_dist=True)
+    target = {name: torch.zeros_like(tensor) for name, tensor in parts.items()}
+    target |= {"one": torch.zeros(8)[::8], "corner": torch.zeros(4, 8)[1:2, ::8]}
+    found = {name: tensor.as_subclass(OnCard) for name, tensor in target.items()}
+    dcp.load(found, storage_reader=StoreReader(store, 2), no_dist=True)
+    for loaded in (ckpt.load(store, 1)["model"], ckpt.load(store, 1, map_location="cuda:1")["model"], found):
+        assert same({name: tensor.as_subclass(torch.Tensor) for name, tensor in loaded.items()}, parts)
 
 
 def test_damage_is_found_before_it_is_on_the_device(card: Card, store: CheckpointStore, large: Any) -> None:

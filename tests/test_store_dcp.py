@@ -52,6 +52,7 @@ def make_state(seed: int = 0) -> dict[str, Any]:
         },
         "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3, 4)}}, "lr": 0.1},
         "odd": [torch.tensor([True, False]), torch.arange(5, dtype=torch.uint8), torch.ones(3).to(torch.float8_e5m2)],
+        "conjugate": torch.randn(4, dtype=torch.complex64).conj(),
         "empty": torch.empty(0, 4),
         "scalar": torch.tensor(2, dtype=torch.int64),
         "text": "abc",
@@ -135,6 +136,16 @@ def test_nested_again_from_the_metadata(store: CheckpointStore, tmp_path: Path) 
     assert same(found["model"]["w"], state["model"]["w"])
     assert same(found["optimizer"], stock["optimizer"])
     assert same(found, stock)
+
+
+def test_into_tensors_whose_memory_is_not_their_values(store: CheckpointStore) -> None:
+    state = {"c": torch.randn(4, dtype=torch.complex64), "n": torch.randn(1)}
+    save(store, 1, state)
+    found = {"c": torch.zeros(4, dtype=torch.complex64).conj(), "n": torch.zeros(1, dtype=torch.complex64).conj().imag}
+    assert found["c"].is_conj()
+    assert found["n"].is_neg()
+    assert found["n"].is_contiguous()
+    assert same(load(store, 1, found), state)
 
 
 def test_async_save(store: CheckpointStore) -> None:

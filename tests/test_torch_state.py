@@ -41,8 +41,8 @@ def store(tmp_path: Path) -> CheckpointStore:
 def same(a: Any, b: Any) -> bool:
     """Equal in type and value, tensors bit for bit."""
     if isinstance(a, torch.Tensor):
-        raw = [value.detach().contiguous().reshape(-1).view(torch.uint8) if value.numel() else value for value in (a, b)]
-        return a.dtype == b.dtype and a.shape == b.shape and (not a.numel() or torch.equal(*raw))
+        raw = [memory.flat(value.detach().resolve_conj().resolve_neg().contiguous()) for value in (a, b)]
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):

@@ -17,11 +17,14 @@ from ckptstore.formats import inert, pickling
 from ckptstore.formats.reading import FormatError
 
 ITEM_BYTES = {
-    **dict.fromkeys(("float64", "int64"), 8),
-    **dict.fromkeys(("float32", "int32"), 4),
-    **dict.fromkeys(("float16", "bfloat16", "int16"), 2),
-    "bool": 1,
+    "complex128": 16,
+    **dict.fromkeys(("float64", "int64", "complex64", "uint64"), 8),
+    **dict.fromkeys(("float32", "int32", "uint32"), 4),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
+    **dict.fromkeys(("bool", "int8", "uint8"), 1),
+    **dict.fromkeys((f"float8_{kind}" for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")), 1),
 }
+#: Those that torch has had a storage of its own for. The others are bytes, and a dtype beside them.
 _STORAGES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -30,7 +33,11 @@ _STORAGES = {
     "int64": "LongStorage",
     "int32": "IntStorage",
     "int16": "ShortStorage",
+    "int8": "CharStorage",
+    "uint8": "ByteStorage",
     "bool": "BoolStorage",
+    "complex64": "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
 }
 _DTYPES = {storage: dtype for dtype, storage in _STORAGES.items()}
 _ALIGNMENT = 64
@@ -89,10 +96,16 @@ def tensor(dtype: str, shape: Sequence[int], *, expanded: bool = False) -> Layou
     """The archive of a contiguous tensor; `expanded`: of one whose elements are all the single one that is stored."""
     stored = 1 if expanded else prod(shape)
     strides = tuple(0 if expanded else prod(shape[n + 1 :]) for n in range(len(shape)))
-    storage = ("storage", pickling.Raw(pickling.name("torch", _STORAGES[dtype])), "0", "cpu", stored)
-    ordered = pickling.call(pickling.name("collections", "OrderedDict"), ())
-    arguments = (pickling.Raw(pickling.emit(storage) + b"Q"), 0, tuple(shape), strides, False, pickling.Raw(ordered))
-    code = b"\x80\x02" + pickling.call(pickling.name("torch._utils", "_rebuild_tensor_v2"), arguments) + b"."
+    ordered = pickling.Raw(pickling.call(pickling.name("collections", "OrderedDict"), ()))
+    more: tuple[pickling.Value, ...] = ()
+    if dtype in _STORAGES:
+        rebuild, kind, count = "_rebuild_tensor_v2", pickling.name("torch", _STORAGES[dtype]), stored
+    else:
+        rebuild, kind = "_rebuild_tensor_v3", pickling.name("torch.storage", "UntypedStorage")
+        count, more = stored * ITEM_BYTES[dtype], (pickling.Raw(pickling.name("torch", dtype)),)
+    storage = pickling.Raw(pickling.emit(("storage", pickling.Raw(kind), "0", "cpu", count)) + b"Q")
+    arguments = (storage, 0, tuple(shape), strides, False, ordered, *more)
+    code = b"\x80\x02" + pickling.call(pickling.name("torch._utils", rebuild), arguments) + b"."
     head, records = _records((("data.pkl", code), *_BEFORE))
     layout = Layout(
         head + _local("data/0", len(head), stored * ITEM_BYTES[dtype]), stored * ITEM_BYTES[dtype], 0, records, len(head)

@@ -24,7 +24,7 @@ class DeviceBytes:
     __slots__ = ("_bytes",)
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._bytes = tensor.detach().reshape(-1).view(torch.uint8)
+        self._bytes = memory.flat(tensor.detach())
 
     @property
     def device(self) -> torch.device:

@@ -243,7 +243,7 @@ def _source(part: Part, streams: Streams) -> tuple[torch.Tensor | None, Any, Tai
         return torch.frombuffer(part, dtype=torch.uint8) if part else None, None, None
     stream = streams.of(part)
     with memory.on(stream):
-        return part.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8), stream, None
+        return memory.flat(part.resolve_conj().resolve_neg().contiguous()), stream, None
 
 
 def _length(part: Part) -> int:

@@ -57,6 +57,12 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(memory).cast("B")  # ctypes' own format takes no slices
 
 
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor, wherever it is, as uint8: a view."""
+    # One element or none counts as contiguous at any stride, and torch views no such stride as another dtype.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def host(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
     """New host memory. Where no more can be pinned (a container's limit) it is pageable: slower to copy to, and as right."""
     with torch.inference_mode(False):  # what is made in that mode can be changed in no other, and this is used again

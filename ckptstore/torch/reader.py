@@ -224,7 +224,8 @@ class _Reading:
             request = self.stored.requests[0]
             target = self.planner.resolve_tensor(request).detach()
             place = _in_one_piece(request, shape)
-            if place is not None and target.is_contiguous() and target.device.type in self.direct and (
+            plain = target.is_contiguous() and not target.is_conj() and not target.is_neg()  # its memory is its values
+            if place is not None and plain and target.device.type in self.direct and (
                 str(target.dtype) == f"torch.{dtype}" and tuple(target.shape) == tuple(request.lengths)
             ):  # fmt: skip
                 self.target = target

@@ -296,7 +296,7 @@ def _archive(kind: WriteItemType, value: Any) -> File:
     if kind == WriteItemType.BYTE_IO:
         return File([value.getbuffer()])
     name = str(value.dtype).removeprefix("torch.")
-    if name not in torchzip.ITEM_BYTES:  # float8, uint8 and the like: small, or rare; by way of memory
+    if name not in torchzip.ITEM_BYTES:  # of a newer torch, perhaps: by way of memory
         stream = io.BytesIO()
         torch.save(plain(value).clone(), stream)
         return File([stream.getbuffer()])
