@@ -80,7 +80,7 @@ def setup(
     try:
         side_folders.make_side(first.side)
     except NoSpaceError as error:
-        error.hint = "; ".join(room.what_could_go(first)) or error.hint
+        error.hint = "; ".join(room.what_could_go(first, options)) or error.hint
         raise
     with RunLock(first.side, f"setup of step {first.point.checkpoint.step}") as lock:
         rolled = commit.finish_pending(first.side)
@@ -100,8 +100,9 @@ def setup(
                 outcome = _setup(backend, current, options, tell)
             except NoSpaceError as error:
                 # Where only the server knows what is free, this is how we learn of it.
-                if not (options.replace and current.transfers and current.old_slot is not None):
-                    error.hint = "; ".join(room.what_could_go(current)) or error.hint
+                asked = options.replace and current.transfers and current.old_slot is not None
+                if not asked or room.lacking(current, options):
+                    error.hint = "; ".join(room.what_could_go(current, options)) or error.hint
                     raise
                 room.replace_old_slot(current)
                 continue
@@ -174,7 +175,7 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
     if options.new_trial:
         place_trial(current, stage, trial_folder(current.listing, options))
         return outcome()
-    tell("replacing the slot", current.needed_bytes, current.needed_bytes)
+    tell("replacing the slot", current.point.checkpoint.size_bytes, current.point.checkpoint.size_bytes)
     moves, aside = commit.plan_moves(current.side, stage.path, dict(current.slots) if current.transfers else {})
     for move in moves:
         if move.old != before[current.slots[move.part]]:

@@ -58,7 +58,7 @@ def stage_part(
     doing = f"copying {part.name}" if way.how != "dcp" else f"converting {part.name}"
 
     def progress(done_bytes: int, _: int) -> None:
-        tell(doing, before + done_bytes, plan.needed_bytes)
+        tell(doing, before + done_bytes, plan.point.checkpoint.size_bytes)
 
     try:
         if way.how == "dcp":

@@ -21,6 +21,7 @@ from ckptstore.journal import Journal
 from ckptstore.lock import RunLock
 from ckptstore.manifest import parse
 from ckptstore.model import MANIFEST_NAME, Status
+from ckptstore.sizes import size
 from tests import commands, trees
 from tests.commands import Result, flat
 
@@ -535,10 +536,15 @@ def test_too_little_room_says_what_could_go(cli: Cli, run: Path, monkeypatch: py
 
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 4096))
     before = commands.snapshot(run)
-    result = cli("setup", "--as-is", "--step", 93)
-    assert result.code == 1
-    assert "are free on" in result.err
-    assert "--replace" in result.err
+    for words in ((), ("--dry-run",)):
+        result = cli("setup", "--as-is", "--step", 93, *words)
+        assert result.code == 1
+        assert "are free on" in result.err
+        assert "--replace" in result.err
+    would = cli("setup", "--as-is", "--step", 93, "--dry-run", "--json")
+    assert would.code == 1
+    assert "are free on" in json.loads(would.out)["refusals"][0]
+    assert cli("resume", "--as-is", "--step", 93, "--plan").code == 1
     assert commands.snapshot(run) == before
 
 
@@ -679,7 +685,7 @@ def test_warnings_do_not_touch_stdout(cli: Cli, run: Path, monkeypatch: pytest.M
 
 def test_status_marks_and_sizes() -> None:
     assert {render.MARKS[status] for status in Status} == {"●", "○", "◐", "✗"}
-    assert [render.size(n) for n in (0, 999, 1000, 15_400_000, 3.1e9, 2e12)] == [
+    assert [size(n) for n in (0, 999, 1000, 15_400_000, 3.1e9, 2e12)] == [
         "0 B",
         "999 B",
         "1.0 kB",

@@ -34,7 +34,6 @@ from ckptstore.cli.render import (
     print_json,
     run_json,
     safe,
-    size,
     state,
     status,
     steps,
@@ -47,6 +46,7 @@ from ckptstore.frameworks.areal.saving import describe, settings
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
 from ckptstore.model import Checkpoint
+from ckptstore.sizes import size
 
 TITLES = ("step", "log", "epoch:step", "parts", "holds", "format", "files", "size", "age", "status")
 _LEFT = frozenset({"parts", "holds", "format", "health", "status"})

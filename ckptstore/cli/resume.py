@@ -26,7 +26,7 @@ from ckptstore.cli.common import (
     trainer_options,
 )
 from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
-from ckptstore.cli.setup import do_setup, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options
+from ckptstore.cli.setup import do_setup, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options, with_room
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import (
@@ -109,7 +109,7 @@ def command(
     installation = find_installation(trainer.areal_dir, trainer.areal_version)
     options = setup_options(trainer, config, installation, force=force, as_is=as_is)
     with explaining_gaps(located, backend, selection):
-        plan = make_plan(backend, selection, options)
+        plan = with_room(make_plan(backend, selection, options), options)
     blockers, overrides = plan.restoration.blockers, plan.restoration.overrides
     run = located.run
     if options.new_trial:

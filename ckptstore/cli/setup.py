@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
 import click
 
-from ckptstore import recovery
+from ckptstore import recovery, room
 from ckptstore.backends import Backend
 from ckptstore.choose import Selection
 from ckptstore.cli.common import (
@@ -37,7 +38,6 @@ from ckptstore.cli.render import (
     rate,
     row,
     safe,
-    size,
     status,
     steps,
 )
@@ -50,6 +50,7 @@ from ckptstore.model import Status
 from ckptstore.plan import Options, Plan
 from ckptstore.plan import plan as make_plan
 from ckptstore.recovery import Outcome
+from ckptstore.sizes import size
 
 #: What a transfer is called, and what becomes of the files.
 _HOW = {"copy": ("copy", ""), "dcp": ("convert", "  (as DCP)"), "era-a": ("copy", "  (with fresh optimizer shards)")}
@@ -115,7 +116,7 @@ def command(
         return 0
     if dry_run:
         with explaining_gaps(located, backend, selection):
-            plan = make_plan(backend, selection, options)
+            plan = with_room(make_plan(backend, selection, options), options)
         if as_json:
             print_json(plan_json(plan) | {"done": False})
             return 1 if plan.refusals else 0
@@ -136,6 +137,13 @@ def command(
     print_outcome(outcome)
     print_restoration(outcome.plan.restoration)
     return 0
+
+
+def with_room(plan: Plan, options: Options) -> Plan:
+    """The plan, refused where there is no room for it."""
+    if plan.refusals or not (short := room.lacking(plan, options)):
+        return plan
+    return dataclasses.replace(plan, refusals=("; ".join([short, *room.what_could_go(plan, options)]),))
 
 
 def setup_options(trainer: Trainer, config: RunConfig | None, installation: Installation, **flags: Any) -> Options:

@@ -18,7 +18,6 @@ from ckptstore.cli.render import (
     print_json,
     row,
     safe,
-    size,
     status,
     steps,
 )
@@ -28,6 +27,7 @@ from ckptstore.locate import Where
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint
 from ckptstore.parts import find_manifest, folder_of, judged
+from ckptstore.sizes import size
 
 
 @click.command("show", cls=Verb, short_help="Everything known about one checkpoint.")

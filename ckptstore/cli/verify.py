@@ -6,13 +6,14 @@ import click
 
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import done, echo, finding_json, findings, item, print_json, rate, safe, size, status
+from ckptstore.cli.render import done, echo, finding_json, findings, item, print_json, rate, safe, status
 from ckptstore.cli.weights import print_sanity, sanity_json, weigh
 from ckptstore.errors import NotFoundError, NothingToResumeError, UsageError
 from ckptstore.health import Health
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Where
 from ckptstore.model import Checkpoint, Level
+from ckptstore.sizes import size
 from ckptstore.verify import UNSEALED, Report, verify_all
 
 
