@@ -46,7 +46,10 @@ def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: nat
         return existing
     check_names(file.name for file in part.files)
     if findings := check_part_structure(backend, part):
-        raise IntegrityError(f"step {checkpoint.step}, {part.name}/{findings[0]}", hint="Only whole checkpoints are sealed.")
+        raise IntegrityError(
+            f"step {checkpoint.step}, {part.name}{'/' if findings[0].path else ': '}{findings[0]}",
+            hint="Only whole checkpoints are sealed.",
+        )
     specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in part.files]
     digests = {}
     for name, result in native.digest_files(part.path, specs, progress=progress).items():

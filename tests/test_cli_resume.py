@@ -169,6 +169,10 @@ def test_another_fileroot_is_refused_with_both_paths(cli: Cli, run: Path, tmp_pa
     assert result.code == 1
     assert f"AReaL reads:  {other}/checkpoints/alice/{EXPERIMENT}/trial0\n" in result.err
     assert f"cluster.fileroot={tmp_path}" in result.err
+    if how == "config":  # what it says to give helps
+        hint = flat(result.err).split("try:")[1].split()
+        assert hint[0] == "Give"
+        assert cli("resume", "--run", run, "--plan", *hint[1:3], hint[3].rstrip(".")).code == 0
 
 
 def test_a_relative_fileroot_is_fine_only_where_it_leads_to_the_run(

@@ -45,13 +45,13 @@ from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.saving import describe, settings
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
-from ckptstore.model import Checkpoint
+from ckptstore.model import Checkpoint, Status
 from ckptstore.sizes import size
 
 TITLES = ("step", "log", "epoch:step", "parts", "holds", "format", "files", "size", "age", "status")
 _LEFT = frozenset({"parts", "holds", "format", "health", "status"})
 #: What a narrow terminal does without, in this order; a pipe gets everything.
-_DISPENSABLE = ("parts", "files", "format")
+_DISPENSABLE = ("parts", "files", "format", "epoch:step", "holds", "log")
 _AREAL_ONLY = frozenset({"log", "epoch:step", "parts"})
 _MANY = 8
 NO_VERDICT = {"health": "unknown", "health_why": "no metrics are recorded", "metric": "", "value": None}
@@ -251,12 +251,17 @@ def _row(checkpoint: Checkpoint, now_s: float) -> tuple[str, ...]:
 
 def _print_damage(shown: list[Checkpoint]) -> None:
     damaged = [checkpoint for checkpoint in shown if checkpoint.findings]
-    if damaged:
-        echo()
+    if not damaged:
+        return
+    from ckptstore.running import RECENT_S  # only then: the listing must start in a blink
+
+    echo()
     if len(damaged) > _MANY:
         echo(f"{len(damaged)} are not whole; the newest of them:")
     for checkpoint in damaged[-_MANY:]:
-        echo(f"step {checkpoint.step} is {status(checkpoint.status)}")
+        young = checkpoint.status is Status.PARTIAL and checkpoint.saved_at_s and abs(checkpoint.age_s()) < RECENT_S
+        when = f", written {age(checkpoint.age_s())} ago: it may still be being saved" if young else ""
+        echo(f"step {checkpoint.step} is {status(checkpoint.status)}{when}")
         findings(checkpoint.findings, limit=2, more=f" (`ckptstore show {checkpoint.step}`)")
 
 

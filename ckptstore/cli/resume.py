@@ -26,7 +26,7 @@ from ckptstore.cli.common import (
     trainer_options,
 )
 from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
-from ckptstore.cli.setup import do_setup, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options, with_room
+from ckptstore.cli.setup import do_setup, doable, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import (
@@ -109,7 +109,7 @@ def command(
     installation = find_installation(trainer.areal_dir, trainer.areal_version)
     options = setup_options(trainer, config, installation, force=force, as_is=as_is)
     with explaining_gaps(located, backend, selection):
-        plan = with_room(make_plan(backend, selection, options), options)
+        plan = doable(make_plan(backend, selection, options), options)
     blockers, overrides = plan.restoration.blockers, plan.restoration.overrides
     run = located.run
     if options.new_trial:
@@ -216,7 +216,8 @@ def _refuse_strangers(located: Located, config: RunConfig | None, own: tuple[str
             f"{source} says fileroot {fileroot}{relative}, and the run lies elsewhere: AReaL would start fresh",
             run,
             os.path.join(os.path.abspath(fileroot), "checkpoints", run.user, run.experiment, run.trial),
-            hint=f"Give cluster.fileroot={run.fileroot}"
+            hint=f"Give {'your command' if own or config is None else f'--config {config.path}'} "
+            + f"cluster.fileroot={run.fileroot}"
             + (", or start from the folder that the run was started in." if relative_fileroot(config) else "."),
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ckptstore import recovery, room
+from ckptstore import side as side_folders
 from ckptstore.backends import Backend
 from ckptstore.choose import Selection
 from ckptstore.cli.common import (
@@ -45,7 +46,7 @@ from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import Installation, find_installation, logged_config
 from ckptstore.frameworks.areal.restoration import Restoration
-from ckptstore.locate import Where
+from ckptstore.locate import Where, current_user
 from ckptstore.model import Status
 from ckptstore.plan import Options, Plan
 from ckptstore.plan import plan as make_plan
@@ -116,7 +117,7 @@ def command(
         return 0
     if dry_run:
         with explaining_gaps(located, backend, selection):
-            plan = with_room(make_plan(backend, selection, options), options)
+            plan = doable(make_plan(backend, selection, options), options)
         if as_json:
             print_json(plan_json(plan) | {"done": False})
             return 1 if plan.refusals else 0
@@ -139,9 +140,15 @@ def command(
     return 0
 
 
-def with_room(plan: Plan, options: Options) -> Plan:
-    """The plan, refused where there is no room for it."""
-    if plan.refusals or not (short := room.lacking(plan, options)):
+def doable(plan: Plan, options: Options) -> Plan:
+    """The plan, refused where it may not be written, or there is no room for it."""
+    if plan.refusals or plan.nothing_to_do:
+        return plan
+    for place in map(side_folders.existing, (plan.side, *plan.slots.values())):
+        if not os.access(place, os.W_OK):
+            what = "is mounted read-only" if os.statvfs(place).f_flag & os.ST_RDONLY else f"is not writable by {current_user()}"
+            return dataclasses.replace(plan, refusals=(f"{place} {what}",))
+    if not (short := room.lacking(plan, options)):
         return plan
     return dataclasses.replace(plan, refusals=("; ".join([short, *room.what_could_go(plan, options)]),))
 

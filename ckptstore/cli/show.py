@@ -64,7 +64,8 @@ def _print(checkpoint: Checkpoint, manifests: dict[str, Manifest | None]) -> Non
     echo()
     heading(steps(checkpoint))
     if checkpoint.epoch >= 0:
-        echo(f"epoch {checkpoint.epoch}, epoch step {checkpoint.epoch_step}; saved {age(checkpoint.age_s())} ago")
+        saved = f"; saved {age(checkpoint.age_s())} ago" if checkpoint.saved_at_s else ""
+        echo(f"epoch {checkpoint.epoch}, epoch step {checkpoint.epoch_step}{saved}")
     for text in checkpoint.notes:
         item("·", text)
     for part in checkpoint.parts:

@@ -104,7 +104,7 @@ def _print(reports: list[Report]) -> None:
         checkpoint = report.checkpoint
         name = "slot, " if checkpoint.kind == "slot" else ""
         step = f"step {checkpoint.step}" if checkpoint.step >= 0 else "unknown step"
-        detail = f"{checkpoint.file_count} files, {size(checkpoint.size_bytes)}"
+        detail = f"{checkpoint.file_count} file{'s' * (checkpoint.file_count != 1)}, {size(checkpoint.size_bytes)}"
         detail += f", read{at}" if (at := rate(report.bytes_read, report.seconds)) else ""
         echo(f"{name}{step:<9} {status(checkpoint.status)}  {safe(detail)}")
         findings(report.findings)
@@ -116,7 +116,7 @@ def _print(reports: list[Report]) -> None:
             item(
                 "✗", f"{count} of {checkpoint.file_count} files cannot be checked so: {safe(report.unchecked[0])}, …", fg="red"
             )
-    unsealed = [report for report in reports if UNSEALED in report.notes]
+    unsealed = [report for report in reports if report.ok and UNSEALED in report.notes]
     bad = [report for report in reports if not report.ok]
     summary = f"{len(reports) - len(bad)} of {len(reports)} whole at level {reports[0].level}"
     echo()
