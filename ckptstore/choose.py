@@ -14,9 +14,9 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import RESUMABLE, Listing, backend_for, read_adopted
+from ckptstore.listing import RESUMABLE, Listing, backend_for, never_stepped, read_adopted
 from ckptstore.model import Checkpoint, Level, Status
-from ckptstore.parts import find_manifest, read_part
+from ckptstore.parts import find_manifest, read_part, with_dcp_holdings
 from ckptstore.verify import verify
 
 if TYPE_CHECKING:
@@ -201,13 +201,17 @@ def _at_path(backend: Backend, listing: Listing, path: str) -> Checkpoint:
     name = os.path.basename(above)
     known = {part.name for checkpoint in listing.checkpoints for part in checkpoint.parts}
     try:
-        part = read_part(outside, name if name in known else layout.MAIN_PART, "", outside.tree(max_depth=5))
+        part = with_dcp_holdings(
+            outside, read_part(outside, name if name in known else layout.MAIN_PART, "", outside.tree(max_depth=5))
+        )
     except NotFoundError as error:
         raise NotFoundError(
             f"--checkpoint-path {path}: there is no such folder",
             hint="`ckptstore show STEP` prints the folder of a checkpoint of this run.",
         ) from error
     manifest = find_manifest(outside, "")
+    if manifest is not None and manifest.origin == "convert" and part.status is Status.COMMITTED:
+        part = never_stepped(part)
     numbers = layout.parse_export_name(os.path.basename(path))
     if numbers is not None:
         return Checkpoint(numbers.step, numbers.epoch, numbers.epoch_step, "export", (part,))

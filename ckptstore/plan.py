@@ -23,7 +23,7 @@ from ckptstore.frameworks.areal.era import of as era_of
 from ckptstore.frameworks.areal.launch import Installation
 from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.frameworks.areal.resume_state import data_parallel_world
-from ckptstore.frameworks.areal.target import InfoPlan, Transfer, plan_info, transfer
+from ckptstore.frameworks.areal.target import InfoPlan, Transfer, optimizer_in, plan_info, transfer
 from ckptstore.listing import RESUMABLE, Listing, backend_for, scan
 from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
@@ -149,7 +149,7 @@ def _era(listing: Listing, options: Options, old: Checkpoint | None, chosen: Che
 
 def _transfer(part: Part, era: Era, options: Options) -> Transfer:
     if options.as_is or options.recover_dir:
-        return Transfer("copy", "kept" if "optimizer" in part.holds else "none")
+        return Transfer("copy", optimizer_in(part.holds))
     return transfer(part, era, world_size(options))
 
 
