@@ -118,7 +118,8 @@ def command(
     if not recover_info:
         _print_table(located, listing, shown, _within(before_step, max_step, step), bound, verdicts)
     echo()
-    if listing.framework != "steps":
+    there = is_url(located.run.path) and listing.slot is None and listing.recover_info is None  # where no trainer reads one
+    if listing.framework != "steps" and not there:
         _print_slot(listing, verdicts)
         _print_info(listing.recover_info, full=recover_info)
     if not is_url(located.run.path) and (trip := halt.read(places.side_of(located.run.path))) is not None:
@@ -325,6 +326,9 @@ def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bo
         else ""
     )
     if listing.framework == "steps":
-        field("next", f"ckptstore verify {newest.step}")
+        field("next", f"ckptstore verify {newest.step} --run {listing.run.path}")
         return
-    field("next", f"ckptstore verify {newest.step}   or   ckptstore setup{bound} --dry-run")
+    at, source = "", ""
+    if is_url(listing.run.path):
+        at, source = f" --run {listing.run.path}", f" --from {listing.run.path}"
+    field("next", f"ckptstore verify {newest.step}{at}   or   ckptstore setup{bound}{source} --dry-run")

@@ -158,8 +158,8 @@ def _print(results: list[Sent], url: str, seconds: float, *, dry_run: bool) -> N
         else:
             done(f"{name} is committed: {size(sent.sent_bytes)} sent{rate(sent.sent_bytes, seconds)}{kept}")
         row("at", f"{sent.url}/")
-        row("", f"manifest sha256 {sent.manifest_sha256}")
-        if not dry_run:
+        if not dry_run:  # one that is yet to be made would be another one each time
+            row("", f"manifest sha256 {sent.manifest_sha256}")
             row("", _checked(sent))
     for text in sorted({text for sent in results for text in sent.notes}):
         note(text)

@@ -7,6 +7,7 @@ import os
 import pwd
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -116,8 +117,8 @@ def command(
         run = dataclasses.replace(run, trial=options.new_trial, path=plan.new_trial)
     cmd = resume_command(run, installation, config=config, script=script, command=own, overrides=overrides)
     cmd = _as_this_user(located, cmd)
-    if execute and cmd.placeholders:
-        raise UsageError("--exec cannot run a command with gaps", hint="; ".join(cmd.placeholders))
+    if execute:
+        _refuse_command(cmd)
     if not as_json:
         _print_head(config, installation)
         print_plan(plan)
@@ -273,6 +274,15 @@ def _split_environment(words: Sequence[str]) -> tuple[list[str], dict[str, str] 
     count = next((n for n, word in enumerate(words) if not _ENVIRONMENT.match(word)), len(words))
     given = dict(word.split("=", 1) for word in words[:count])
     return list(words[count:]), {**os.environ, **given} if given else None
+
+
+def _refuse_command(cmd: Command) -> None:
+    """UsageError for what cannot be started: known before the slot is replaced."""
+    if cmd.placeholders:
+        raise UsageError("--exec cannot run a command with gaps", hint="; ".join(cmd.placeholders))
+    words, environment = _split_environment(cmd.words)
+    if words and shutil.which(words[0], path=(environment or os.environ).get("PATH")) is None:
+        raise UsageError(f"--exec: there is no command {words[0]}", hint="Nothing was changed. Is its name right, and on PATH?")
 
 
 def _execute(cmd: Command) -> NoReturn:
