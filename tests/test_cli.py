@@ -925,3 +925,8 @@ def test_a_linked_trial_is_one_run_by_all_its_names(cli: Cli, run: Path, tmp_pat
     missing = cli("list")
     assert missing.code == 1
     assert f"{run} is a link" in flat(missing.err)
+
+
+def test_a_slot_from_the_future_reads_well(cli: Cli, run: Path) -> None:
+    trees.set_age(run, -7200)
+    assert "saved in the future, COMPLETE" in flat(cli("list").out)

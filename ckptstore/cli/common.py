@@ -309,7 +309,12 @@ def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only
     meant.
     """
     try:
-        return *open_run(where, as_json=as_json, read_only=read_only), selection
+        located, backend = open_run(where, as_json=as_json, read_only=read_only)
+        url, said = ("", "") if selection.url or selection.checkpoint_path else said_url(where)
+        if url and _holds_nothing(backend):  # a setup that failed made its folder, or AReaL did while it looked
+            selection = dataclasses.replace(selection, url=normal_url(url))
+            note(f"the run here is empty: its checkpoints are taken from {said}, {selection.url}")
+        return located, backend, selection
     except NoRunError as error:
         url, said = said_url(where, selection.url)
         names = named_run(where)
@@ -329,6 +334,11 @@ def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only
     except OSError as error:
         raise from_os_error(error, doing="creating", path=names.path) from error
     return *open_run(where, as_json=as_json), selection
+
+
+def _holds_nothing(backend: Backend) -> bool:
+    listing = scan(backend)
+    return not (listing.checkpoints or listing.adopted or listing.slot or listing.recover_info)
 
 
 def is_steps(path: str) -> bool:

@@ -275,13 +275,18 @@ def _print_slot(listing: Listing, verdicts: Verdicts) -> None:
     field(
         "slot",
         f"{step}, {slot.format}: {', '.join(slot.holds) or 'nothing known'}; {slot.file_count} files, "
-        f"{size(slot.size_bytes)}, {age(slot.age_s())} old, {slot.status}",
+        f"{size(slot.size_bytes)}, {_old(slot.age_s())}, {slot.status}",
     )
     if verdicts and slot.step >= 0:
         field("", verdicts[id(slot)].text)
     findings(slot.findings)
     for text in slot.notes:
         item("·", text)
+
+
+def _old(age_s: float) -> str:
+    said = age(age_s)
+    return f"saved {said}" if said.startswith("in ") else f"{said} old"
 
 
 def _print_info(info: RecoverInfo | None, *, full: bool) -> None:

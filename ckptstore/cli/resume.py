@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ckptstore.backends import normal_url, open_backend
 from ckptstore.choose import Selection
 from ckptstore.cli.common import (
     JSON,
@@ -28,6 +29,7 @@ from ckptstore.cli.common import (
 )
 from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
 from ckptstore.cli.setup import do_setup, doable, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options
+from ckptstore.cli.urls import said_url
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import (
@@ -100,7 +102,7 @@ def command(
     if or_start:
         if not execute or not own:
             raise UsageError("--or-start starts a command: say --exec --or-start -- CMD…")
-        if _may_start_fresh(where):
+        if _may_start_fresh(where, selection):
             echo("no trace of the run in any place that was named: starting fresh")
             _execute(Command(own))
     looking = not (yes or asking) or plan_only
@@ -155,7 +157,7 @@ def command(
     return 0
 
 
-def _may_start_fresh(where: Where) -> bool:
+def _may_start_fresh(where: Where, selection: Selection) -> bool:
     """Whether no place that was named holds a trace of the run. Names must be known: a guess could miss the run."""
     names = named_run(where)
     if not names.fileroot or not names.experiment or not names.trial:
@@ -163,7 +165,10 @@ def _may_start_fresh(where: Where) -> bool:
             "--or-start must know the run that it would start",
             hint="Say --fileroot, -e and -t, or --config with the trainer's YAML.",
         )
-    return is_fresh(names.fileroot, names.user, names.experiment, names.trial)
+    if not is_fresh(names.fileroot, names.user, names.experiment, names.trial):
+        return False
+    url, _ = said_url(where, selection.url)
+    return not url or next(iter(open_backend(normal_url(url)).list()), None) is None  # a bucket that is not there raises
 
 
 def _document(located: Located, document: dict[str, Any], cmd: Command) -> dict[str, Any]:
