@@ -234,6 +234,8 @@ def test_the_variable_still_counts_after_a_setup_that_failed(run, url, capfd, tm
 def test_nothing_starts_fresh_while_the_bucket_has_the_run(run, url, capfd, tmp_path, monkeypatch, how):
     """A new box, and --or-start: the URL is a place that was named, too."""
     monkeypatch.setattr("ckptstore.fresh._FLEETING", frozenset())  # where the tests' folder lies
+    # It would become the training, and end the tests with its code.
+    monkeypatch.setattr("ckptstore.cli.resume._execute", lambda cmd: pytest.fail("started fresh"))
     fileroot = tmp_path / "fresh"
     if how == "variable":
         monkeypatch.setenv("CKPTSTORE_URL", url)
