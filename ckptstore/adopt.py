@@ -35,7 +35,7 @@ from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.listing import Listing, adopted_folder, read_adopted, scan
 from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import Checkpoint, FileInfo, Status
+from ckptstore.model import FRESH_OPTIMIZER, Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
 from ckptstore.verify import Notify, check_part_structure
 
@@ -213,12 +213,13 @@ def _copy(
     for folder, _, _ in os.walk(target, topdown=False):
         side_folders.like(folder, model)
         side_folders.sync_folder(folder)
+    made = name != layout.RECOVER_INFO and FRESH_OPTIMIZER in slot.holds  # a copy of what setup made was not trained either
     manifest = Manifest(
         step=slot.step,
         epoch=slot.epoch,
         epoch_step=slot.epoch_step,
         part=name,
-        origin="adopt",
+        origin="convert" if made else "adopt",
         files=tuple(entries),
         chunk_bytes=native.CHUNK_BYTES,
         source=f"{name}/{layout.SLOT}" if name != layout.RECOVER_INFO else name,

@@ -14,9 +14,9 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import RESUMABLE, Listing, backend_for, read_adopted
+from ckptstore.listing import RESUMABLE, Listing, backend_for, never_stepped, read_adopted
 from ckptstore.model import Checkpoint, Level, Status
-from ckptstore.parts import find_manifest, read_part
+from ckptstore.parts import find_manifest, read_part, with_dcp_holdings
 from ckptstore.verify import verify
 
 if TYPE_CHECKING:
@@ -136,9 +136,10 @@ def resume_point(
         return ResumePoint(newest, tuple(skipped), why)
     if selection.named and skipped:
         bad = skipped[0]
+        name = selection.checkpoint_path or f"step {bad.checkpoint.step}"
         raise IntegrityError(
-            f"step {bad.checkpoint.step} is {bad.checkpoint.status}: {'; '.join(bad.reasons[:3])}",
-            hint="Without --step, the newest good one is chosen.",
+            f"{name} is {bad.checkpoint.status}: {'; '.join(bad.reasons[:3])}",
+            hint=f"Without {'--checkpoint-path' if selection.checkpoint_path else '--step'}, the newest good one is chosen.",
         )
     raise _nothing(listing, selection, skipped)
 
@@ -200,10 +201,17 @@ def _at_path(backend: Backend, listing: Listing, path: str) -> Checkpoint:
     name = os.path.basename(above)
     known = {part.name for checkpoint in listing.checkpoints for part in checkpoint.parts}
     try:
-        part = read_part(outside, name if name in known else layout.MAIN_PART, "", outside.tree(max_depth=5))
+        part = with_dcp_holdings(
+            outside, read_part(outside, name if name in known else layout.MAIN_PART, "", outside.tree(max_depth=5))
+        )
     except NotFoundError as error:
-        raise NotFoundError(f"--checkpoint-path {path}: there is no such folder", hint=str(error)) from error
+        raise NotFoundError(
+            f"--checkpoint-path {path}: there is no such folder",
+            hint="`ckptstore show STEP` prints the folder of a checkpoint of this run.",
+        ) from error
     manifest = find_manifest(outside, "")
+    if manifest is not None and manifest.origin == "convert" and part.status is Status.COMMITTED:
+        part = never_stepped(part)
     numbers = layout.parse_export_name(os.path.basename(path))
     if numbers is not None:
         return Checkpoint(numbers.step, numbers.epoch, numbers.epoch_step, "export", (part,))
@@ -230,13 +238,19 @@ def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, v
 def _nothing(listing: Listing, selection: Selection, skipped: list[Skipped]) -> NothingToResumeError:
     steps = sorted({checkpoint.step for checkpoint in listing.checkpoints})
     message = f"no checkpoint qualifies as {selection}" + ("" if selection.url else f" in {listing.run.path}")
+    looked_at = {skip.checkpoint.parts[0].path: skip.checkpoint for skip in skipped}
     if skipped:
+        # A torn save at the end is usual: what became of one that seemed whole says more.
+        seemed_whole = {part.path for c in listing.checkpoints if c.status.usable for part in c.parts}
+        telling = next((skip for skip in skipped if skip.checkpoint.parts[0].path in seemed_whole), skipped[0])
         message += (
-            f": {len(skipped)} looked at, all damaged, unfinished or unhealthy (newest: {'; '.join(skipped[0].reasons[:2])})"
+            f": {len(skipped)} looked at, all damaged, unfinished, unreadable or unhealthy "
+            f"(step {telling.checkpoint.step}: {'; '.join(telling.reasons[:2])})"
         )
     hint = "Nothing has been saved there yet: see `saver:` and `recover:` in the run's configuration."
     if steps:
-        usable = [checkpoint.step for checkpoint in listing.checkpoints if checkpoint.status.usable]
+        seen = [looked_at.get(checkpoint.parts[0].path, checkpoint) for checkpoint in listing.checkpoints]
+        usable = [checkpoint.step for checkpoint in seen if checkpoint.status.usable]
         hint = f"The first saved step is {steps[0]}, the last {steps[-1]}; whole are {_some(usable) or 'none'}."
         if any(skip.checkpoint.status.usable for skip in skipped):
             hint += " --include-bad takes unhealthy ones too."

@@ -74,7 +74,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         values = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--config {path} is not valid YAML: {_said(error)}") from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -87,9 +87,14 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UsageError(f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+            raise UsageError(f"{override!r}: the value is not valid YAML: {_said(error)}") from error
         _store(values, key.split("."), value)
     return RunConfig(os.path.abspath(path), values, tuple(overrides))
+
+
+def _said(error: Exception) -> str:
+    """A parser's message in one line; it has no better name for bytes that it was given than `<byte string>`."""
+    return " ".join(re.sub(r' in "<(byte|unicode) string>",', "", str(error)).split())
 
 
 def _store(values: dict[str, Any], names: list[str], value: Any) -> None:

@@ -213,6 +213,8 @@ def from_os_error(error: OSError, *, doing: str, path: str, hint: str = "") -> C
         )
     if code in (_errno.EACCES, _errno.EPERM):
         return AccessError(message, hint=hint or "Run as the user that trains, or fix the permissions.")
+    if code == _errno.EROFS:
+        hint = hint or "It is mounted read-only: mount it for writing, or work on a copy elsewhere."
     if code in (_errno.ENOENT, _errno.ENOTDIR):
         return NotFoundError(message, hint=hint)
     if code in (_errno.EEXIST, _errno.ENOTEMPTY):

@@ -182,6 +182,9 @@ def _read_kept(store: Backend) -> Checkpoint | None:
     ]
     info = recover_info.read(store, tree.get(layout.RECOVER_INFO))
     named = _ADOPTED.fullmatch(store.location.rpartition("/")[2])
+    manifests = [find_manifest(store, part.name) for part in parts if part.status is Status.COMMITTED]
+    if any(manifest is not None and manifest.origin == "convert" for manifest in manifests):
+        parts = [never_stepped(part) for part in parts]
     if not parts or info is None or not named or info.step != int(named[0].removeprefix("globalstep")):
         return None
     return Checkpoint(info.step, info.epoch, info.epoch_step, "adopted", tuple(parts), store=store.location)
@@ -248,11 +251,7 @@ def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Ch
         first = ours[0]
         step, epoch, epoch_step = first.step, first.epoch, first.epoch_step
         if any(manifest.origin == "convert" for manifest in ours):
-            # Made by setup out of an export: what it holds of an optimizer has never stepped.
-            parts = [
-                dataclasses.replace(part, holds=tuple(FRESH_OPTIMIZER if h == "optimizer" else h for h in part.holds))
-                for part in parts
-            ]
+            parts = [never_stepped(part) for part in parts]
             notes.append("made from an export")
         if info is not None and info.step != step:
             notes.append(f"recover_info names step {info.step}, the slot holds {step}: AReaL would count from the wrong one")
@@ -269,6 +268,11 @@ def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Ch
     else:
         step, epoch, epoch_step = info.step, info.epoch, info.epoch_step
     return Checkpoint(step, epoch, epoch_step, "slot", tuple(parts), tuple(notes))
+
+
+def never_stepped(part: Part) -> Part:
+    """The part as it is when setup made it out of an export: what it holds of an optimizer has never stepped."""
+    return dataclasses.replace(part, holds=tuple(FRESH_OPTIMIZER if h == "optimizer" else h for h in part.holds))
 
 
 def _newest(run: layout.RunTree) -> tuple[str, int]:

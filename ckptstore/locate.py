@@ -228,7 +228,10 @@ def _fileroot(where: Where, config: RunConfig | None, *, remote: bool) -> tuple[
             return os.path.abspath(path), f"the usual place {path}"
     raise NoRunError(
         "nobody said where the runs are, and there are none at the usual places",
-        facts=[f"there is no {os.path.abspath(os.path.join(path, 'checkpoints'))}" for path in USUAL_FILEROOTS],
+        facts=[
+            *([f"{config.path} has no cluster.fileroot that could be read"] if config else []),
+            *(f"there is no {os.path.abspath(os.path.join(path, 'checkpoints'))}" for path in USUAL_FILEROOTS),
+        ],
         hint="Say --fileroot DIR (cluster.fileroot of the trainer's YAML), --config run.yaml or --run DIR, "
         f"or set ${FILEROOT_VARIABLE}.",
     )
@@ -285,6 +288,7 @@ def _not_found(fileroot: str, source: str, wanted: dict[str, str], found: list[R
         facts.append(f"{place} holds no USER/EXPERIMENT/TRIAL; it holds {_some(_names(place))}")
     facts += [f"there are: {line}" for line in _overview(found)]
     facts += [f"{path} cannot be read by {current_user()}" for path in _unreadable(place)]
+    facts += [f"{path} is a link, and links are not followed to find runs: say --run {path}/…" for path in _links(place)]
     facts += [f"{text}" for text in _warnings(fileroot, source, None, None)]
     near = [f"{match!r} for {wanted[name]!r}" for name in wanted if (match := _near(wanted[name], found, name))]
     hint = f"Did you mean {', and '.join(near)}?" if near else ""
@@ -322,6 +326,16 @@ def _unreadable(place: str) -> list[str]:
     """Folders on the way to the runs that this user may not look into."""
     below = [os.path.join(place, name) for name in _names(place)]
     return [path for path in (place, *below) if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)][:4]
+
+
+def _links(place: str) -> list[str]:
+    """Links on the way to the runs."""
+    level, links = [place], []
+    for _ in ("user", "experiment", "trial"):
+        level = [os.path.join(path, name) for path in level[:200] for name in _names(path)]
+        links += [path for path in level if os.path.islink(path) and os.path.isdir(path)]
+        level = [path for path in level if not os.path.islink(path)]
+    return links[:4]
 
 
 def _warnings(fileroot: str, source: str, config: RunConfig | None, run: RunRef | None) -> list[str]:

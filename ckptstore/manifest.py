@@ -56,7 +56,7 @@ class Manifest:
     epoch: int
     epoch_step: int
     part: str
-    origin: str  #: seal (the trainer wrote the files), setup and adopt (we copied them), convert (we made them)
+    origin: str  #: seal: the trainer wrote them; setup, adopt: we copied them; convert: we made them, or copied such
     files: tuple[FileEntry, ...]
     chunk_bytes: int
     commit: str = field(default_factory=lambda: secrets.token_hex(16))  #: names this act of writing

@@ -11,7 +11,7 @@ from datetime import datetime
 from ckptstore import commit, probe, running
 from ckptstore import journal as journals
 from ckptstore import side as side_folders
-from ckptstore.backends import open_backend
+from ckptstore.backends import is_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import ResumePoint, Selection, resume_point
@@ -23,7 +23,7 @@ from ckptstore.frameworks.areal.era import of as era_of
 from ckptstore.frameworks.areal.launch import Installation
 from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.frameworks.areal.resume_state import data_parallel_world
-from ckptstore.frameworks.areal.target import InfoPlan, Transfer, plan_info, transfer
+from ckptstore.frameworks.areal.target import InfoPlan, Transfer, optimizer_in, plan_info, transfer
 from ckptstore.listing import RESUMABLE, Listing, backend_for, scan
 from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
@@ -127,7 +127,7 @@ def plan(
         slots=slots,
         side=side,
         file_system=file_system,
-        needed_bytes=0 if in_slot else point.checkpoint.size_bytes,
+        needed_bytes=0 if in_slot else _needed_bytes(point.checkpoint, transfers),
         free_bytes=None if probe.is_network(file_system) else shutil.disk_usage(place).free,
         reusable_bytes=_staged_bytes(side, stage_key(point.checkpoint)),
         old_slot=old,
@@ -149,7 +149,7 @@ def _era(listing: Listing, options: Options, old: Checkpoint | None, chosen: Che
 
 def _transfer(part: Part, era: Era, options: Options) -> Transfer:
     if options.as_is or options.recover_dir:
-        return Transfer("copy", "kept" if "optimizer" in part.holds else "none")
+        return Transfer("copy", optimizer_in(part.holds))
     return transfer(part, era, world_size(options))
 
 
@@ -293,6 +293,11 @@ def stage_key(checkpoint: Checkpoint) -> str:
     """Names what a stage is being filled with: another source, or the same one rewritten, is another key."""
     newest = max(file.mtime_ns for part in checkpoint.parts for file in part.files)
     return f"{checkpoint.step} {newest} {checkpoint.size_bytes} {checkpoint.parts[0].path}"
+
+
+def _needed_bytes(checkpoint: Checkpoint, transfers: Mapping[str, Transfer]) -> int:
+    fetched = [part for part in checkpoint.parts if is_url(checkpoint.store) and transfers[part.name].how == "dcp"]
+    return checkpoint.size_bytes + sum(part.size_bytes for part in fetched)  # converted beside what was fetched
 
 
 def _staged_bytes(side: str, key: str) -> int:

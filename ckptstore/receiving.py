@@ -18,6 +18,7 @@ from ckptstore.fetching import Wanted, fetch
 from ckptstore.manifest import Manifest
 from ckptstore.model import Part
 from ckptstore.parts import files_folder_of
+from ckptstore.sizes import size
 from ckptstore.verify import check_part_structure
 
 
@@ -78,7 +79,7 @@ def _check_room(target: str, part: Part) -> None:
     free = shutil.disk_usage(target).free
     if lacking > free:
         raise NoSpaceError(
-            f"{part.path} needs {lacking / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on {target}",
+            f"{part.path} needs {size(lacking)} more, and {size(free)} are free on {target}",
             operation="fetching",
             path=target,
             hint="Free some space; `ckptstore clean` removes leftovers.",

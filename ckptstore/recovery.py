@@ -43,6 +43,8 @@ from ckptstore.plan import ANY, CAREFUL, Options, Plan, plan, stage_key, trial_f
 from ckptstore.staging import BLOCKING, place_trial, stage_info, stage_part, write_info
 from ckptstore.verify import Notify
 
+_PLACED = ("setup", "convert")  #: origins of what a setup put into a slot: copied, or made of an export
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -80,7 +82,7 @@ def setup(
     try:
         side_folders.make_side(first.side)
     except NoSpaceError as error:
-        error.hint = "; ".join(room.what_could_go(first)) or error.hint
+        error.hint = "; ".join(room.what_could_go(first, options)) or error.hint
         raise
     with RunLock(first.side, f"setup of step {first.point.checkpoint.step}") as lock:
         rolled = commit.finish_pending(first.side)
@@ -100,8 +102,9 @@ def setup(
                 outcome = _setup(backend, current, options, tell)
             except NoSpaceError as error:
                 # Where only the server knows what is free, this is how we learn of it.
-                if not (options.replace and current.transfers and current.old_slot is not None):
-                    error.hint = "; ".join(room.what_could_go(current)) or error.hint
+                asked = options.replace and current.transfers and current.old_slot is not None
+                if not asked or room.lacking(current, options):
+                    error.hint = "; ".join(room.what_could_go(current, options)) or error.hint
                     raise
                 room.replace_old_slot(current)
                 continue
@@ -174,7 +177,7 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
     if options.new_trial:
         place_trial(current, stage, trial_folder(current.listing, options))
         return outcome()
-    tell("replacing the slot", current.needed_bytes, current.needed_bytes)
+    tell("replacing the slot", current.point.checkpoint.size_bytes, current.point.checkpoint.size_bytes)
     moves, aside = commit.plan_moves(current.side, stage.path, dict(current.slots) if current.transfers else {})
     for move in moves:
         if move.old != before[current.slots[move.part]]:
@@ -229,7 +232,7 @@ def _is_redundant(current: Plan, old: side_folders.OldSlot, whole: Mapping[str, 
         inside = LocalBackend(os.path.join(old.path, name))
         manifest = find_manifest(inside, "")
         part = read_part(inside, name, "", inside.tree(max_depth=5))
-        if manifest is None or manifest.origin not in ("setup", "convert") or part.status is not Status.COMMITTED:
+        if manifest is None or manifest.origin not in _PLACED or part.status is not Status.COMMITTED:
             return False
         source = whole.get(os.path.join(current.listing.run.path, manifest.source))
         if not source:
@@ -299,14 +302,14 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
 def _is_ours(backend: Backend, folder: str) -> bool:
     """Whether a setup wrote what lies there: a recover_info of the trainer's is not undone."""
     manifest = find_manifest(backend, folder)
-    return manifest is not None and manifest.origin == "setup"
+    return manifest is not None and manifest.origin in _PLACED
 
 
 def _placed_beside(backend: Backend, listing: Listing, parts: Sequence[str]) -> list[str]:
     """Slots that the setup to be undone filled where there was none before: they belong to its step, not to the old one."""
     slot = listing.slot.parts if listing.slot is not None else ()
     found = {part.name: find_manifest(backend, folder_of(backend, part)) for part in slot}
-    ours = {name: manifest for name, manifest in found.items() if manifest is not None and manifest.origin == "setup"}
+    ours = {name: manifest for name, manifest in found.items() if manifest is not None and manifest.origin in _PLACED}
     steps = {manifest.step for name, manifest in ours.items() if name in parts or not parts}
     return [name for name, manifest in ours.items() if name not in parts and manifest.step in steps]
 

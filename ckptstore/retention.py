@@ -210,7 +210,10 @@ def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Dec
         return _prune_there(backend, keep)
     root = os.path.realpath(backend.location)
     if not os.path.isdir(steps.side_of(root)):
-        raise RefusedError(f"{root} has no {os.path.basename(steps.side_of(root))}/: nothing was saved there by ckptstore")
+        raise RefusedError(
+            f"{root} has no {os.path.basename(steps.side_of(root))}/: nothing was saved there by ckptstore",
+            hint="Prune is for stores of steps alone: of an AReaL run, `ckptstore list` shows what you could remove by hand.",
+        )
     side = steps.side_of(root)
     trash = []
     with steps.locked(root, "prune"):

@@ -7,7 +7,7 @@ import os
 import ckptstore
 from ckptstore import native
 from ckptstore.backends.base import Backend
-from ckptstore.errors import CkptStoreError, IntegrityError, SourceChangedError
+from ckptstore.errors import CkptStoreError, IntegrityError, RefusedError, SourceChangedError
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part, Status
 from ckptstore.names import check_names
@@ -46,7 +46,15 @@ def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: nat
         return existing
     check_names(file.name for file in part.files)
     if findings := check_part_structure(backend, part):
-        raise IntegrityError(f"step {checkpoint.step}, {part.name}/{findings[0]}", hint="Only whole checkpoints are sealed.")
+        raise IntegrityError(
+            f"step {checkpoint.step}, {part.name}{'/' if findings[0].path else ': '}{findings[0]}",
+            hint="Only whole checkpoints are sealed.",
+        )
+    if early := next((file.name for file in part.files if file.mtime_ns < 0), ""):
+        raise RefusedError(
+            f"{part.path}/{early} was written before 1970, by its time, which no manifest can say",
+            hint="Was the clock wrong? `touch` sets the file's time.",
+        )
     specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in part.files]
     digests = {}
     for name, result in native.digest_files(part.path, specs, progress=progress).items():

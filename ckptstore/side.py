@@ -34,6 +34,10 @@ JOURNAL = "journal.json"
 
 def side_folder(run: str, slot: str) -> str:
     """Where our own things of this run go: beside the trial, beside a slot that lies outside of it, or in a store of steps."""
+    if os.path.islink(run):  # by whatever name the trial is called, one folder, one lock
+        real = os.path.realpath(run)
+        slot = real + slot.removeprefix(run) if os.path.commonpath([run, slot]) == run else slot
+        run = real
     if os.path.isdir(os.path.join(run, SIDE)):  # no AReaL run has it: a folder in there would be a model
         return os.path.join(run, SIDE)
     parent = os.path.dirname(slot)

@@ -16,7 +16,7 @@ from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.listing import backend_for
 from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import MANIFEST_NAME, Finding, Part, Status
+from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Finding, Part, Status
 from ckptstore.names import check_names
 from ckptstore.parts import find_manifest, folder_of, judged, look_again, read_part
 from ckptstore.plan import Options, Plan, world_size
@@ -58,7 +58,7 @@ def stage_part(
     doing = f"copying {part.name}" if way.how != "dcp" else f"converting {part.name}"
 
     def progress(done_bytes: int, _: int) -> None:
-        tell(doing, before + done_bytes, plan.needed_bytes)
+        tell(doing, before + done_bytes, plan.point.checkpoint.size_bytes)
 
     try:
         if way.how == "dcp":
@@ -256,7 +256,7 @@ def _describe(plan: Plan, part: Part, target: str, digests: Mapping[str, native.
         epoch=checkpoint.epoch,
         epoch_step=checkpoint.epoch_step,
         part=part.name,
-        origin="setup" if plan.transfers[part.name].how == "copy" else "convert",
+        origin="setup" if plan.transfers[part.name].how == "copy" and FRESH_OPTIMIZER not in part.holds else "convert",
         files=entries,
         chunk_bytes=chunk_bytes,
         source=os.path.relpath(part.path, run) if part.path.startswith(f"{run}/") else part.path,

@@ -93,7 +93,9 @@ def verify(
         if level is not Level.QUICK or not backend.is_folder:  # a listing of a store has not read it
             part = _check_manifest(backend, checkpoint, part, manifest)
         if level in (Level.STRUCTURE, Level.FULL):
-            part = _worsen(part, check_part_structure(backend, part, manifest))
+            told = {(finding.path, finding.status) for finding in part.findings}
+            found = check_part_structure(backend, part, manifest)
+            part = _worsen(part, [finding for finding in found if (finding.path, finding.status) not in told])
         if level is Level.SERVER:
             part, unknown = _ask_server(backend, part, manifest, progress)
             unchecked += unknown

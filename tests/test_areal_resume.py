@@ -32,6 +32,7 @@ from ckptstore.choose import Selection
 from ckptstore.config import load
 from ckptstore.errors import NothingToResumeError, RefusedError
 from ckptstore.frameworks.areal.launch import find_installation
+from ckptstore.listing import scan
 from ckptstore.plan import Options
 from tests import areal_rules, trees, warm
 from tests.areal_rules import Engine, Fresh, Resumed
@@ -289,6 +290,38 @@ def test_an_older_export_replaces_a_later_slot(tmp_path: Path, era: str, parts: 
     assert result.frequencies["checkpoint_info.json"] == (None, 20, None)
     recovery.undo(run.backend)
     run.assert_resumes(run.start(), 140)
+
+
+def test_undo_takes_away_what_a_conversion_added(tmp_path: Path, era: str) -> None:
+    """A part that had no slot before must not stay at the other step: AReaL would train a mixture of two."""
+    run = make_run(tmp_path, era, parts=("default", "critic"), yaml=YAML)
+    run.export(46)
+    run.export(93)
+    run.save_slot(140)
+    critic = run.trial / "critic/recover_checkpoint"
+    shutil.rmtree(critic)
+    run.setup(Selection(max_step=100), config=load(str(tmp_path / "run.yaml")), world_size=1)
+    assert any(critic.iterdir())
+    recovery.undo(run.backend)
+    assert not critic.exists() or not any(critic.iterdir())
+    assert scan(run.backend).slot.step == 140
+
+
+def test_what_was_made_of_weights_alone_is_never_taken_for_state(tmp_path: Path, era: str) -> None:
+    """Adopted, and set up again: an optimizer that never stepped is worth no step of training."""
+    run = make_run(tmp_path, era, yaml=YAML)
+    config = load(str(tmp_path / "run.yaml"))
+    run.export(46)
+    run.export(50)
+    run.setup(Selection(step=46), config=config, world_size=1)
+    kept = adopt(run.backend)
+    assert "optimizer" not in kept.holds
+    for place in ("", "/default"):  # as the step that it is, and as a folder that somebody names
+        shutil.rmtree(run.trial / "default/recover_checkpoint")
+        outcome = run.setup(Selection(checkpoint_path=kept.store + place), config=config, world_size=1)
+        assert not any("optimizer" in text for text in outcome.plan.restoration.restored)
+        assert "optimizer" not in scan(run.backend).slot.holds
+    assert run.setup(config=config, world_size=1).plan.point.checkpoint.step == 50
 
 
 def test_an_export_without_any_recover_info(tmp_path: Path, era: str) -> None:

@@ -21,8 +21,10 @@ from ckptstore.journal import Journal
 from ckptstore.lock import RunLock
 from ckptstore.manifest import parse
 from ckptstore.model import MANIFEST_NAME, Status
+from ckptstore.sizes import size
 from tests import commands, trees
 from tests.commands import Result, flat
+from tests.native.conftest import mounted
 
 Cli = Callable[..., Result]
 EXPERIMENT = "cli-grpo"  # of its own: a trainer of this name that another test starts would be ours
@@ -535,10 +537,15 @@ def test_too_little_room_says_what_could_go(cli: Cli, run: Path, monkeypatch: py
 
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 4096))
     before = commands.snapshot(run)
-    result = cli("setup", "--as-is", "--step", 93)
-    assert result.code == 1
-    assert "are free on" in result.err
-    assert "--replace" in result.err
+    for words in ((), ("--dry-run",)):
+        result = cli("setup", "--as-is", "--step", 93, *words)
+        assert result.code == 1
+        assert "are free on" in result.err
+        assert "--replace" in result.err
+    would = cli("setup", "--as-is", "--step", 93, "--dry-run", "--json")
+    assert would.code == 1
+    assert "are free on" in json.loads(would.out)["refusals"][0]
+    assert cli("resume", "--as-is", "--step", 93, "--plan").code == 1
     assert commands.snapshot(run) == before
 
 
@@ -679,7 +686,7 @@ def test_warnings_do_not_touch_stdout(cli: Cli, run: Path, monkeypatch: pytest.M
 
 def test_status_marks_and_sizes() -> None:
     assert {render.MARKS[status] for status in Status} == {"●", "○", "◐", "✗"}
-    assert [render.size(n) for n in (0, 999, 1000, 15_400_000, 3.1e9, 2e12)] == [
+    assert [size(n) for n in (0, 999, 1000, 15_400_000, 3.1e9, 2e12)] == [
         "0 B",
         "999 B",
         "1.0 kB",
@@ -774,3 +781,152 @@ def test_a_slot_that_only_lacks_its_recover_info(cli: Cli, run: Path) -> None:
     assert result.code == 0, result.err
     assert json.loads((run / "recover_info/step_info.json").read_text())["global_step"] == 93
     assert "recover_info/ was made for it" in result.out or "digested and synced" in result.out
+
+
+# --- what somebody meets on a bad day -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_obstacle(run: Path, closed: str) -> None:
+    """A supervisor starts it so. No file that we open may become stdin, stdout or stderr of what we start."""
+    command = f"{sys.executable} -m ckptstore.recover setup --as-is --force --step 93 --run {run} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=commands.environment())
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert (run / "default/recover_checkpoint/ckptstore.manifest.json").exists()
+
+
+@pytest.mark.parametrize("words", ["list", "list --json", "show 7", "show 7 --json", "setup --dry-run --step 93"])
+def test_output_to_a_full_disk_is_an_error_in_words(run: Path, words: str) -> None:
+    env = commands.environment()
+    for streams in (">/dev/full", ">/dev/full 2>/dev/full"):
+        command = f"{sys.executable} -m ckptstore.recover {words} --run {run} {streams}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=env)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        if "2>" not in streams and words.partition(" ")[0] != "show":
+            assert "writing the output: No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["list", 93], "--max-step 93"),
+        (["setup", 93], "--step 93"),
+        (["doctor", 93], "`ckptstore doctor --help`"),
+        (["setup", "x"], "`ckptstore setup --help`"),
+        (["setup", "--step"], "`ckptstore setup --help`"),
+        (["--step"], "`ckptstore --help`"),
+    ],
+)
+def test_a_usage_error_names_an_option_that_the_verb_has(cli: Cli, run: Path, words: list[object], says: str) -> None:
+    result = cli(*words)
+    assert (result.code, says in flat(result.err)) == (2, True), result.err
+
+
+def test_a_setting_is_named_only_where_nothing_was_saved_in_time(cli: Cli, run: Path) -> None:
+    result = cli("setup", "--step", 50)
+    assert result.code == 4
+    assert "whole are 46, 93, 140" in flat(result.err)
+    assert "freq_steps" not in result.err
+
+
+def test_a_folder_that_is_no_checkpoint_is_called_by_its_name(cli: Cli, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/readme.txt").write_text("hello")
+    result = cli("setup", "--checkpoint-path", tmp_path / "notes")
+    assert result.code == 3
+    assert f"error: {tmp_path}/notes is PARTIAL" in flat(result.err)
+    assert "step -1" not in result.err
+    assert "Without --checkpoint-path" in result.err
+    assert "ckptstore show STEP" in cli("setup", "--checkpoint-path", tmp_path / "gone").err
+
+
+def test_what_cannot_be_resumed_from_is_not_called_whole(cli: Cli, tmp_path: Path) -> None:
+    """A torn save at the end is usual: the one that looks whole in a listing is the one to hear about."""
+    run = trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46, 93])
+    trees.empty_epoch(run, 140)
+    for step in (46, 93):
+        path = trees.checkpoint(run, step) / "model.safetensors"
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    trees.set_age(run, 3600)
+    result = cli("setup")
+    assert result.code == 4
+    assert "(step 93: default/model.safetensors" in flat(result.err)
+    assert "whole are none" in flat(result.err)
+    assert "ago" not in cli("show", 140).out, "it holds no file that could tell when"
+
+
+def test_verify_says_each_thing_once(cli: Cli, run: Path) -> None:
+    (trees.checkpoint(run, 187) / "model.safetensors.index.json").unlink()
+    result = cli("verify", 187)
+    lines = [line for line in result.out.splitlines() if line.startswith("  ·")]
+    assert sum("index.json" in line for line in lines) == 1, lines
+    assert "every byte can be read" not in flat(result.out), "of the one that is not whole"
+    assert "every byte can be read" in flat(cli("verify", 140).out)
+    (trees.empty_epoch(run, 281) / "config.json").write_text("{}")
+    assert "1 file, 2 B" in cli("verify", 281).out
+
+
+def test_a_save_in_progress_is_told_from_a_torn_one(cli: Cli, run: Path) -> None:
+    assert "may still be being saved" not in cli("list").out
+    (trees.empty_epoch(run, 281) / "config.json").write_text("{}")
+    assert flat(cli("list").out).count("may still be being saved") == 1
+
+
+def test_yaml_errors_and_gaps_name_the_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CKPTSTORE_FILEROOT")
+    monkeypatch.chdir(tmp_path)
+    broken, empty = tmp_path / "broken.yaml", tmp_path / "empty.yaml"
+    broken.write_text("a: [b")
+    empty.write_text("experiment_name: x\n")
+    error = flat(cli("list", "--config", broken).err)
+    assert "line 1, column 4" in error
+    assert "byte string" not in error
+    assert f"{empty} has no cluster.fileroot" in flat(cli("list", "--config", empty).err)
+
+
+def test_a_table_fits_a_common_terminal(run: Path) -> None:
+    """A step's lines must not be broken, also with what health adds."""
+    log = run.parent / "m.jsonl"
+    log.write_text("".join(json.dumps({"step": n, "ppo_actor/task_reward/avg": 0.7}) + "\n" for n in range(200)))
+    words = [sys.executable, "-m", "ckptstore.recover"]
+    assert commands.spawn("status", "--run", run, "--import", log, "--axis", "global").code == 0
+    with commands.Terminal([*words, "list", "--run", run], columns=80) as terminal:
+        terminal.finish()
+    table = [line for line in commands.plain(terminal.shown).splitlines() if "COMPLETE" in line and "good" in line]
+    assert len(table) == 3
+    assert max(map(len, table)) <= 80
+
+
+@pytest.mark.root
+def test_a_dry_run_says_that_nothing_can_be_written(cli: Cli, tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "small", size_mib=16) as at:
+        run = trees.make_run(at, experiment=EXPERIMENT, steps=[46])
+        trees.set_age(at, 3600)
+        subprocess.run(["mount", "-o", "remount,ro", str(at)], check=True)
+        result = cli("setup", "--run", run, "--as-is", "--dry-run")
+        assert result.code == 1
+        assert "is mounted read-only" in flat(result.err)
+        assert "mount it for writing" in flat(cli("setup", "--run", run, "--as-is").err)
+        assert "mount it for writing" in flat(cli("status", "--run", run, "--pin", 46).err)
+
+
+def test_a_linked_trial_is_one_run_by_all_its_names(cli: Cli, run: Path, tmp_path: Path) -> None:
+    """One lock, one journal, one undo, whatever it is called; and links are named, since they are not followed to find it."""
+    real = tmp_path / "nvme/elsewhere"
+    real.parent.mkdir()
+    run.rename(real)
+    run.symlink_to(real)
+    assert cli("setup", "--as-is", "--step", 93, "--run", run).code == 0
+    assert (real.parent / ".ckptstore/elsewhere/lock").exists()
+    assert not (run.parent / ".ckptstore").exists()
+    assert cli("setup", "--undo", "--force", "--run", real).code == 0
+    missing = cli("list")
+    assert missing.code == 1
+    assert f"{run} is a link" in flat(missing.err)
+
+
+def test_a_slot_from_the_future_reads_well(cli: Cli, run: Path) -> None:
+    trees.set_age(run, -7200)
+    assert "saved in the future, COMPLETE" in flat(cli("list").out)

@@ -169,6 +169,10 @@ def test_another_fileroot_is_refused_with_both_paths(cli: Cli, run: Path, tmp_pa
     assert result.code == 1
     assert f"AReaL reads:  {other}/checkpoints/alice/{EXPERIMENT}/trial0\n" in result.err
     assert f"cluster.fileroot={tmp_path}" in result.err
+    if how == "config":  # what it says to give helps
+        hint = flat(result.err).split("try:")[1].split()
+        assert hint[0] == "Give"
+        assert cli("resume", "--run", run, "--plan", *hint[1:3], hint[3].rstrip(".")).code == 0
 
 
 def test_a_relative_fileroot_is_fine_only_where_it_leads_to_the_run(
@@ -224,6 +228,13 @@ def test_exec_does_not_run_a_command_with_gaps(cli: Cli, run: Path) -> None:
     assert slot_step(run) == 0
 
 
+def test_a_command_that_is_not_there_is_found_before_the_slot_is_replaced(cli: Cli, run: Path) -> None:
+    result = cli("resume", "--yes", "--exec", "--step", 93, *TRAINER, "--", "no-such-trainer", "x")
+    assert result.code == 2
+    assert "there is no command no-such-trainer" in result.err
+    assert slot_step(run) == 0
+
+
 def test_exec_does_not_run_what_areal_would_not_resume(cli: Cli, run: Path) -> None:
     trees.write_bin_model(trees.checkpoint(run, 187))
     trees.set_age(trees.checkpoint(run, 187), 3600)
@@ -256,11 +267,14 @@ def test_exec_passes_on_the_trainings_exit_code(run: Path, tmp_path: Path) -> No
     assert commands.spawn("resume", "--yes", "--exec", "--step", 93, *TRAINER, "--", *own, env=env).code == 37
 
 
-def test_exec_of_a_command_that_does_not_exist(run: Path, tmp_path: Path) -> None:
+def test_exec_of_a_command_that_cannot_be_started(run: Path, tmp_path: Path) -> None:
     env = commands.environment(CKPTSTORE_FILEROOT=str(tmp_path))
-    result = commands.spawn("resume", "--yes", "--exec", "--step", 93, *TRAINER, "--", "no-such-program", env=env)
+    program = tmp_path / "train.sh"
+    program.write_text("#!/no/such/interpreter\n")
+    program.chmod(0o755)
+    result = commands.spawn("resume", "--yes", "--exec", "--step", 93, *TRAINER, "--", program, env=env)
     assert result.code == 1
-    assert "no-such-program: No such file" in result.err
+    assert "train.sh: No such file" in result.err
     assert "The run is set up" in result.err
     assert slot_step(run) == 93
 

@@ -16,8 +16,9 @@ import pytest
 from ckptstore import fetching, listing, sending
 from ckptstore import push as pushing
 from ckptstore import side as side_folders
-from ckptstore.backends import open_backend
+from ckptstore.backends import open_backend, profile
 from ckptstore.errors import (
+    AccessError,
     AlreadyExistsError,
     BusyError,
     DigestMismatchError,
@@ -584,3 +585,39 @@ def test_progress_counts_what_others_sent_meanwhile():
     ]
     sending.send(target, files, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (15, 15)
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["127.0.0.1:9000", "localhost", "http://", "http://ho st", "http://host:port", "http://me:hunter2@"]
+)
+def test_an_endpoint_that_is_no_url_is_said_and_no_crash(endpoint, monkeypatch, capfd):
+    """obstore panics over it, at the first request; its name is repeated, and no password in it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    result = commands.invoke(capfd, "list", "--run", "s3://bucket/run")
+    assert result.code == 2
+    assert "is no URL" in result.err
+    assert "$AWS_ENDPOINT_URL" in result.err
+    assert "hunter2" not in result.err
+
+
+def test_an_upper_case_scheme_is_one_too(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"].replace("http", "HTTP"))
+    open_backend(s3).put("key", b"1")
+
+
+def test_without_keys_it_is_said_who_was_asked(s3, monkeypatch, tmp_path):
+    """A machine without a role answers in words that nobody understands."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    assert "No key is set" in profile.whose()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert profile.whose() == ""
+    with pytest.raises(AccessError) as caught:
+        open_backend(s3).put("key", b"1")
+    assert "<" not in str(caught.value), "the store's words, and not its XML"
+    assert "403 Forbidden: InvalidAccessKeyId: " in str(caught.value)

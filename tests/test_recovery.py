@@ -558,7 +558,7 @@ def test_no_room_is_said_before_the_first_byte(small, monkeypatch):
     """What it needs, what is free, what could go; the slot and the space are as they were."""
     monkeypatch.setattr(native, "copy_files", None)
     before = content(slot(small))
-    with pytest.raises(NoSpaceError, match=r"needs 0\.01 GB") as caught:
+    with pytest.raises(NoSpaceError, match=r"needs 12\.6 MB") as caught:
         setup(small)
     assert "--replace" in caught.value.hint
     assert content(slot(small)) == before
@@ -592,6 +592,37 @@ def test_replace_makes_room_of_the_old_slot(small, monkeypatch, known):
     assert_holds(small, 46)
     assert outcome.old_slot == ""
     assert not list(side(small).glob("old-*"))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("known", [True, False])
+def test_replace_removes_nothing_where_that_is_not_enough(small, monkeypatch, known):
+    """Known beforehand, or found out in the middle of the copy: the old slot must not go for nothing."""
+    (small.parent / "filler").write_bytes(b"x" * (16 << 20))
+    if not known:
+        monkeypatch.setattr(room, "make_room", lambda current, options: None)
+    before = content(slot(small))
+    with pytest.raises(NoSpaceError) as caught:
+        setup(small, options=Options(as_is=True, replace=True))
+    assert content(slot(small)) == before
+    assert "--replace" not in caught.value.hint
+    if known:
+        assert "without the old slot" in str(caught.value)
+
+
+@pytest.mark.root
+def test_what_has_another_name_frees_nothing(small):
+    """A slot whose file is linked from elsewhere holds less than its size."""
+    filler = small.parent / "filler"
+    filler.write_bytes(b"x" * (6 << 20))
+    os.link(slot(small) / "old.txt", small.parent / "kept.txt")
+    before = content(slot(small))
+    with pytest.raises(NoSpaceError):
+        setup(small, options=Options(as_is=True, replace=True))
+    assert content(slot(small)) == before
+    (small.parent / "kept.txt").unlink()
+    setup(small, options=Options(as_is=True, replace=True))
+    assert_holds(small, 46)
 
 
 @pytest.mark.root

@@ -316,6 +316,7 @@ def test_prune_on_the_command_line(room: Path, cli: Callable[..., commands.Resul
     refused = cli("prune", "--run", run, "--keep-last", "1")
     assert refused.code == 1
     assert "nothing was saved there by ckptstore" in refused.err
+    assert "stores of steps alone" in commands.flat(refused.err)
 
 
 def test_prune_by_hours_and_by_the_configuration(room: Path, cli: Callable[..., commands.Result]) -> None:

@@ -10,11 +10,12 @@ import pytest
 
 from ckptstore import native
 from ckptstore.backends import LocalBackend
-from ckptstore.errors import IntegrityError, ManifestError, NoSpaceError, SourceChangedError, StorageError
+from ckptstore.errors import IntegrityError, ManifestError, NoSpaceError, RefusedError, SourceChangedError, StorageError
 from ckptstore.listing import scan
 from ckptstore.manifest import parse
 from ckptstore.model import MANIFEST_NAME, Status
 from ckptstore.seal import seal
+from ckptstore.store import CheckpointStore
 from tests import trees
 
 STEP = 46
@@ -185,3 +186,14 @@ def test_interrupting_seals_nothing(run):
     with pytest.raises(KeyboardInterrupt):
         seal_run(run, progress=stop)
     assert not any(path.exists() for path in manifests(run))
+
+
+def test_a_time_before_1970_is_said_instead_of_a_manifest_that_does_not_count(tmp_path):
+    """A clock that was never set."""
+    run = trees.make_run(tmp_path, steps=(46,))
+    os.utime(trees.checkpoint(run, 46) / "config.json", (-10, -10))
+    with pytest.raises(RefusedError, match=r"config\.json was written before 1970"):
+        CheckpointStore(run).seal(46)
+    os.utime(trees.checkpoint(run, 46) / "config.json", (10, 10))
+    CheckpointStore(run).seal(46)
+    assert CheckpointStore(run).get(46).status is Status.COMMITTED

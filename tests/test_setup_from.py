@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,53 @@ def test_the_variable_counts_where_the_run_is_not_here(run, url, capfd, tmp_path
     assert done.json["checkpoint"]["step"] == 140
     assert "CKPTSTORE_URL" in done.err
     assert "train.py" in done.json["command"]
+
+
+def test_the_variable_still_counts_after_a_setup_that_failed(run, url, capfd, tmp_path, monkeypatch):
+    """It had made the run's folder: the same command, in a pod's loop, must not end with "nothing has been saved"."""
+    monkeypatch.setenv("CKPTSTORE_URL", url)
+    there = tmp_path / "fresh/checkpoints/alice/gsm8k-grpo/trial0"
+    words = ("--run", there, "--json", "--config", yaml_of(run), *OLD)
+    assert commands.invoke(capfd, "setup", *words, "--before-step", "10").code == 4
+    assert there.is_dir()
+    would = commands.invoke(capfd, "setup", *words, "--dry-run")
+    assert (would.code, would.json["checkpoint"]["step"]) == (0, 140)
+    assert commands.invoke(capfd, "setup", *words).json["checkpoint"]["step"] == 140
+
+
+@pytest.mark.parametrize("how", ["--from", "variable"])
+def test_nothing_starts_fresh_while_the_bucket_has_the_run(run, url, capfd, tmp_path, monkeypatch, how):
+    """A new box, and --or-start: the URL is a place that was named, too."""
+    monkeypatch.setattr("ckptstore.fresh._FLEETING", frozenset())  # where the tests' folder lies
+    # It would become the training, and end the tests with its code.
+    monkeypatch.setattr("ckptstore.cli.resume._execute", lambda cmd: pytest.fail("started fresh"))
+    fileroot = tmp_path / "fresh"
+    if how == "variable":
+        monkeypatch.setenv("CKPTSTORE_URL", url)
+    source = ("--from", url) if how == "--from" else ()
+    words = ("--exec", "--or-start", "--config", yaml_of(run), f"cluster.fileroot={fileroot}", *source, *OLD)
+    ran = commands.invoke(capfd, "resume", *words, "--", "echo", "started")
+    assert "starting fresh" not in ran.out
+    assert ran.code == 0, ran.err
+    found = CheckpointStore(fileroot / "checkpoints/alice/gsm8k-grpo/trial0").scan()
+    assert found.slot is not None
+    assert found.slot.step == 140
+
+
+def test_fresh_only_where_the_bucket_could_be_read(run, url, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("ckptstore.fresh._FLEETING", frozenset())
+    started = []
+    monkeypatch.setattr("ckptstore.cli.resume._execute", lambda cmd: started.append(cmd.words) or sys.exit(0))
+    words = ("--exec", "--or-start", "--config", yaml_of(run), f"cluster.fileroot={tmp_path / 'fresh'}", *OLD)
+    with pytest.raises(SystemExit):
+        commands.invoke(capfd, "resume", *words, "--from", f"{url}-empty", "--", "echo", "started")
+    assert started == [("echo", "started")]
+    if url.startswith("s3://"):
+        for other in ("s3://no-such-bucket/runs/x", url):
+            if other == url:
+                monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+            assert commands.invoke(capfd, "resume", *words, "--from", other, "--", "echo", "started").code == 1
+        assert len(started) == 1
 
 
 def test_a_run_that_others_uploaded(run, capfd, tmp_path):

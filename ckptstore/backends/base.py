@@ -141,7 +141,10 @@ class Backend(ABC):
             elif len(parents) > max_depth:
                 _mention(folder, parents[max_depth])
         if not folders[""].entries:
-            raise NotFoundError(f"there is nothing below {self.location}{f'/{prefix}' if prefix else ''}")
+            raise NotFoundError(
+                f"there is nothing below {self.location}{f'/{prefix}' if prefix else ''}",
+                hint="Is it spelled as it was pushed to?",
+            )
         return folders
 
 

@@ -54,6 +54,7 @@ EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answer
 _DENIED = re.compile(rf"status code: 40[13] |<Code>({'|'.join(EXPIRED)})<")
 #: The store knows the bucket, and not what is asked of it. A 400 may also be a request that broke off.
 _UNKNOWN = re.compile(r"status code: (405|501) |<Code>(NotImplemented|InvalidArgument|InvalidRequest)<")
+_ANSWER = re.compile(r"<\?xml.*?<Code>([^<]*)</Code>.*?<Message>([^<]*)</Message>.*")  #: S3's own words in its XML
 _PASSWORD = re.compile(r"(?<=://)[^/\s@]*@")  #: of an endpoint
 _SECRETS = re.compile(r"(?i)((?:signature|credential|token|sig|secret|key)[\w-]*=)[^&\s\"']+")
 
@@ -74,6 +75,8 @@ class ObjectBackend(Backend):
         try:
             self._store = _store(parts.scheme, parts.netloc, {"read_timeout": STALL})
             self._sending = _store(parts.scheme, parts.netloc, {})
+        except UsageError:
+            raise
         except (*self._failures, ValueError) as error:
             raise UsageError(
                 f"{url}: {_said(error)}",
@@ -308,7 +311,8 @@ class ObjectBackend(Backend):
         # A LIST that is refused comes as a general error: only its text has the status.
         if isinstance(error, (kinds.PermissionDeniedError, kinds.UnauthenticatedError)) or _DENIED.search(str(error)):
             raise AccessError(
-                f"{what}: {_said(error)}", hint="Are the credentials in the environment right, and not expired?"
+                f"{what}: {_said(error)}",
+                hint="Are the credentials in the environment right, and not expired?" + self._whose(),
             ) from None
         if _UNKNOWN.search(str(error)):
             raise UnavailableError(
@@ -320,8 +324,12 @@ class ObjectBackend(Backend):
             operation=doing,
             path=f"{self.location}/{key}",
             hint="It was tried several times. Is the store there, and its name right? The same command goes on."
+            + self._whose()
             + proxies.hint(),
         ) from None
+
+    def _whose(self) -> str:
+        return profile.whose() if self.location.startswith("s3://") else ""
 
 
 def _pages(listing: Any) -> Iterator[Any]:
@@ -378,7 +386,9 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
         return AzureStore(bucket, client_options=options, retry_config=retries)
     config: Any = profile.read() | {"disable_bulk_delete": True}  # we remove single keys, and not every store has the other
     endpoint = profile.endpoint() or config.get("endpoint", "")
-    if endpoint.startswith("http://"):
+    if endpoint:
+        profile.check_endpoint(endpoint)
+    if endpoint.lower().startswith("http://"):
         options["allow_http"] = True
     elif (trusted := profile.authorities()).path:
         try:
@@ -395,5 +405,7 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
 def _said(error: BaseException) -> str:
     """The library's words on one line, short, without what could be a secret."""
     text = " ".join(str(error).split())
+    if answer := _ANSWER.search(text):
+        text = f"{text[: answer.start()]}{answer[1]}: {answer[2]}"
     text = _PASSWORD.sub("", _SECRETS.sub(r"\1…", text.partition("Debug source:")[0]))
     return text[:400].strip()

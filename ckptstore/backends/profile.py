@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import os
+import re
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from ckptstore.errors import UsageError
 
@@ -38,6 +41,26 @@ def hint() -> str:
 def endpoint() -> str:
     """Where the environment says that S3 is; or ""."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+
+
+def check_endpoint(text: str) -> None:
+    """UsageError for what is no URL: the library would crash over it at the first request."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(text)
+        port_is_fine = parts.port is None or parts.port > 0
+        if parts.scheme in ("http", "https") and parts.hostname and port_is_fine and not re.search(r"[\s\x00-\x1f]", text):
+            return
+    shown = "" if "@" in text else f" ({text})"
+    source = "$AWS_ENDPOINT_URL" if endpoint() else f"endpoint_url of the profile {_name()}"
+    raise UsageError(f"the S3 endpoint{shown} is no URL", hint=f"Write http:// or https:// and the host in {source}.")
+
+
+def whose() -> str:
+    """For an error after a request: that nobody's keys were named here; or ""."""
+    roles = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+    if static_keys().get("access_key_id") or any(map(os.environ.get, roles)):
+        return ""
+    return " No key is set ($AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY, or ~/.aws), so this machine's role was asked for."
 
 
 def static_keys() -> dict[str, str]:

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -100,9 +100,30 @@ def run(arguments: Sequence[str] | None = None) -> int:
     With --json an error is a JSON document on stdout as well.
     """
     words = [*(sys.argv[1:] if arguments is None else arguments)]  # `list` is our verb's module in here
+    for name in ("stdin", "stdout", "stderr"):  # in this order: closed ones must not become the numbers of files that we open
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - for good
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no ✓ must not end a setup
+    try:
+        return _run(words)
+    except BrokenPipeError:  # `ckptstore list | head`: the reader has gone
+        _drop(sys.stdout)
+        return 1
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _drop(sys.stdout)
+        hint = "`ckptstore list` tells what was done."
+        try:
+            _report(f"writing the output: {error.strerror}", hint=hint, exit_code=1, as_json=False)
+        except OSError:
+            _drop(sys.stderr)  # it goes to the same full disk
+        return 1
+
+
+def _run(words: list[str]) -> int:
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     try:
         result: Any = cli.main(args=words, prog_name="ckptstore", standalone_mode=False)
@@ -112,16 +133,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _report("interrupted", exit_code=INTERRUPTED, as_json=as_json)
     except click.ClickException as error:
-        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ckptstore"
+        verb = f"ckptstore {words[0]}" if words and words[0] in VERBS else "ckptstore"
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else verb
         return _report(error.format_message(), hint=f"`{path} --help`", exit_code=error.exit_code, as_json=as_json)
     except CkptStoreError as error:
         facts = tuple(getattr(error, "facts", ()))
         return _report(str(error), facts, error.hint, exit_code=error.exit_code, as_json=as_json)
-    except BrokenPipeError:
-        # `ckptstore list | head`: the reader has gone. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return result if isinstance(result, int) else 0
+
+
+def _drop(stream: TextIO) -> None:
+    """Send what is left of a stream nowhere: Python would complain again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _report(message: str, facts: Sequence[str] = (), hint: str = "", *, exit_code: int, as_json: bool) -> int:

@@ -7,8 +7,9 @@ import click
 from ckptstore.adopt import adopt
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import checkpoint_json, done, echo, print_json, size, state, steps
+from ckptstore.cli.render import checkpoint_json, done, echo, print_json, state, steps
 from ckptstore.locate import Where
+from ckptstore.sizes import size
 
 
 @click.command("adopt", cls=Verb, short_help="Keep the recover slot as a step of its own.")

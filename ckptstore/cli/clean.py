@@ -12,11 +12,12 @@ from ckptstore import prepared, steps
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
-from ckptstore.cli.render import done, echo, item, note, print_json, size
+from ckptstore.cli.render import done, echo, item, note, print_json
 from ckptstore.errors import UsageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.locate import Where
 from ckptstore.lock import RunLock
+from ckptstore.sizes import size
 
 LONG_DEAD = "7d"
 SHORTEST_S = 3600  #: a push that sends one large file shows nothing for long

@@ -154,11 +154,22 @@ def location_options(function: Function) -> Function:
         overrides = tuple(rest.pop("overrides", ()))
         for word in overrides:
             if "=" not in word:
-                raise UsageError(f"{word!r} is not KEY=VALUE", hint=f"Steps are given by an option here: --step {word}.")
+                raise UsageError(f"{word!r} is not KEY=VALUE", hint=_other_than_a_step(word))
         where = Where(run, fileroot, user, experiment, trial, config, overrides)
         return function(*args, where=where, **rest)
 
     return _LOCATION(wrapper)
+
+
+def _other_than_a_step(word: str) -> str:
+    """What to say to somebody who gave a step as a word to a verb that takes none."""
+    context = click.get_current_context(silent=True)
+    verb = context.command if context else None
+    known = {name for option in (verb.params if verb else ()) for name in option.opts}
+    option = next((name for name in ("--step", "--max-step") if name in known), "")
+    if option and word.isascii() and word.isdigit():
+        return f"Steps are given by an option here: {option} {word}."
+    return f"`{context.command_path} --help`" if context else ""
 
 
 def selection_options(function: Function) -> Function:
@@ -298,7 +309,12 @@ def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only
     meant.
     """
     try:
-        return *open_run(where, as_json=as_json, read_only=read_only), selection
+        located, backend = open_run(where, as_json=as_json, read_only=read_only)
+        url, said = ("", "") if selection.url or selection.checkpoint_path else said_url(where)
+        if url and _holds_nothing(backend):  # a setup that failed made its folder, or AReaL did while it looked
+            selection = dataclasses.replace(selection, url=normal_url(url))
+            note(f"the run here is empty: its checkpoints are taken from {said}, {selection.url}")
+        return located, backend, selection
     except NoRunError as error:
         url, said = said_url(where, selection.url)
         names = named_run(where)
@@ -318,6 +334,11 @@ def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only
     except OSError as error:
         raise from_os_error(error, doing="creating", path=names.path) from error
     return *open_run(where, as_json=as_json), selection
+
+
+def _holds_nothing(backend: Backend) -> bool:
+    listing = scan(backend)
+    return not (listing.checkpoints or listing.adopted or listing.slot or listing.recover_info)
 
 
 def is_steps(path: str) -> bool:
@@ -356,9 +377,9 @@ def pick(listing: Listing, steps: Sequence[int]) -> list[Checkpoint]:
 
 
 def gap(located: Located, listing: Listing, bound: int | None) -> str:
-    """Which step of the run is saved first, and which setting would have saved one by `bound`; empty where unknown."""
+    """Which step of the run is saved first, and which setting would have saved one by `bound`; empty where one was saved."""
     config = located.config or logged_config(located.run)
-    if bound is None or bound < 0:
+    if bound is None or bound < 0 or any(checkpoint.step <= bound for checkpoint in listing.checkpoints):
         return ""
     later = next((checkpoint for checkpoint in listing.checkpoints if checkpoint.epoch > 0), None)
     per_epoch = (later.step - later.epoch_step) // later.epoch if later else 0

@@ -34,7 +34,6 @@ from ckptstore.cli.render import (
     print_json,
     run_json,
     safe,
-    size,
     state,
     status,
     steps,
@@ -46,12 +45,13 @@ from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.saving import describe, settings
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
-from ckptstore.model import Checkpoint
+from ckptstore.model import Checkpoint, Status
+from ckptstore.sizes import size
 
 TITLES = ("step", "log", "epoch:step", "parts", "holds", "format", "files", "size", "age", "status")
 _LEFT = frozenset({"parts", "holds", "format", "health", "status"})
 #: What a narrow terminal does without, in this order; a pipe gets everything.
-_DISPENSABLE = ("parts", "files", "format")
+_DISPENSABLE = ("parts", "files", "format", "epoch:step", "holds", "log")
 _AREAL_ONLY = frozenset({"log", "epoch:step", "parts"})
 _MANY = 8
 NO_VERDICT = {"health": "unknown", "health_why": "no metrics are recorded", "metric": "", "value": None}
@@ -118,7 +118,8 @@ def command(
     if not recover_info:
         _print_table(located, listing, shown, _within(before_step, max_step, step), bound, verdicts)
     echo()
-    if listing.framework != "steps":
+    there = is_url(located.run.path) and listing.slot is None and listing.recover_info is None  # where no trainer reads one
+    if listing.framework != "steps" and not there:
         _print_slot(listing, verdicts)
         _print_info(listing.recover_info, full=recover_info)
     if not is_url(located.run.path) and (trip := halt.read(places.side_of(located.run.path))) is not None:
@@ -251,12 +252,17 @@ def _row(checkpoint: Checkpoint, now_s: float) -> tuple[str, ...]:
 
 def _print_damage(shown: list[Checkpoint]) -> None:
     damaged = [checkpoint for checkpoint in shown if checkpoint.findings]
-    if damaged:
-        echo()
+    if not damaged:
+        return
+    from ckptstore.running import RECENT_S  # only then: the listing must start in a blink
+
+    echo()
     if len(damaged) > _MANY:
         echo(f"{len(damaged)} are not whole; the newest of them:")
     for checkpoint in damaged[-_MANY:]:
-        echo(f"step {checkpoint.step} is {status(checkpoint.status)}")
+        young = checkpoint.status is Status.PARTIAL and checkpoint.saved_at_s and abs(checkpoint.age_s()) < RECENT_S
+        when = f", written {age(checkpoint.age_s())} ago: it may still be being saved" if young else ""
+        echo(f"step {checkpoint.step} is {status(checkpoint.status)}{when}")
         findings(checkpoint.findings, limit=2, more=f" (`ckptstore show {checkpoint.step}`)")
 
 
@@ -269,13 +275,18 @@ def _print_slot(listing: Listing, verdicts: Verdicts) -> None:
     field(
         "slot",
         f"{step}, {slot.format}: {', '.join(slot.holds) or 'nothing known'}; {slot.file_count} files, "
-        f"{size(slot.size_bytes)}, {age(slot.age_s())} old, {slot.status}",
+        f"{size(slot.size_bytes)}, {_old(slot.age_s())}, {slot.status}",
     )
     if verdicts and slot.step >= 0:
         field("", verdicts[id(slot)].text)
     findings(slot.findings)
     for text in slot.notes:
         item("·", text)
+
+
+def _old(age_s: float) -> str:
+    said = age(age_s)
+    return f"saved {said}" if said.startswith("in ") else f"{said} old"
 
 
 def _print_info(info: RecoverInfo | None, *, full: bool) -> None:
@@ -320,6 +331,9 @@ def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bo
         else ""
     )
     if listing.framework == "steps":
-        field("next", f"ckptstore verify {newest.step}")
+        field("next", f"ckptstore verify {newest.step} --run {listing.run.path}")
         return
-    field("next", f"ckptstore verify {newest.step}   or   ckptstore setup{bound} --dry-run")
+    at, source = "", ""
+    if is_url(listing.run.path):
+        at, source = f" --run {listing.run.path}", f" --from {listing.run.path}"
+    field("next", f"ckptstore verify {newest.step}{at}   or   ckptstore setup{bound}{source} --dry-run")

@@ -10,7 +10,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from ckptstore.cli.render import age, echo, safe, size
+from ckptstore.cli.render import age, echo, safe
+from ckptstore.sizes import size
 
 LINE_EVERY_S = 10.0
 

@@ -6,9 +6,10 @@ import click
 
 from ckptstore import retention
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
-from ckptstore.cli.render import columns, done, echo, print_json, size
+from ckptstore.cli.render import columns, done, echo, print_json
 from ckptstore.errors import UsageError
 from ckptstore.locate import Where
+from ckptstore.sizes import size
 
 
 @click.command("prune", cls=Verb, short_help="Delete the steps of a store that no rule keeps.")

@@ -12,13 +12,14 @@ from ckptstore.backends import is_url, open_backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, read_words
 from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
+from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row
 from ckptstore.errors import UsageError
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.pull import Fetched, pull
 from ckptstore.receiving import Bringing, bring
 from ckptstore.rendezvous import Rendezvous, launch
+from ckptstore.sizes import size
 
 
 @click.command("pull", cls=Verb, short_help="Checkpoints from an object store, every range verified.")

@@ -13,7 +13,7 @@ from ckptstore.backends import Backend, open_backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words
 from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row, size
+from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row
 from ckptstore.cli.urls import said_url
 from ckptstore.errors import RefusedError, UnavailableError
 from ckptstore.listing import scan
@@ -22,6 +22,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint
 from ckptstore.push import Sending, Sent, push
 from ckptstore.rendezvous import Launch, Rendezvous, launch
+from ckptstore.sizes import size
 from ckptstore.stalls import StallWatch
 
 
@@ -157,8 +158,8 @@ def _print(results: list[Sent], url: str, seconds: float, *, dry_run: bool) -> N
         else:
             done(f"{name} is committed: {size(sent.sent_bytes)} sent{rate(sent.sent_bytes, seconds)}{kept}")
         row("at", f"{sent.url}/")
-        row("", f"manifest sha256 {sent.manifest_sha256}")
-        if not dry_run:
+        if not dry_run:  # one that is yet to be made would be another one each time
+            row("", f"manifest sha256 {sent.manifest_sha256}")
             row("", _checked(sent))
     for text in sorted({text for sent in results for text in sent.notes}):
         note(text)

@@ -99,15 +99,6 @@ def problem(message: str, *, facts: Sequence[str] = (), hint: str = "") -> None:
         echo(_filled(click.style("  try:", bold=True) + "  ", safe(hint), 8), err=True)
 
 
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000 as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def rate(count: float, seconds: float) -> str:
     """The words `at … GB/s` after a size, or nothing where too little was moved to tell."""
     return f" at {count / seconds / 1e9:.2f} GB/s" if count >= 256e6 and seconds > 0 else ""

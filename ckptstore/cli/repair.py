@@ -11,11 +11,12 @@ from ckptstore.backends import is_url, open_backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, pick, read_words
 from ckptstore.cli.moving import url_option
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import done, echo, field, findings, item, note, print_json, safe, size
+from ckptstore.cli.render import done, echo, field, findings, item, note, print_json, safe
 from ckptstore.errors import UsageError
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.repair import Damage, Repaired, repair
+from ckptstore.sizes import size
 
 
 @click.command("repair", cls=Verb, short_help="Fetch only what is damaged of a checkpoint from another place.")

@@ -7,12 +7,14 @@ import os
 import pwd
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
 
+from ckptstore.backends import normal_url, open_backend
 from ckptstore.choose import Selection
 from ckptstore.cli.common import (
     JSON,
@@ -26,7 +28,8 @@ from ckptstore.cli.common import (
     trainer_options,
 )
 from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
-from ckptstore.cli.setup import do_setup, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options
+from ckptstore.cli.setup import do_setup, doable, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options
+from ckptstore.cli.urls import said_url
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import (
@@ -99,7 +102,7 @@ def command(
     if or_start:
         if not execute or not own:
             raise UsageError("--or-start starts a command: say --exec --or-start -- CMD…")
-        if _may_start_fresh(where):
+        if _may_start_fresh(where, selection):
             echo("no trace of the run in any place that was named: starting fresh")
             _execute(Command(own))
     looking = not (yes or asking) or plan_only
@@ -109,15 +112,15 @@ def command(
     installation = find_installation(trainer.areal_dir, trainer.areal_version)
     options = setup_options(trainer, config, installation, force=force, as_is=as_is)
     with explaining_gaps(located, backend, selection):
-        plan = make_plan(backend, selection, options)
+        plan = doable(make_plan(backend, selection, options), options)
     blockers, overrides = plan.restoration.blockers, plan.restoration.overrides
     run = located.run
     if options.new_trial:
         run = dataclasses.replace(run, trial=options.new_trial, path=plan.new_trial)
     cmd = resume_command(run, installation, config=config, script=script, command=own, overrides=overrides)
     cmd = _as_this_user(located, cmd)
-    if execute and cmd.placeholders:
-        raise UsageError("--exec cannot run a command with gaps", hint="; ".join(cmd.placeholders))
+    if execute:
+        _refuse_command(cmd)
     if not as_json:
         _print_head(config, installation)
         print_plan(plan)
@@ -154,7 +157,7 @@ def command(
     return 0
 
 
-def _may_start_fresh(where: Where) -> bool:
+def _may_start_fresh(where: Where, selection: Selection) -> bool:
     """Whether no place that was named holds a trace of the run. Names must be known: a guess could miss the run."""
     names = named_run(where)
     if not names.fileroot or not names.experiment or not names.trial:
@@ -162,7 +165,10 @@ def _may_start_fresh(where: Where) -> bool:
             "--or-start must know the run that it would start",
             hint="Say --fileroot, -e and -t, or --config with the trainer's YAML.",
         )
-    return is_fresh(names.fileroot, names.user, names.experiment, names.trial)
+    if not is_fresh(names.fileroot, names.user, names.experiment, names.trial):
+        return False
+    url, _ = said_url(where, selection.url)
+    return not url or next(iter(open_backend(normal_url(url)).list()), None) is None  # a bucket that is not there raises
 
 
 def _document(located: Located, document: dict[str, Any], cmd: Command) -> dict[str, Any]:
@@ -216,7 +222,8 @@ def _refuse_strangers(located: Located, config: RunConfig | None, own: tuple[str
             f"{source} says fileroot {fileroot}{relative}, and the run lies elsewhere: AReaL would start fresh",
             run,
             os.path.join(os.path.abspath(fileroot), "checkpoints", run.user, run.experiment, run.trial),
-            hint=f"Give cluster.fileroot={run.fileroot}"
+            hint=f"Give {'your command' if own or config is None else f'--config {config.path}'} "
+            + f"cluster.fileroot={run.fileroot}"
             + (", or start from the folder that the run was started in." if relative_fileroot(config) else "."),
         )
 
@@ -272,6 +279,15 @@ def _split_environment(words: Sequence[str]) -> tuple[list[str], dict[str, str] 
     count = next((n for n, word in enumerate(words) if not _ENVIRONMENT.match(word)), len(words))
     given = dict(word.split("=", 1) for word in words[:count])
     return list(words[count:]), {**os.environ, **given} if given else None
+
+
+def _refuse_command(cmd: Command) -> None:
+    """UsageError for what cannot be started: known before the slot is replaced."""
+    if cmd.placeholders:
+        raise UsageError("--exec cannot run a command with gaps", hint="; ".join(cmd.placeholders))
+    words, environment = _split_environment(cmd.words)
+    if words and shutil.which(words[0], path=(environment or os.environ).get("PATH")) is None:
+        raise UsageError(f"--exec: there is no command {words[0]}", hint="Nothing was changed. Is its name right, and on PATH?")
 
 
 def _execute(cmd: Command) -> NoReturn:

@@ -9,13 +9,14 @@ import click
 from ckptstore.backends import Backend
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import echo, item, print_json, size
+from ckptstore.cli.render import echo, item, print_json
 from ckptstore.errors import CkptStoreError, NothingToResumeError, UsageError
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.model import Checkpoint, Status
 from ckptstore.native import Progress as Tell
 from ckptstore.seal import seal
+from ckptstore.sizes import size
 
 _MARKS = {
     "sealed": ("●", "green"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
 import click
 
-from ckptstore import recovery
+from ckptstore import recovery, room
+from ckptstore import side as side_folders
 from ckptstore.backends import Backend
 from ckptstore.choose import Selection
 from ckptstore.cli.common import (
@@ -37,7 +39,6 @@ from ckptstore.cli.render import (
     rate,
     row,
     safe,
-    size,
     status,
     steps,
 )
@@ -45,11 +46,12 @@ from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import Installation, find_installation, logged_config
 from ckptstore.frameworks.areal.restoration import Restoration
-from ckptstore.locate import Where
+from ckptstore.locate import Where, current_user
 from ckptstore.model import Status
 from ckptstore.plan import Options, Plan
 from ckptstore.plan import plan as make_plan
 from ckptstore.recovery import Outcome
+from ckptstore.sizes import size
 
 #: What a transfer is called, and what becomes of the files.
 _HOW = {"copy": ("copy", ""), "dcp": ("convert", "  (as DCP)"), "era-a": ("copy", "  (with fresh optimizer shards)")}
@@ -115,7 +117,7 @@ def command(
         return 0
     if dry_run:
         with explaining_gaps(located, backend, selection):
-            plan = make_plan(backend, selection, options)
+            plan = doable(make_plan(backend, selection, options), options)
         if as_json:
             print_json(plan_json(plan) | {"done": False})
             return 1 if plan.refusals else 0
@@ -136,6 +138,19 @@ def command(
     print_outcome(outcome)
     print_restoration(outcome.plan.restoration)
     return 0
+
+
+def doable(plan: Plan, options: Options) -> Plan:
+    """The plan, refused where it may not be written, or there is no room for it."""
+    if plan.refusals or plan.nothing_to_do:
+        return plan
+    for place in map(side_folders.existing, (plan.side, *plan.slots.values())):
+        if not os.access(place, os.W_OK):
+            what = "is mounted read-only" if os.statvfs(place).f_flag & os.ST_RDONLY else f"is not writable by {current_user()}"
+            return dataclasses.replace(plan, refusals=(f"{place} {what}",))
+    if not (short := room.lacking(plan, options)):
+        return plan
+    return dataclasses.replace(plan, refusals=("; ".join([short, *room.what_could_go(plan, options)]),))
 
 
 def setup_options(trainer: Trainer, config: RunConfig | None, installation: Installation, **flags: Any) -> Options:

@@ -18,7 +18,6 @@ from ckptstore.cli.render import (
     print_json,
     row,
     safe,
-    size,
     status,
     steps,
 )
@@ -28,6 +27,7 @@ from ckptstore.locate import Where
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint
 from ckptstore.parts import find_manifest, folder_of, judged
+from ckptstore.sizes import size
 
 
 @click.command("show", cls=Verb, short_help="Everything known about one checkpoint.")
@@ -64,7 +64,8 @@ def _print(checkpoint: Checkpoint, manifests: dict[str, Manifest | None]) -> Non
     echo()
     heading(steps(checkpoint))
     if checkpoint.epoch >= 0:
-        echo(f"epoch {checkpoint.epoch}, epoch step {checkpoint.epoch_step}; saved {age(checkpoint.age_s())} ago")
+        saved = f"; saved {age(checkpoint.age_s())} ago" if checkpoint.saved_at_s else ""
+        echo(f"epoch {checkpoint.epoch}, epoch step {checkpoint.epoch_step}{saved}")
     for text in checkpoint.notes:
         item("·", text)
     for part in checkpoint.parts:

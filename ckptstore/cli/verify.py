@@ -6,13 +6,14 @@ import click
 
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import done, echo, finding_json, findings, item, print_json, rate, safe, size, status
+from ckptstore.cli.render import done, echo, finding_json, findings, item, print_json, rate, safe, status
 from ckptstore.cli.weights import print_sanity, sanity_json, weigh
 from ckptstore.errors import NotFoundError, NothingToResumeError, UsageError
 from ckptstore.health import Health
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Where
 from ckptstore.model import Checkpoint, Level
+from ckptstore.sizes import size
 from ckptstore.verify import UNSEALED, Report, verify_all
 
 
@@ -103,7 +104,7 @@ def _print(reports: list[Report]) -> None:
         checkpoint = report.checkpoint
         name = "slot, " if checkpoint.kind == "slot" else ""
         step = f"step {checkpoint.step}" if checkpoint.step >= 0 else "unknown step"
-        detail = f"{checkpoint.file_count} files, {size(checkpoint.size_bytes)}"
+        detail = f"{checkpoint.file_count} file{'s' * (checkpoint.file_count != 1)}, {size(checkpoint.size_bytes)}"
         detail += f", read{at}" if (at := rate(report.bytes_read, report.seconds)) else ""
         echo(f"{name}{step:<9} {status(checkpoint.status)}  {safe(detail)}")
         findings(report.findings)
@@ -115,7 +116,7 @@ def _print(reports: list[Report]) -> None:
             item(
                 "✗", f"{count} of {checkpoint.file_count} files cannot be checked so: {safe(report.unchecked[0])}, …", fg="red"
             )
-    unsealed = [report for report in reports if UNSEALED in report.notes]
+    unsealed = [report for report in reports if report.ok and UNSEALED in report.notes]
     bad = [report for report in reports if not report.ok]
     summary = f"{len(reports) - len(bad)} of {len(reports)} whole at level {reports[0].level}"
     echo()

@@ -14,11 +14,12 @@ from ckptstore.backends import is_url, normal_url
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
 from ckptstore.cli.moving import MAX_BANDWIDTH, bounded
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import checkpoint_json, done, echo, note, size, steps
+from ckptstore.cli.render import checkpoint_json, done, echo, note, steps
 from ckptstore.errors import CkptStoreError
 from ckptstore.locate import Where
 from ckptstore.places import side_of
 from ckptstore.push import Sent
+from ckptstore.sizes import size
 from ckptstore.stalls import StallWatch
 
 

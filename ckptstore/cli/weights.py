@@ -8,8 +8,9 @@ from typing import Any
 from ckptstore import weights
 from ckptstore.backends import Backend
 from ckptstore.cli.condition import health
-from ckptstore.cli.render import echo, item, size
+from ckptstore.cli.render import echo, item
 from ckptstore.listing import Listing
+from ckptstore.sizes import size
 from ckptstore.verify import Notify, Report
 from ckptstore.weights import Sanity, Scan
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from ckptstore.frameworks.areal.era import Era
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
-from ckptstore.frameworks.areal.target import InfoPlan, Transfer
-from ckptstore.model import FRESH_OPTIMIZER, Checkpoint
+from ckptstore.frameworks.areal.target import InfoPlan, Transfer, optimizer_in
+from ckptstore.model import Checkpoint
 
 _FIRST_WITH_DCP = (0, 4)
 _OPTIMIZER_SHARD = re.compile(r"optim_world_size_([0-9]{1,6})_rank_[0-9]+\.pt")
@@ -41,8 +41,7 @@ def restoration(
     restored = [f"weights of step {checkpoint.step} ({', '.join(part.name for part in checkpoint.parts)})"]
     lost: list[str] = []
     blockers: list[str] = []
-    there = "kept" if "optimizer" in checkpoint.holds else "zero" if FRESH_OPTIMIZER in checkpoint.holds else "none"
-    optimizer = next((way.optimizer for way in transfers.values()), there)
+    optimizer = next((way.optimizer for way in transfers.values()), optimizer_in(checkpoint.holds))
     if optimizer == "kept":
         restored.append("optimizer state (Adam moments and step count)")
     elif optimizer == "zero":

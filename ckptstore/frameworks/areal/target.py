@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptstore.backends.base import Backend
@@ -14,7 +14,7 @@ from ckptstore.frameworks.areal.era import Era
 from ckptstore.frameworks.areal.layout import optimizer_ranks
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.resume_state import StepNumbers
-from ckptstore.model import Checkpoint, Part
+from ckptstore.model import FRESH_OPTIMIZER, Checkpoint, Part
 
 EXPORTS = frozenset({"hf", "hf-sharded"})
 
@@ -38,14 +38,19 @@ class InfoPlan:
     refusal: str = ""
 
 
+def optimizer_in(holds: Sequence[str]) -> str:
+    """What copying such a checkpoint brings of an optimizer, in Transfer's words."""
+    return "kept" if "optimizer" in holds else "zero" if FRESH_OPTIMIZER in holds else "none"
+
+
 def transfer(part: Part, era: Era, world_size: int) -> Transfer:
     """How `part` becomes what `era` reads."""
     if part.format == era.slot_format:
         saved = optimizer_ranks(part)
         if world_size and saved and saved != world_size:
             refusal = f"its optimizer was saved by {saved} ranks, the trainer has {world_size}: AReaL would start from step 0"
-            return Transfer("copy", "kept", refusal)
-        return Transfer("copy", "kept" if "optimizer" in part.holds else "none")
+            return Transfer("copy", optimizer_in(part.holds), refusal)
+        return Transfer("copy", optimizer_in(part.holds))
     if part.format == "lora":
         return Transfer("copy", "none", "a LoRA adapter cannot become the training engine's own state")
     if part.format not in EXPORTS:
