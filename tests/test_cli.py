@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -388,6 +389,32 @@ def test_setup_dry_run_prints_the_whole_plan_and_changes_nothing(cli: Cli, run: 
     assert document["needed_bytes"] == document["checkpoint"]["bytes"]
     assert document["free_bytes"] > 0
     assert commands.snapshot(run.parent) == before
+
+
+def test_the_log_of_a_run_without_metrics_is_named_and_its_import_tells_what_is_bad(cli: Cli, run: Path) -> None:
+    """The reward was zero from step 120 on, and nobody watched it: the log knows."""
+    log = next((run.parents[3] / "logs").glob("*/*/*")) / "main.log"
+    assert "no metrics" not in cli("setup", "--dry-run", "--as-is").err, "there is no log"
+    log.write_text(
+        "".join(
+            f"20261124-12:{n // 60:02}:{n % 60:02}.000 StatsLogger INFO: Train step {n + 1}/200 done.\n"
+            f"│ grpo_actor/task_reward/avg │ {0.7 + n / 1e4 if n < 120 else 0:.4e} │\n"
+            for n in range(150)
+        )
+    )
+    trees.set_age(log.parent, 3600)
+    note = "no metrics are recorded, so nothing tells whether the model was healthy at step 140"
+    result = cli("setup", "--dry-run", "--as-is")
+    assert note in " ".join(result.err.split())
+    assert note in " ".join(cli("resume", "--as-is", "--plan").err.split())
+    for named in (["--before-step", 140], ["--step", 93]):
+        assert "no metrics" not in cli("setup", "--dry-run", "--as-is", *named).err
+    words = shlex.split(" ".join(result.err.split()).partition("`ckptstore ")[2].partition("`")[0])
+    assert cli(*words).code == 0
+    result = cli("setup", "--dry-run", "--as-is")
+    assert "no metrics" not in result.err
+    assert "global step 93" in result.out
+    assert "health bad" in result.out, result.out
 
 
 def test_setup_places_the_checkpoint_and_keeps_the_old_slot(cli: Cli, run: Path) -> None:

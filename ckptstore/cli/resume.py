@@ -28,7 +28,17 @@ from ckptstore.cli.common import (
     trainer_options,
 )
 from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
-from ckptstore.cli.setup import do_setup, doable, outcome_json, plan_json, print_outcome, print_plan, refuse, setup_options
+from ckptstore.cli.setup import (
+    do_setup,
+    doable,
+    outcome_json,
+    plan_json,
+    print_outcome,
+    print_plan,
+    print_unjudged,
+    refuse,
+    setup_options,
+)
 from ckptstore.cli.urls import said_url
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
@@ -124,6 +134,7 @@ def command(
     if not as_json:
         _print_head(config, installation)
         print_plan(plan)
+        print_unjudged(plan, selection)
         if asking or plan.refusals or plan_only or not yes:
             _print_command(cmd, blocked=bool(blockers))
     elif plan.refusals or not yes:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from typing import Any
 
 import click
 
-from ckptstore import recovery, room
+from ckptstore import places, recovery, room
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend
 from ckptstore.choose import Selection
@@ -46,6 +47,7 @@ from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import Installation, find_installation, logged_config
 from ckptstore.frameworks.areal.restoration import Restoration
+from ckptstore.frameworks.areal.trainer_logs import LOG_NAME
 from ckptstore.locate import Where, current_user
 from ckptstore.model import Status
 from ckptstore.plan import Options, Plan
@@ -123,6 +125,7 @@ def command(
             return 1 if plan.refusals else 0
         echo()
         print_plan(plan)
+        print_unjudged(plan, selection)
         refuse(plan)
         if not plan.nothing_to_do:
             echo("\nnothing was changed: without --dry-run it is done")
@@ -137,6 +140,7 @@ def command(
     echo()
     print_outcome(outcome)
     print_restoration(outcome.plan.restoration)
+    print_unjudged(outcome.plan, selection)
     return 0
 
 
@@ -261,6 +265,18 @@ def print_notes(plan: Plan) -> None:
     """What is in the way in the run: stray slots, links, saves in progress."""
     for text in plan.listing.notes[:8]:
         note(text)
+
+
+def print_unjudged(plan: Plan, selection: Selection) -> None:
+    """That nothing tells the health of what was chosen, where the trainer's log could."""
+    run = plan.listing.run
+    log = os.path.join(run.logs, LOG_NAME)
+    if selection.named or selection.bound is not None or places.has_ledger(run.path) or not run.logs or not os.path.isfile(log):
+        return
+    note(
+        f"no metrics are recorded, so nothing tells whether the model was healthy at step {plan.point.checkpoint.step}; "
+        f"`ckptstore status --run {shlex.quote(run.path)} --import {shlex.quote(log)}` takes them from its log"
+    )
 
 
 def print_skipped(plan: Plan) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+LOG_NAME = "main.log"  #: the trainer's own
 TAIL_BYTES = 2 << 20
 MAX_FILES = 64
 MAX_LINE_CHARS = 300
