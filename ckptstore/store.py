@@ -30,6 +30,7 @@ from ckptstore.parts import find_manifest, folder_of
 from ckptstore.plan import Options
 from ckptstore.recovery import Outcome
 from ckptstore.retention import Decision, Keep
+from ckptstore.saving import Metrics
 from ckptstore.seal import seal
 from ckptstore.verify import Notify, Report, verify_all
 
@@ -64,26 +65,27 @@ class CheckpointStore:
         step: int,
         directory: str | Path,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Metrics | None = None,
         keep: Keep | None = None,
         progress: native.Progress | None = None,
     ) -> Manifest:
         """Copy a folder's files into the store as `step`: digested in the one read, durable, visible only when whole.
 
         A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
-        retention (best K); those that are not finite are left out. `keep` prunes afterwards. Errors: NotCommitted and
-        CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
+        retention (best K): numbers of any kind; those that are not finite are left out. `keep` prunes afterwards. Errors:
+        NotCommitted and CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
         SourceChangedError. At a URL it is sent there, as docs/object-stores.md says.
         """
         source = os.path.abspath(directory)
-        return self._save(step, source, steps.files_in(source), metrics=metrics, keep=keep, progress=progress)
+        numbers = saving.numbers_of(metrics)
+        return self._save(step, source, steps.files_in(source), metrics=numbers, keep=keep, progress=progress)
 
     def save_async(
         self,
         step: int,
         directory: str | Path,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Metrics | None = None,
         keep: Keep | None = None,
         on_busy: OnBusy = "wait",
         nice: int = 10,
@@ -98,12 +100,12 @@ class CheckpointStore:
         then. `nice` is the priority of the writing threads.
         """
         source = os.path.abspath(directory)
-        files = steps.files_in(source)
+        files, numbers = steps.files_in(source), saving.numbers_of(metrics)
 
         def stage(handle: SaveHandle) -> Callable[[], Manifest]:
             options = native.CopyOptions(nice=nice)
             copied = handle.mark_staged
-            return lambda: self._save(step, source, files, metrics=metrics, keep=keep, options=options, copied=copied)
+            return lambda: self._save(step, source, files, metrics=numbers, keep=keep, options=options, copied=copied)
 
         return background.submit(self.backend.location, step, stage, on_busy=on_busy)
 
@@ -113,7 +115,7 @@ class CheckpointStore:
         source: str,
         files: Sequence[native.FileSpec],
         *,
-        metrics: Mapping[str, float] | None,
+        metrics: Mapping[str, float],
         keep: Keep | None,
         options: native.CopyOptions | None = None,
         progress: native.Progress | None = None,
