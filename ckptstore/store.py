@@ -128,8 +128,7 @@ class CheckpointStore:
             manifest = saving.commit(draft, written, metrics=metrics, source=os.path.basename(source))
         finally:
             saving.abandon(draft)
-        if keep is not None:
-            self.prune(keep)
+        retention.prune_after(self.backend, step, keep)
         return manifest
 
     def prune(self, keep: Keep, *, unmirrored: bool = False, dry_run: bool = False) -> Sequence[Decision]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, native
-from ckptstore.errors import UsageError
+from ckptstore import CheckpointStore, Keep, native, places
+from ckptstore.errors import StorageError, UsageError
 from tests import warm
 
 torch = pytest.importorskip("torch")
@@ -164,6 +164,23 @@ def test_a_handler_that_only_c_knows(monkeypatch: pytest.MonkeyPatch) -> None:
         ckpt.install_signal_handlers(signals=[signal.SIGUSR1]).uninstall()
     finally:
         real(signal.SIGUSR1, before)
+
+
+def test_what_fails_after_the_commit(store: CheckpointStore, emergency: Any) -> None:
+    """Pruning did; the step is there, and nobody is told otherwise."""
+    ckpt.save(store, 1, {"a": torch.ones(3)})
+    side = places.side_of(store.folder)
+    os.makedirs(side, exist_ok=True)
+    Path(side, "pins.json").write_text("{")
+    outcome = emergency.save(store, 2, {"a": torch.ones(3)}, keep=Keep(last=1))
+    assert outcome.committed
+    assert re.fullmatch("step 2 is saved, and pruning after it failed: .*pins.json is damaged.*", outcome.problem)
+    for number, save in ((3, ckpt.save), (4, lambda *args, **more: ckpt.save_async(*args, **more).wait())):
+        with pytest.raises(StorageError, match=f"step {number} is saved, and pruning after it failed"):
+            save(store, number, {"a": torch.ones(3)}, keep=Keep(last=1))
+    Path(side, "pins.json").unlink()
+    assert emergency.save(store, 5, {"a": torch.ones(3)}, keep=Keep(last=1)).problem == ""
+    assert [one.step for one in store] == [5]
 
 
 def test_an_error_of_torchs_is_an_outcome(store: CheckpointStore, emergency: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ckptstore.background import wait_all
 from ckptstore.errors import CkptStoreError, UsageError
+from ckptstore.retention import prune_after
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.background import save_async
 
@@ -31,7 +32,7 @@ class Outcome:
     step: int
     committed: bool  #: whether it was in the store, durable, before the deadline
     seconds: float
-    problem: str = ""  #: why not
+    problem: str = ""  #: why not; or what went wrong after the commit
 
 
 class Emergency:
@@ -63,19 +64,23 @@ class Emergency:
     def save(self, store: CheckpointStore, step: int, state_dict: Mapping[str, Any], **options: Any) -> Outcome:
         """Save by the deadline, a save that is in flight first. Never raises what a save raises: the outcome says it.
 
-        `options` are save_async's. A request by SIGUSR1 is answered by this.
+        `options` are save_async's; what `keep` does not keep is pruned after the commit, whatever becomes of that. A request
+        by SIGUSR1 is answered by this.
         """
         started = time.monotonic()
-        problem = ""
+        problem, committed = "", False
         try:
             _end_others(max(0.0, self.remaining_s))
+            keep = options.pop("keep", None)
             save_async(store, step, state_dict, **{"nice": 0, **options}).wait(max(0.0, self.remaining_s))
+            committed = True
+            prune_after(store.backend, step, keep)
         except TimeoutError:
             problem = f"not committed within {self.deadline_s:g} s"
         except (CkptStoreError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, of a device
             problem = str(error)
         self._noted.pop(signal.SIGUSR1, None)
-        return Outcome(step, not problem, time.monotonic() - started, problem)
+        return Outcome(step, committed, time.monotonic() - started, problem)
 
     def uninstall(self) -> None:
         """Put the handlers back that were there before."""

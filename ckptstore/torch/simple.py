@@ -17,7 +17,7 @@ from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part
 from ckptstore.parts import files_folder_of, folder_of, read_manifest, reader
-from ckptstore.retention import Keep
+from ckptstore.retention import Keep, prune_after
 from ckptstore.saving import Metrics
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, memory
@@ -114,8 +114,7 @@ def commit(
         manifest = saving.commit(draft, put(saving.place(draft)), metrics=metrics)
     finally:
         saving.abandon(draft)
-    if keep is not None:
-        store.prune(keep)
+    prune_after(store.backend, step, keep)
     return manifest
 
 
