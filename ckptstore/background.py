@@ -69,6 +69,10 @@ class SaveHandle:
             raise UsageError(f"the save of step {self.step} is in flight in another process", hint="Wait where it was begun.")
         try:
             return self._future.result(timeout_s)
+        except TimeoutError as error:
+            if timeout_s is None or self._future.done():  # the save's own
+                raise
+            raise TimeoutError(f"step {self.step} was not committed within {timeout_s:g} s; the save goes on") from error
         finally:
             self._told = self._future.done()
 

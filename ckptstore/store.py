@@ -259,5 +259,5 @@ def _at(listing: Listing, step: int) -> Checkpoint:
     found = listing.at_step(step)
     if not found:
         there = [checkpoint.step for checkpoint in listing.checkpoints]
-        raise NotFoundError(f"no checkpoint of step {step} in {listing.run.path}", hint=f"There are {there[-20:]}.")
+        raise NotFoundError(f"no checkpoint of step {step!r} in {listing.run.path}", hint=f"There are {there[-20:]}.")
     return found[-1]

@@ -389,3 +389,20 @@ def test_an_interrupt_before_a_save_is_noted(store: CheckpointStore, gate: Gate,
     opened.start()
     ckpt.save_async(store, 2, make(2.0)).wait(30)
     assert [same(ckpt.load(store, step), make(float(step))) for step in (1, 2)] == [True, True]
+
+
+def test_a_wait_that_is_too_short_says_so(store: CheckpointStore, gate: Gate) -> None:
+    handle = ckpt.save_async(store, 7, make(1.0))
+    for wait in (handle.wait, ckpt.wait_all):
+        with pytest.raises(TimeoutError, match=r"step 7 was not committed within 0(\.01)? s; the save goes on"):
+            wait(0.01)
+    gate.open.set()
+    assert handle.wait(30).step == 7
+
+
+def test_a_timeout_that_ended_the_save_is_its_own(store: CheckpointStore, gate: Gate) -> None:
+    gate.error = TimeoutError("the disk gave no answer")
+    gate.open.set()
+    handle = ckpt.save_async(store, 7, make(1.0))
+    with pytest.raises(TimeoutError, match="the disk gave no answer"):
+        handle.wait(30)

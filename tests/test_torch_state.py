@@ -377,3 +377,11 @@ def test_a_tensor_without_memory_is_refused(store: CheckpointStore, kind: str, s
     with pytest.raises(UsageError, match=r"state\['model'\]\['w'\] is"):
         getattr(ckpt, save)(store, 1, {"model": {"w": without_memory()[kind]}})
     assert not os.path.exists(store.folder)
+
+
+def test_a_dtype_that_this_torch_lacks(store: CheckpointStore) -> None:
+    """Of a state that a newer torch has saved."""
+    document = {"format": states.FORMAT, "version": states.VERSION, "state": {"kind": {"$dtype": "float3_e1m1"}}}
+    simple.write(store, 1, {"state.json": [json.dumps(document).encode()]})
+    with pytest.raises(UsageError, match="has no dtype float3_e1m1"):
+        ckpt.load(store)

@@ -173,13 +173,17 @@ def _decode(value: Any, tensor: Callable[[str, str], Any]) -> Any:
                 return torch.device(content)
             case "$size":
                 return torch.Size(content)
+    except UsageError:  # a ValueError too
+        raise
     except (TypeError, ValueError, KeyError, binascii.Error) as error:
         raise IntegrityError(f"state.json: {kind} holds {content!r:.80}: {error!r:.80}") from error
     raise IntegrityError(f"state.json: {kind!r:.40} is not known to this ckptstore", hint="Upgrade ckptstore.")
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
+    found = getattr(torch, name, None)
+    if found is None:
+        raise UsageError(f"this torch ({torch.__version__}) has no dtype {name}", hint="The state was saved with a newer one.")
     if not isinstance(found, torch.dtype):
         raise TypeError(f"torch.{name} is no dtype")
     return found
