@@ -232,8 +232,10 @@ class CheckpointStore:
                 folder = draft if listing.framework == "steps" else os.path.join(draft, part.name)
                 os.makedirs(folder, 0o700, exist_ok=True)
                 recorded = find_manifest(self.backend, folder_of(self.backend, part))
-                valid = recorded is not None and not recorded.inspect(part.files).void
+                valid = recorded is not None and recorded.holds(part.files)
                 expected = {entry.path: entry.chunks for entry in recorded.files} if recorded and valid else {}
+                if lacking := expected.keys() - {file.name for file in part.files}:
+                    raise IntegrityError(f"step {step}: {min(lacking)} was saved, and is missing", hint="Restore another step.")
                 specs = [
                     native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode, expected.get(file.name))
                     for file in part.files
