@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import CheckpointStore, native, steps
+from ckptstore import CheckpointStore, native, seal, steps
 from ckptstore.errors import (
     AlreadyExistsError,
     BusyError,
     CkptStoreError,
     CommitUncertain,
+    IntegrityError,
     NotCommitted,
     NotFoundError,
     RefusedError,
@@ -88,6 +89,9 @@ def test_a_copy_without_its_times_is_compared(store: CheckpointStore, source: Pa
     with pytest.raises(CkptStoreError):
         copy.restore(7, tmp_path / "again")
     assert not os.path.lexists(tmp_path / "again")
+    part = copy.get(7).parts[0]
+    with pytest.raises(IntegrityError, match=r"weights\.bin is not what was saved"):
+        seal.describe(copy.backend, copy.get(7), part, None)  # for a push: else the damage would be sealed as it is
 
 
 def test_save_list_verify_restore(store: CheckpointStore, source: Path, tmp_path: Path) -> None:
