@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Literal
 
 from ckptstore.errors import BusyError, UsageError
+from ckptstore.frameworks.steps import folder_name
 from ckptstore.manifest import Manifest
 
 _log = logging.getLogger("ckptstore")
@@ -68,6 +69,10 @@ class SaveHandle:
             raise UsageError(f"the save of step {self.step} is in flight in another process", hint="Wait where it was begun.")
         try:
             return self._future.result(timeout_s)
+        except TimeoutError as error:
+            if timeout_s is None or self._future.done():  # the save's own
+                raise
+            raise TimeoutError(f"step {self.step} was not committed within {timeout_s:g} s; the save goes on") from error
         finally:
             self._told = self._future.done()
 
@@ -127,6 +132,7 @@ def submit(
     `wait` for it, `skip` this one (the handle says so), or `raise` BusyError. A failure of an earlier one that nobody has
     waited for is raised here, and nothing is saved then.
     """
+    folder_name(step)  # UsageError for what is none, to the caller
     if on_busy not in ("wait", "skip", "raise"):
         raise UsageError(f"on_busy is wait, skip or raise, not {on_busy!r:.20}")
     with _lock:
@@ -140,6 +146,7 @@ def submit(
         if line.last is not None:
             line.last.settle()
             line.last = None
+        line.pool.submit(int).result()  # Ctrl-C may have come before a save that was begun was noted here
         handle = SaveHandle(step)
         handle._future = line.pool.submit(_run, stage(handle), step)
         handle._future.add_done_callback(lambda _: handle._woken.set())

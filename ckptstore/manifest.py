@@ -123,6 +123,12 @@ class Manifest:
         """Bytes of all files."""
         return sum(file.size_bytes for file in self.files)
 
+    def holds(self, files: Iterable[FileInfo]) -> bool:
+        """Whether its digests hold for these files: not where the trainer has written since. Nobody writes into a saved step
+        again: there other times come of a copy that did not keep them.
+        """
+        return self.origin == "save" or not self.inspect(files).void
+
     def inspect(self, files: Iterable[FileInfo]) -> Inspection:
         """Compare with what lies there now, by size, mtime and inode (level quick; reads nothing).
 

@@ -241,6 +241,17 @@ def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Dec
     return decisions
 
 
+def prune_after(backend: Backend, step: int, keep: Keep | None) -> None:
+    """`prune`, after a save that asked for it. Its errors say that the step is saved."""
+    if keep is None:
+        return
+    try:
+        prune(backend, keep)
+    except CkptStoreError as error:
+        error.message = f"step {step} is saved, and pruning after it failed: {error.message}"
+        raise
+
+
 def _prune_there(backend: Backend, keep: Keep) -> list[Decision]:
     """`prune` at a URL: no lock, so that only what the listing showed is removed, and nothing that came since."""
     decisions = plan(backend, keep)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat
 
 from ckptstore import native, steps, uploading
 from ckptstore.backends.base import Backend
+from ckptstore.errors import UsageError
 from ckptstore.manifest import Manifest
 from ckptstore.uploading import Upload, Written
 
@@ -14,6 +15,26 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Draft = steps.Draft | Upload
+
+Metrics = Mapping[str, SupportsFloat]
+"""By name; numbers of any kind, a tensor of one element too."""
+
+
+def numbers_of(metrics: Metrics | None) -> dict[str, float]:
+    """The metrics as they are now: what is saved in the background must not see what becomes of them. UsageError for what is
+    no number: before anything is written.
+    """
+    numbers = {}
+    for name, value in dict(metrics or {}).items():
+        if not isinstance(name, str):
+            raise UsageError(f"a metric's name is text, not {name!r:.40}")
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: of a tensor without a value
+            raise UsageError(
+                f"the metric {name!r:.60} is {value!r:.60}, which is no number", hint="Leave it out where it is not known."
+            ) from error
+    return numbers
 
 
 def begin(backend: Backend, step: int) -> Draft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import ckptstore
 from ckptstore import native
@@ -61,6 +62,7 @@ def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: nat
         if isinstance(result, CkptStoreError):
             raise result
         digests[name] = result
+    _refuse_other_than_saved(backend, part, digests)
     return Manifest(
         step=checkpoint.step,
         epoch=checkpoint.epoch,
@@ -73,6 +75,16 @@ def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: nat
         chunk_bytes=native.CHUNK_BYTES,
         tool=f"ckptstore {ckptstore.__version__}",
     )
+
+
+def _refuse_other_than_saved(backend: Backend, part: Part, digests: Mapping[str, native.Digest]) -> None:
+    """A saved step whose times a copy has lost gets no new manifest for other bytes than were saved."""
+    saved = find_manifest(backend, folder_of(backend, part))
+    if saved is None or saved.origin != "save":
+        return
+    for entry in saved.files:
+        if entry.path not in digests or digests[entry.path].crc != entry.crc:
+            raise IntegrityError(f"{part.path}/{entry.path} is not what was saved", hint="`ckptstore verify` says more.")
 
 
 def _refuse_changed(part: Part) -> None:

@@ -30,6 +30,7 @@ from ckptstore.parts import find_manifest, folder_of
 from ckptstore.plan import Options
 from ckptstore.recovery import Outcome
 from ckptstore.retention import Decision, Keep
+from ckptstore.saving import Metrics
 from ckptstore.seal import seal
 from ckptstore.verify import Notify, Report, verify_all
 
@@ -64,26 +65,27 @@ class CheckpointStore:
         step: int,
         directory: str | Path,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Metrics | None = None,
         keep: Keep | None = None,
         progress: native.Progress | None = None,
     ) -> Manifest:
         """Copy a folder's files into the store as `step`: digested in the one read, durable, visible only when whole.
 
         A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
-        retention (best K); those that are not finite are left out. `keep` prunes afterwards. Errors: NotCommitted and
-        CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
+        retention (best K): numbers of any kind; those that are not finite are left out. `keep` prunes afterwards. Errors:
+        NotCommitted and CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
         SourceChangedError. At a URL it is sent there, as docs/object-stores.md says.
         """
         source = os.path.abspath(directory)
-        return self._save(step, source, steps.files_in(source), metrics=metrics, keep=keep, progress=progress)
+        numbers = saving.numbers_of(metrics)
+        return self._save(step, source, steps.files_in(source), metrics=numbers, keep=keep, progress=progress)
 
     def save_async(
         self,
         step: int,
         directory: str | Path,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Metrics | None = None,
         keep: Keep | None = None,
         on_busy: OnBusy = "wait",
         nice: int = 10,
@@ -98,12 +100,12 @@ class CheckpointStore:
         then. `nice` is the priority of the writing threads.
         """
         source = os.path.abspath(directory)
-        files = steps.files_in(source)
+        files, numbers = steps.files_in(source), saving.numbers_of(metrics)
 
         def stage(handle: SaveHandle) -> Callable[[], Manifest]:
             options = native.CopyOptions(nice=nice)
             copied = handle.mark_staged
-            return lambda: self._save(step, source, files, metrics=metrics, keep=keep, options=options, copied=copied)
+            return lambda: self._save(step, source, files, metrics=numbers, keep=keep, options=options, copied=copied)
 
         return background.submit(self.backend.location, step, stage, on_busy=on_busy)
 
@@ -113,7 +115,7 @@ class CheckpointStore:
         source: str,
         files: Sequence[native.FileSpec],
         *,
-        metrics: Mapping[str, float] | None,
+        metrics: Mapping[str, float],
         keep: Keep | None,
         options: native.CopyOptions | None = None,
         progress: native.Progress | None = None,
@@ -126,8 +128,7 @@ class CheckpointStore:
             manifest = saving.commit(draft, written, metrics=metrics, source=os.path.basename(source))
         finally:
             saving.abandon(draft)
-        if keep is not None:
-            self.prune(keep)
+        retention.prune_after(self.backend, step, keep)
         return manifest
 
     def prune(self, keep: Keep, *, unmirrored: bool = False, dry_run: bool = False) -> Sequence[Decision]:
@@ -231,8 +232,10 @@ class CheckpointStore:
                 folder = draft if listing.framework == "steps" else os.path.join(draft, part.name)
                 os.makedirs(folder, 0o700, exist_ok=True)
                 recorded = find_manifest(self.backend, folder_of(self.backend, part))
-                valid = recorded is not None and not recorded.inspect(part.files).void
+                valid = recorded is not None and recorded.holds(part.files)
                 expected = {entry.path: entry.chunks for entry in recorded.files} if recorded and valid else {}
+                if lacking := expected.keys() - {file.name for file in part.files}:
+                    raise IntegrityError(f"step {step}: {min(lacking)} was saved, and is missing", hint="Restore another step.")
                 specs = [
                     native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode, expected.get(file.name))
                     for file in part.files
@@ -258,5 +261,5 @@ def _at(listing: Listing, step: int) -> Checkpoint:
     found = listing.at_step(step)
     if not found:
         there = [checkpoint.step for checkpoint in listing.checkpoints]
-        raise NotFoundError(f"no checkpoint of step {step} in {listing.run.path}", hint=f"There are {there[-20:]}.")
+        raise NotFoundError(f"no checkpoint of step {step!r} in {listing.run.path}", hint=f"There are {there[-20:]}.")
     return found[-1]

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from ckptstore.backends import LocalBackend, open_backend
-from ckptstore.errors import AccessError, CkptStoreError, NotFoundError, StorageError
+from ckptstore.errors import AccessError, CkptStoreError, NotFoundError, StorageError, UsageError
 from tests.users import as_nobody, open_way_to
 
 
@@ -102,3 +102,10 @@ def test_denied(backend, tmp_path):
 def test_open_backend(tmp_path):
     assert open_backend(tmp_path).location == str(tmp_path)
     assert open_backend(f"file://{tmp_path}").location == str(tmp_path)
+
+
+@pytest.mark.parametrize(("place", "error"), [("", UsageError), (None, TypeError)])
+def test_a_place_that_was_never_set(place, error):
+    """Of an empty variable: neither this folder, nor one of the name None, is meant."""
+    with pytest.raises(error):
+        open_backend(place)

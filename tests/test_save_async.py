@@ -314,3 +314,95 @@ def test_errors_are_ours(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises((CkptStoreError, OSError)):
         ckpt.save_async(CheckpointStore(tmp_path / "file"), 1, make(1)).wait()
+
+
+@pytest.mark.parametrize("kind", ["state", "folder"])
+def test_metrics_are_those_of_the_call(store: CheckpointStore, gate: Gate, tmp_path: Path, kind: str) -> None:
+    """A loop changes its metrics in place; retention must not take the best step by those of a later one."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_bytes(b"x")
+    loss = torch.tensor(0.25)
+    metrics = {"loss": loss, "lr": 0.5}
+    if kind == "state":
+        handle = ckpt.save_async(store, 1, {"a": torch.ones(3)}, metrics=metrics)
+    else:
+        handle = store.save_async(1, tmp_path / "out", metrics=metrics)
+    loss.fill_(9.0)
+    metrics["lr"] = 9.0
+    gate.open.set()
+    assert handle.wait().metrics == {"loss": 0.25, "lr": 0.5}
+
+
+@pytest.mark.parametrize("value", [None, "low", torch.ones(2), torch.ones((), device="meta"), 10**400])
+def test_a_metric_that_is_no_number_is_said_at_once(store: CheckpointStore, tmp_path: Path, value: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_bytes(b"x")
+    metrics = {"reward": 1.0, "loss": value}
+    state = {"a": torch.ones(3)}
+    for save in (
+        lambda: ckpt.save(store, 1, state, metrics=metrics),
+        lambda: ckpt.save_async(store, 1, state, metrics=metrics),
+        lambda: store.save(1, tmp_path / "out", metrics=metrics),
+        lambda: store.save_async(1, tmp_path / "out", metrics=metrics),
+        lambda: ckpt.StoreWriter(store, 1, metrics=metrics),
+    ):
+        with pytest.raises(UsageError, match=r"the metric 'loss' is .* no number"):
+            save()
+    assert not os.path.exists(store.folder)
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, "1", True, 10**30])
+def test_a_step_that_is_none_is_said_at_once(store: CheckpointStore, tmp_path: Path, step: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_bytes(b"x")
+    for save in (
+        lambda: ckpt.save_async(store, step, {"a": torch.ones(3)}),
+        lambda: store.save_async(step, tmp_path / "out"),
+    ):
+        with pytest.raises(UsageError, match="a step is a whole number"):
+            save()
+    assert not os.path.exists(store.folder)
+
+
+def test_an_interrupt_before_a_save_is_noted(store: CheckpointStore, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C right after the save was handed to its thread: it goes on, and the next one must not take its buffers."""
+    ckpt.save_async(store, 0, make(0.0))
+    gate.open.set()
+    ckpt.wait_all()
+    gate.open.clear()
+    (line,) = (line for folder, line in core._lines.items() if folder == store.folder)
+    real = line.pool.submit
+
+    def submit(*args: Any) -> Any:
+        found = real(*args)
+        if args[0] is core._run:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(line.pool, "submit", submit)
+    monkeypatch.setattr(native, "write_files", gate.write_files)
+    with pytest.raises(KeyboardInterrupt):
+        ckpt.save_async(store, 1, make(1.0))
+    monkeypatch.setattr(native, "write_files", gate.write_files)
+    opened = threading.Timer(0.3, gate.open.set)
+    opened.start()
+    ckpt.save_async(store, 2, make(2.0)).wait(30)
+    assert [same(ckpt.load(store, step), make(float(step))) for step in (1, 2)] == [True, True]
+
+
+def test_a_wait_that_is_too_short_says_so(store: CheckpointStore, gate: Gate) -> None:
+    handle = ckpt.save_async(store, 7, make(1.0))
+    for wait in (handle.wait, ckpt.wait_all):
+        with pytest.raises(TimeoutError, match=r"step 7 was not committed within 0(\.01)? s; the save goes on"):
+            wait(0.01)
+    gate.open.set()
+    assert handle.wait(30).step == 7
+
+
+def test_a_timeout_that_ended_the_save_is_its_own(store: CheckpointStore, gate: Gate) -> None:
+    gate.error = TimeoutError("the disk gave no answer")
+    gate.open.set()
+    handle = ckpt.save_async(store, 7, make(1.0))
+    with pytest.raises(TimeoutError, match="the disk gave no answer"):
+        handle.wait(30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, native
-from ckptstore.errors import UsageError
+from ckptstore import CheckpointStore, Keep, native, places
+from ckptstore.errors import StorageError, UsageError
 from tests import warm
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")
+from ckptstore.torch import background  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 LOOP = ROOT / "examples/save_in_a_loop.py"
@@ -110,6 +112,86 @@ def test_a_handler_before_is_called_too() -> None:
     finally:
         emergency.uninstall()
         signal.signal(signal.SIGUSR1, before)
+
+
+def _wait(pipe: Any) -> None:
+    pipe.send("here")
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_forked_child_dies_of_them_as_before(emergency: Any, number: int) -> None:
+    """It trains nothing: a pool that is left, or a child that is terminated, would be waited for without end."""
+    pipe, other = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_wait, args=(other,), daemon=True)
+    child.start()
+    assert pipe.poll(20)  # Python drops a signal that comes in the middle of a fork
+    assert child.pid is not None
+    os.kill(child.pid, number)
+    child.join(10)
+    if child.exitcode is None:
+        child.kill()
+        child.join(10)
+    assert child.exitcode == -number
+    assert not emergency.requested
+
+
+def _with_handlers_of_its_own(pipe: Any) -> None:
+    mine = ckpt.install_signal_handlers(5.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    pipe.send(list(mine))
+    mine.uninstall()
+    pipe.send(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+
+
+def test_a_forked_child_may_train_itself(emergency: Any) -> None:
+    pipe, other = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_with_handlers_of_its_own, args=(other,), daemon=True)
+    child.start()
+    assert pipe.poll(20)
+    assert (pipe.recv(), pipe.recv()) == (["SIGTERM"], True)
+    child.join(10)
+    assert child.exitcode == 0
+
+
+def test_a_handler_that_only_c_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python calls it None, and takes no None back."""
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    real = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: (real(number, handler), None)[1])
+    try:
+        ckpt.install_signal_handlers(signals=[signal.SIGUSR1]).uninstall()
+    finally:
+        real(signal.SIGUSR1, before)
+
+
+def test_what_fails_after_the_commit(store: CheckpointStore, emergency: Any) -> None:
+    """Pruning did; the step is there, and nobody is told otherwise."""
+    ckpt.save(store, 1, {"a": torch.ones(3)})
+    side = places.side_of(store.folder)
+    os.makedirs(side, exist_ok=True)
+    Path(side, "pins.json").write_text("{")
+    outcome = emergency.save(store, 2, {"a": torch.ones(3)}, keep=Keep(last=1))
+    assert outcome.committed
+    assert re.fullmatch("step 2 is saved, and pruning after it failed: .*pins.json is damaged.*", outcome.problem)
+    for number, save in ((3, ckpt.save), (4, lambda *args, **more: ckpt.save_async(*args, **more).wait())):
+        with pytest.raises(StorageError, match=f"step {number} is saved, and pruning after it failed"):
+            save(store, number, {"a": torch.ones(3)}, keep=Keep(last=1))
+    Path(side, "pins.json").unlink()
+    assert emergency.save(store, 5, {"a": torch.ones(3)}, keep=Keep(last=1)).problem == ""
+    assert [one.step for one in store] == [5]
+
+
+def test_an_error_of_torchs_is_an_outcome(store: CheckpointStore, emergency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staging may run out of a device's memory, or meet one that failed."""
+
+    def fail(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(background._Buffers, "take", fail)
+    outcome = emergency.save(store, 2, {"a": torch.ones(3)})
+    assert (outcome.committed, outcome.problem) == (False, "CUDA out of memory")
 
 
 def test_usage() -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import CheckpointStore, native, steps
+from ckptstore import CheckpointStore, native, seal, steps
 from ckptstore.errors import (
     AlreadyExistsError,
     BusyError,
     CkptStoreError,
     CommitUncertain,
+    IntegrityError,
     NotCommitted,
     NotFoundError,
     RefusedError,
@@ -65,6 +66,32 @@ def step_folder(store: CheckpointStore, step: int) -> Path:
 
 
 # --- from Python ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["a bit", "shorter", "gone"])
+def test_a_copy_without_its_times_is_compared(store: CheckpointStore, source: Path, tmp_path: Path, how: str) -> None:
+    """Nobody writes into a saved step again: other times are no reason to believe other bytes."""
+    store.save(7, source)
+    shutil.copytree(store.folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = CheckpointStore(tmp_path / "copy")
+    report = copy.verify(7)
+    assert report.ok
+    assert any("its bytes did not" in note for note in report.checkpoint.parts[0].notes)
+    copy.restore(7, tmp_path / "restored")
+    damaged = step_folder(copy, 7) / "weights.bin"
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-1] if how == "shorter" else bytes([data[0] ^ 1]) + data[1:])
+    if how == "gone":
+        damaged.unlink()
+    report = copy.verify(7)
+    assert not report.ok
+    assert "weights.bin" in str(report.checkpoint.parts[0].findings)
+    with pytest.raises(CkptStoreError):
+        copy.restore(7, tmp_path / "again")
+    assert not os.path.lexists(tmp_path / "again")
+    part = copy.get(7).parts[0]
+    with pytest.raises(IntegrityError, match=r"weights\.bin is not what was saved"):
+        seal.describe(copy.backend, copy.get(7), part, None)  # for a push: else the damage would be sealed as it is
 
 
 def test_save_list_verify_restore(store: CheckpointStore, source: Path, tmp_path: Path) -> None:

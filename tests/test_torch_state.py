@@ -8,7 +8,8 @@ import os
 import pickletools
 import subprocess
 import sys
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,81 @@ def test_errors_are_ours(store: CheckpointStore) -> None:
     (Path(store.folder) / "step-1/tensors.safetensors").unlink()
     with pytest.raises(CkptStoreError):
         ckpt.load(store, 1)
+
+
+class Lazy(Mapping[str, Any]):
+    """A mapping that makes each tensor when it is asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([str(number) for number in range(self.count)])
+
+    def __getitem__(self, key: str) -> Any:
+        return torch.full((1000,), float(key))
+
+
+@pytest.mark.parametrize("save", ["save", "save_async"])
+def test_tensors_that_are_made_as_they_are_read(store: CheckpointStore, save: str) -> None:
+    """Each may get the memory of one that was copied and let go: it is another tensor all the same."""
+    getattr(ckpt, save)(store, 1, {"model": Lazy(50)})
+    ckpt.wait_all()
+    assert [value[0].item() for value in ckpt.load(store)["model"].values()] == list(range(50))
+
+
+def test_a_schedule_that_counts(store: CheckpointStore) -> None:
+    """MultiStepLR's milestones are a Counter, and it uses what only a Counter has."""
+
+    def schedule() -> Any:
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        return torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([parameter], lr=1.0), [2, 4, 4, 9], gamma=0.1)
+
+    ckpt.save(store, 1, {"schedule": schedule().state_dict(), "words": Counter("abca")})
+    state = ckpt.load(store)
+    assert type(state["words"]) is Counter
+    assert list(state["words"].items()) == [("a", 2), ("b", 1), ("c", 1)]
+    again = schedule()
+    again.load_state_dict(state["schedule"])
+    assert again.milestones == Counter([2, 4, 4, 9])
+    assert list(again.milestones.elements()) == [2, 4, 4, 9]
+
+
+def without_memory() -> dict[str, Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    freed = torch.ones(1000)
+    freed.untyped_storage().resize_(0)  # as FSDP frees gathered weights
+    with FakeTensorMode():
+        fake = torch.ones(1000)
+    return {
+        "freed": freed,
+        "fake": fake,
+        "made of two": TwoTensor(torch.ones(3), torch.ones(3)),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "lazy": torch.nn.LazyLinear(3).weight,
+        "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "meta": torch.ones(3, device="meta"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("save", ["save", "save_async"])
+@pytest.mark.parametrize("kind", ["freed", "fake", "made of two", "nested", "lazy", "quantized", "meta"])
+def test_a_tensor_without_memory_is_refused(store: CheckpointStore, kind: str, save: str) -> None:
+    """Reading at address 0 would end the process."""
+    with pytest.raises(UsageError, match=r"state\['model'\]\['w'\] is"):
+        getattr(ckpt, save)(store, 1, {"model": {"w": without_memory()[kind]}})
+    assert not os.path.exists(store.folder)
+
+
+def test_a_dtype_that_this_torch_lacks(store: CheckpointStore) -> None:
+    """Of a state that a newer torch has saved."""
+    document = {"format": states.FORMAT, "version": states.VERSION, "state": {"kind": {"$dtype": "float3_e1m1"}}}
+    simple.write(store, 1, {"state.json": [json.dumps(document).encode()]})
+    with pytest.raises(UsageError, match="has no dtype float3_e1m1"):
+        ckpt.load(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,7 +27,9 @@ def open_backend(location: str | Path, *, bandwidth: Bandwidth | None = None) ->
 
 
 def _open(location: str | Path) -> Backend:
-    text = str(location)
+    text = os.fspath(location)
+    if not text:
+        raise UsageError("the place of the run is empty text", hint="Name a folder or a URL; this folder is `.`.")
     if not is_url(text):
         return LocalBackend(text.removeprefix("file://"))
     url = normal_url(text)

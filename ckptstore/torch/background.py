@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ckptstore import background, native
+from ckptstore import background, native, saving
 from ckptstore.background import OnBusy, SaveHandle
 from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
+from ckptstore.saving import Metrics
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import memory, simple
 from ckptstore.torch import state as states
@@ -80,7 +81,7 @@ def save_async(
     step: int,
     state_dict: Mapping[str, Any],
     *,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Metrics | None = None,
     config: Mapping[str, Any] | None = None,
     keep: Keep | None = None,
     on_busy: OnBusy = "wait",
@@ -97,13 +98,13 @@ def save_async(
     this returns at once, and the state must not change before `handle.wait_staged()` returns: when all is copied, or, at a
     URL, has arrived there. A change before that makes the save fail (SourceChangedError).
     """
-    where = store.backend.location
+    where, numbers = store.backend.location, saving.numbers_of(metrics)
 
     def stage(handle: SaveHandle) -> Callable[[], Manifest]:
         buffers = _buffers.setdefault(os.path.realpath(where), _Buffers())
         if max_host_bytes is not None and not (waves := Waves(store, state_dict, config, max_host_bytes=max_host_bytes)).fits:
             buffers.tensors.clear()
-            more: dict[str, Any] = {"metrics": metrics, "keep": keep, "nice": nice}
+            more: dict[str, Any] = {"metrics": numbers, "keep": keep, "nice": nice}
             return functools.partial(waves.write, step, buffers.ring, staged=handle.mark_staged, **more)
         buffers.ring.clear()
         buffers.begin()
@@ -111,6 +112,6 @@ def save_async(
         buffers.finish()
         handle.mark_staged()
         options = native.CopyOptions(nice=nice)
-        return functools.partial(simple.write, store, step, files, metrics=metrics, keep=keep, options=options)
+        return functools.partial(simple.write, store, step, files, metrics=numbers, keep=keep, options=options)
 
     return background.submit(where, step, stage, on_busy=on_busy)

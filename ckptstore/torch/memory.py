@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ckptstore.errors import UsageError
 
@@ -163,12 +164,26 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether its values are there: not so of meta and fake tensors, of those made of others, and where storage was freed."""
+    storage = tensor.untyped_storage()
+    if tensor.device.type == "meta" or storage.device.type == "meta":
+        return False
+    try:
+        return not tensor.numel() or storage.data_ptr() != 0
+    except RuntimeError:  # how torch says that there is none
+        return False
+
+
 def checked(tensor: torch.Tensor, where: str) -> None:
     """UsageError for a tensor, found at `where`, that has no plain memory."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise UsageError(f"{where} is a tensor without plain memory ({tensor.layout}, {tensor.device})", hint="Save it dense.")
+    if is_lazy(tensor):
+        raise UsageError(f"{where} is not initialized yet", hint="Run the lazy module once before its state is saved.")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and hasattr(tensor, "to_local"):
         raise UsageError(f"{where} is a shard of a distributed tensor", hint="Save it with dcp.save and StoreWriter.")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or not _has_memory(tensor):
+        what = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
+        raise UsageError(f"{where} is a tensor without plain memory ({what})", hint="Save it dense, or what it is made of.")
     if tensor.dtype not in NAMES:
         raise UsageError(f"{where} has the dtype {tensor.dtype}, which safetensors does not know", hint="Save it as another.")
 

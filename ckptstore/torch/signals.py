@@ -7,6 +7,7 @@ what was there is. A second SIGTERM ends the process at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 from ckptstore.background import wait_all
 from ckptstore.errors import CkptStoreError, UsageError
+from ckptstore.retention import prune_after
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.background import save_async
 
@@ -30,7 +32,7 @@ class Outcome:
     step: int
     committed: bool  #: whether it was in the store, durable, before the deadline
     seconds: float
-    problem: str = ""  #: why not
+    problem: str = ""  #: why not; or what went wrong after the commit
 
 
 class Emergency:
@@ -40,6 +42,7 @@ class Emergency:
         self.deadline_s = deadline_s
         self._noted: dict[int, float] = {}  # signal → when, by time.monotonic
         self._previous: dict[int, Any] = {}
+        self._process = os.getpid()
 
     @property
     def requested(self) -> bool:
@@ -61,27 +64,42 @@ class Emergency:
     def save(self, store: CheckpointStore, step: int, state_dict: Mapping[str, Any], **options: Any) -> Outcome:
         """Save by the deadline, a save that is in flight first. Never raises what a save raises: the outcome says it.
 
-        `options` are save_async's. A request by SIGUSR1 is answered by this.
+        `options` are save_async's; what `keep` does not keep is pruned after the commit, whatever becomes of that. A request
+        by SIGUSR1 is answered by this.
         """
         started = time.monotonic()
-        problem = ""
+        problem, committed = "", False
         try:
             _end_others(max(0.0, self.remaining_s))
+            keep = options.pop("keep", None)
             save_async(store, step, state_dict, **{"nice": 0, **options}).wait(max(0.0, self.remaining_s))
+            committed = True
+            prune_after(store.backend, step, keep)
         except TimeoutError:
             problem = f"not committed within {self.deadline_s:g} s"
-        except (CkptStoreError, OSError, MemoryError) as error:
+        except (CkptStoreError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, of a device
             problem = str(error)
         self._noted.pop(signal.SIGUSR1, None)
-        return Outcome(step, not problem, time.monotonic() - started, problem)
+        return Outcome(step, committed, time.monotonic() - started, problem)
 
     def uninstall(self) -> None:
         """Put the handlers back that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for number in self._previous:
+            signal.signal(number, self.before(number))
         self._previous.clear()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def before(self, number: int) -> Any:
+        """The handler that was there before; the default for one that only C knows."""
+        return signal.SIG_DFL if (handler := self._previous.get(number)) is None else handler
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler. In a forked child, which trains nothing, it gives way to what was there before: a loader's worker
+        that is terminated must end.
+        """
+        if self._process != os.getpid():
+            signal.signal(number, self.before(number))
+            signal.raise_signal(number)
+            return
         if number == signal.SIGTERM and number in self._noted:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -101,8 +119,16 @@ def _end_others(timeout_s: float) -> None:
         wait_all(timeout_s)
     except TimeoutError:  # an OSError too
         raise
-    except (CkptStoreError, OSError, MemoryError):
+    except (CkptStoreError, OSError, MemoryError, RuntimeError):
         return
+
+
+def _handler(number: int) -> Any:
+    """The signal's handler, without those that this process inherited from a parent that trains."""
+    found: Any = signal.getsignal(number)
+    while isinstance(owner := getattr(found, "__self__", None), Emergency) and owner._process != os.getpid():
+        found = owner.before(number)
+    return found
 
 
 def install_signal_handlers(deadline_s: float = 30.0, *, signals: Sequence[int] = SIGNALS) -> Emergency:
@@ -117,5 +143,6 @@ def install_signal_handlers(deadline_s: float = 30.0, *, signals: Sequence[int] 
         raise UsageError(f"deadline_s must be positive, not {deadline_s:g}")
     emergency = Emergency(deadline_s)
     for number in signals:
-        emergency._previous[number] = signal.signal(number, emergency._note)
+        emergency._previous[number] = _handler(number)
+        signal.signal(number, emergency.note)
     return emergency

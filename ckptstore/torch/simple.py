@@ -17,7 +17,8 @@ from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part
 from ckptstore.parts import files_folder_of, folder_of, read_manifest, reader
-from ckptstore.retention import Keep
+from ckptstore.retention import Keep, prune_after
+from ckptstore.saving import Metrics
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, memory
 from ckptstore.torch import state as states
@@ -34,7 +35,7 @@ def save(
     step: int,
     state_dict: Mapping[str, Any],
     *,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Metrics | None = None,
     config: Mapping[str, Any] | None = None,
     keep: Keep | None = None,
 ) -> Manifest:
@@ -45,17 +46,18 @@ def save(
     must not change meanwhile. `config`, plain JSON, becomes config.json; `metrics` are for retention, and `keep` prunes by it
     afterwards. UsageError names what cannot be saved without a pickle; other errors as CheckpointStore.save.
     """
+    numbers = saving.numbers_of(metrics)
     encoded = states.Encoder(state_dict, torch.Tensor.detach)
     tensors = [tensor for inside in encoded.tensors.values() for tensor in inside.values()]
     if not (streams := Streams(tensors)):
-        return write(store, step, files_of(encoded, config), metrics=metrics, keep=keep)
+        return write(store, step, files_of(encoded, config), metrics=numbers, keep=keep)
     files, rest = blocks_of(encoded), documents(encoded, config)
 
     def put(place: str) -> dict[str, Written]:
         written = blocks.write(store.backend, place, files, [], streams=streams)
         return written | saving.write_buffers(store.backend, place, rest)
 
-    return commit(store, step, put, metrics=metrics, keep=keep)
+    return commit(store, step, put, metrics=numbers, keep=keep)
 
 
 def files_of(encoded: states.Encoder, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -112,8 +114,7 @@ def commit(
         manifest = saving.commit(draft, put(saving.place(draft)), metrics=metrics)
     finally:
         saving.abandon(draft)
-    if keep is not None:
-        store.prune(keep)
+    prune_after(store.backend, step, keep)
     return manifest
 
 

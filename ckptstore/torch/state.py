@@ -5,8 +5,8 @@
                            `tensors.safetensors` where a tensor has no key above it
 
 In the JSON, an object with one key that begins with "$" is something that JSON lacks: $tensor (file and name), $dict (pairs,
-for keys that are not text), $ordered, $tuple, $float (nan, inf, -inf), $bytes, $dtype, $device, $size. A tensor that is met
-twice, or whose memory is (tied weights), is stored once, and is one tensor again when it is loaded.
+for keys that are not text), $ordered, $counter, $tuple, $float (nan, inf, -inf), $bytes, $dtype, $device, $size. A tensor that
+is met twice, or whose memory is (tied weights), is stored once, and is one tensor again when it is loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import base64
 import binascii
 import math
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +28,7 @@ FORMAT = "ckptstore.state"
 VERSION = 1
 LOOSE = "tensors"  #: the file of tensors that no key stands above
 _MOST_DEPTH = 64
+_KINDS: dict[str, type] = {"$ordered": OrderedDict, "$counter": Counter}
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 Take = Callable[[torch.Tensor], torch.Tensor]
@@ -44,6 +45,7 @@ class Encoder:
         self.tensors: Tensors = {}
         self._take = take
         self._seen: dict[tuple[object, ...], tuple[str, str]] = {}
+        self._held: list[torch.Tensor] = []  # a mapping may make its tensors as it is read: no other may get their memory
         if not isinstance(state, Mapping):
             raise UsageError(f"a state dict is saved, and this is a {type(state).__name__}")
         self.document = {"format": FORMAT, "version": VERSION, "state": self._encode(state, ())}
@@ -73,19 +75,21 @@ class Encoder:
             return {"$device": str(value)}
         raise UsageError(
             f"{_shown(path)} is a {type(value).__module__}.{type(value).__qualname__}, which is saved only as a pickle could",
-            hint="Put its state_dict(), numbers, text, lists and dicts of these, and tensors into the state.",
+            hint="Put its state_dict(), numbers, text, lists and dicts of these, and tensors into the state. "
+            "Of numpy: torch.from_numpy(array), and number.item().",
         )
 
     def _mapping(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
         plain_keys = all(type(key) is str for key in value) and not any(key.startswith("$") for key in value)
-        if plain_keys and not isinstance(value, OrderedDict):
+        kind = next((kind for kind, known in _KINDS.items() if isinstance(value, known)), "$dict")
+        if plain_keys and kind == "$dict":
             return {key: self._encode(item, (*path, key)) for key, item in value.items()}
         pairs = []
         for key, item in value.items():
             if type(key) not in (str, int, bool, float, tuple):
                 raise UsageError(f"{_shown(path)} has a key that is a {type(key).__name__}", hint="Use text or numbers.")
             pairs.append([self._encode(key, path), self._encode(item, (*path, str(key)))])
-        return {"$ordered" if isinstance(value, OrderedDict) else "$dict": pairs}
+        return {kind: pairs}
 
     def _tensor(self, tensor: torch.Tensor, path: tuple[str, ...]) -> tuple[str, str]:
         checked(tensor, _shown(path))
@@ -102,6 +106,7 @@ class Encoder:
         )
         if key in self._seen:
             return self._seen[key]
+        self._held.append(tensor)
         values = self._take(tensor)
         file = path[0] if len(path) > 1 and _FILE.fullmatch(path[0]) else LOOSE
         # Names that differ in case alone would be one file on some file systems.
@@ -154,6 +159,8 @@ def _decode(value: Any, tensor: Callable[[str, str], Any]) -> Any:
                 return {_decode(key, tensor): _decode(item, tensor) for key, item in content}
             case "$ordered":
                 return OrderedDict((_decode(key, tensor), _decode(item, tensor)) for key, item in content)
+            case "$counter":  # MultiStepLR's milestones
+                return Counter({_decode(key, tensor): _decode(item, tensor) for key, item in content})
             case "$tuple":
                 return tuple(_decode(item, tensor) for item in content)
             case "$float":
@@ -166,13 +173,17 @@ def _decode(value: Any, tensor: Callable[[str, str], Any]) -> Any:
                 return torch.device(content)
             case "$size":
                 return torch.Size(content)
+    except UsageError:  # a ValueError too
+        raise
     except (TypeError, ValueError, KeyError, binascii.Error) as error:
         raise IntegrityError(f"state.json: {kind} holds {content!r:.80}: {error!r:.80}") from error
     raise IntegrityError(f"state.json: {kind!r:.40} is not known to this ckptstore", hint="Upgrade ckptstore.")
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
+    found = getattr(torch, name, None)
+    if found is None:
+        raise UsageError(f"this torch ({torch.__version__}) has no dtype {name}", hint="The state was saved with a newer one.")
     if not isinstance(found, torch.dtype):
         raise TypeError(f"torch.{name} is no dtype")
     return found

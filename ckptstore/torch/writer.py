@@ -34,6 +34,7 @@ from ckptstore import native, node_sets, saving, steps
 from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.formats import dcp, torchzip
 from ckptstore.manifest import Manifest
+from ckptstore.saving import Metrics
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, nodes
 from ckptstore.torch.filling import File, Streams, Tail, in_memory
@@ -89,11 +90,11 @@ class StoreWriter(StorageWriter):
     is the coordinator's. Not thread-safe.
     """
 
-    def __init__(self, store: CheckpointStore, step: int, *, metrics: Mapping[str, float] | None = None, nice: int = 0) -> None:
+    def __init__(self, store: CheckpointStore, step: int, *, metrics: Metrics | None = None, nice: int = 0) -> None:
         super().__init__()
         self._store = store
         self._step = step
-        self._metrics = dict(metrics or {})
+        self._metrics = saving.numbers_of(metrics)
         self._options = native.CopyOptions(nice=nice)
         self._draft: saving.Draft | None = None
         self._follower: nodes.Follower | None = None
