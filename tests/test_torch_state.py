@@ -6,10 +6,11 @@ import json
 import math
 import os
 import pickletools
+import shutil
 import subprocess
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,66 @@ def test_no_pickle_and_one_read(store: CheckpointStore) -> None:
     before = reads.count_bytes()
     ckpt.load(store, 1)
     assert 24_000_000 < reads.count_bytes() - before < 24_000_000 + 100_000
+
+
+def overtaken(patch: pytest.MonkeyPatch, *, by: Callable[[int], object], times: int = 1) -> list[int]:
+    """What another process does while a load reads, each of so many times; the loads that began are counted."""
+    began: list[int] = []
+
+    def reading(*args: Any, **kwargs: Any) -> None:
+        began.append(len(began))
+        if len(began) <= times:
+            by(len(began))
+        loading.read_into(*args, **kwargs)
+
+    patch.setattr(simple, "read_into", reading)
+    return began
+
+
+def test_a_step_that_is_saved_again_while_it_is_read(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(number: float) -> dict[str, Any]:
+        return {"model": {"w": torch.full((3_000_000,), number)}}
+
+    for step in (1, None):
+        ckpt.save(store, 1, state(1.0))
+        began = overtaken(monkeypatch, by=lambda time: ckpt.save(store, 1, state(time + 1.0)))
+        assert same(ckpt.load(store, step), state(2.0))
+        assert len(began) == 2
+    began = overtaken(monkeypatch, by=lambda time: ckpt.save(store, 1, state(time + 9.0)), times=99)
+    with pytest.raises(DigestMismatchError):
+        ckpt.load(store, 1)
+    assert len(began) == 5
+
+
+def test_the_newest_is_removed_while_it_is_read(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        ckpt.save(store, step, {"w": torch.tensor(float(step))})
+    overtaken(monkeypatch, by=lambda _: shutil.rmtree(Path(store.folder) / "step-2"))
+    assert ckpt.load(store)["w"] == 1
+    ckpt.save(store, 2, {"w": torch.tensor(2.0)})
+    overtaken(monkeypatch, by=lambda _: shutil.rmtree(Path(store.folder) / "step-2"))
+    with pytest.raises(NotFoundError, match="no checkpoint of step 2"):
+        ckpt.load(store, 2)
+    latest = type(store).latest
+    ckpt.save(store, 2, {"w": torch.tensor(2.0)})
+
+    def then_removed(self: CheckpointStore) -> Any:
+        found = latest(self)
+        shutil.rmtree(Path(store.folder) / "step-2", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(type(store), "latest", then_removed)
+    assert ckpt.load(store)["w"] == 1
+
+
+def test_damage_is_not_read_again(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt.save(store, 1, {"model": {"w": torch.zeros(500)}})
+    flip(Path(store.folder) / "step-1/model.safetensors", -9)
+    began = overtaken(monkeypatch, by=lambda _: None)
+    for step in (1, None):
+        with pytest.raises(DigestMismatchError):
+            ckpt.load(store, step)
+    assert len(began) == 2
 
 
 def test_wants_anywhere_in_a_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ckptstore.formats import FormatError, safetensors
 from ckptstore.frameworks.steps import STATE_NAME
 from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import Checkpoint, Part
+from ckptstore.model import Part
 from ckptstore.parts import files_folder_of, folder_of, read_manifest, reader
 from ckptstore.retention import Keep, prune_after
 from ckptstore.saving import Metrics
@@ -28,6 +28,7 @@ from ckptstore.uploading import Written
 
 CONFIG_NAME = "config.json"
 SUFFIX = ".safetensors"
+_TRIES = 5  #: where each is overtaken by a save or a removal
 
 
 def save(
@@ -123,8 +124,21 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
 
     Read once, in parallel, into the new tensors' memory (that of a GPU by pinned buffers, bounce.py), every digest checked:
     DigestMismatchError for damage, NothingToResumeError where there is no step. What was not saved by `save` is UsageError.
+    A step that another process saves again meanwhile, or removes while the newest is wanted, is no damage: it begins anew.
     """
     part, manifest = find(store, step)
+    for tries_left in range(_TRIES - 1, -1, -1):
+        try:
+            return _load(store, part, manifest, map_location)
+        except (IntegrityError, NotFoundError):
+            part, now = find(store, step)
+            if not tries_left or now.commit == manifest.commit:
+                raise
+            manifest = now
+    raise AssertionError("the last try returns or raises")
+
+
+def _load(store: CheckpointStore, part: Part, manifest: Manifest, map_location: torch.device | str | None) -> dict[str, Any]:
     files = {entry.path: entry for entry in manifest.files}
     if STATE_NAME not in files:
         raise UsageError(
@@ -163,12 +177,7 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
 def find(store: CheckpointStore, step: int | None) -> tuple[Part, Manifest]:
     """A step's files and its manifest."""
     if step is None:
-        newest = _newest(store)
-        if newest is None:
-            raise NothingToResumeError(
-                f"there is no whole step in {store.backend.location}", hint="Nothing has been saved there yet."
-            )
-        step = newest.step
+        return _newest(store)
     checkpoint = store.get(step)
     if not checkpoint.status.usable:
         raise IntegrityError(
@@ -182,11 +191,22 @@ def find(store: CheckpointStore, step: int | None) -> tuple[Part, Manifest]:
         ) from error
 
 
-def _newest(store: CheckpointStore) -> Checkpoint | None:
-    try:
-        return store.latest()
-    except NotFoundError:  # no such folder, or nothing below the URL
-        return None
+def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
+    for tries_left in range(_TRIES - 1, -1, -1):
+        try:
+            newest = store.latest()
+        except NotFoundError:  # no such folder, or nothing below the URL
+            newest = None
+        if newest is None:
+            raise NothingToResumeError(
+                f"there is no whole step in {store.backend.location}", hint="Nothing has been saved there yet."
+            )
+        try:
+            return find(store, newest.step)
+        except (NotFoundError, UsageError):
+            if not tries_left or store.latest() == newest:  # not removed meanwhile
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def _plan(
