@@ -124,8 +124,8 @@ class Manifest:
         return sum(file.size_bytes for file in self.files)
 
     def holds(self, files: Iterable[FileInfo]) -> bool:
-        """Whether its digests hold for these files: not where the trainer has written since. Nobody writes into a saved step
-        again: there other times come of a copy that did not keep them.
+        """Whether its digests hold for these files: not where the trainer has written since, which nobody does into a saved
+        step, whatever else lies there.
         """
         return self.origin == "save" or not self.inspect(files).void
 
@@ -134,20 +134,22 @@ class Manifest:
 
         A missing file is damage, and so is another size at the same mtime. A file with another mtime, or one that is not
         listed, was written since by the trainer: it voids the manifest, and proves no damage. Another inode alone is a
-        copy that kept its times.
+        copy that kept its times. Nobody writes into a saved step again: there other times are a copy's that did not keep
+        them, and another size is damage.
         """
         present = {file.name: file for file in files}
+        saved = self.origin == "save"
         missing = [entry.path for entry in self.files if entry.path not in present]
         changed = [
             entry.path
             for entry in self.files
-            if (file := present.get(entry.path)) is not None and file.mtime_ns != entry.mtime_ns
+            if (file := present.get(entry.path)) is not None and file.mtime_ns != entry.mtime_ns and not saved
         ]
         torn = [
             entry.path
             for entry in self.files
             if (file := present.get(entry.path)) is not None
-            and file.mtime_ns == entry.mtime_ns
+            and (file.mtime_ns == entry.mtime_ns or saved)
             and file.size_bytes != entry.size_bytes
         ]
         moved = any(present[entry.path].inode != entry.inode for entry in self.files if entry.path in present)
@@ -169,7 +171,7 @@ class Inspection(NamedTuple):
     changed: tuple[str, ...]
     extra: tuple[str, ...]
     moved: bool
-    torn: tuple[str, ...] = ()  #: another size, and the same time: nobody wrote there on purpose
+    torn: tuple[str, ...] = ()  #: another size, and nobody wrote there on purpose
 
     @property
     def void(self) -> bool:

@@ -107,7 +107,7 @@ def _judge_manifest(
         findings.extend(seen.findings)
         if seen.note:
             notes.append(seen.note)
-        elif not findings and (not backend.is_folder or not plain):
+        elif not findings and (not backend.is_folder or not plain or manifest.origin == "save"):
             return Status.COMMITTED
     return worst([Status.COMPLETE, *(finding.status for finding in findings)])
 

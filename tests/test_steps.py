@@ -32,6 +32,7 @@ from ckptstore.lock import RunLock
 from ckptstore.manifest import Manifest
 from ckptstore.model import Status
 from ckptstore.parts import find_manifest
+from ckptstore.retention import Keep
 from tests import commands, trees
 from tests.crashing import Crash, Operations, Tree, content, without_manifest
 
@@ -76,7 +77,7 @@ def test_a_copy_without_its_times_is_compared(store: CheckpointStore, source: Pa
     copy = CheckpointStore(tmp_path / "copy")
     report = copy.verify(7)
     assert report.ok
-    assert any("its bytes did not" in note for note in report.checkpoint.parts[0].notes)
+    assert (copy.get(7).status, copy.get(7).parts[0].notes) == (Status.COMMITTED, ())
     copy.restore(7, tmp_path / "restored")
     damaged = step_folder(copy, 7) / "weights.bin"
     data = damaged.read_bytes()
@@ -92,6 +93,19 @@ def test_a_copy_without_its_times_is_compared(store: CheckpointStore, source: Pa
     part = copy.get(7).parts[0]
     with pytest.raises(IntegrityError, match=r"weights\.bin is not what was saved"):
         seal.describe(copy.backend, copy.get(7), part, None)  # for a push: else the damage would be sealed as it is
+
+
+def test_a_store_copied_without_its_times_goes_on(store: CheckpointStore, source: Path, tmp_path: Path, cli: Cli) -> None:
+    """As `aws s3 cp` brings it: its steps count for retention, and are pushed as they are."""
+    for step in (1, 2, 3):
+        store.save(step, source)
+    shutil.copytree(store.folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = CheckpointStore(tmp_path / "copy")
+    url = f"memory://without-times-{os.getpid()}"
+    assert cli("push", 3, "--run", copy.folder, "--to", url).code == 0
+    assert CheckpointStore(url).verify(3).ok
+    copy.save(4, source, keep=Keep(last=2))
+    assert [one.step for one in copy.list()] == [3, 4]
 
 
 def test_save_list_verify_restore(store: CheckpointStore, source: Path, tmp_path: Path) -> None:
