@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def run(tmp_path: Path, monkeypatch) -> Path:
 
 def test_another_machine_resumes_from_what_was_mirrored(run, url, tmp_path, capfd):
     trees.write_recover_info(run, 150, world_size=2)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     done = commands.invoke(capfd, "watch", "--run", run, "--to", url, "--once")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert done.code == 0, done.err
     assert f"step 150 is committed in {url}" in done.err
     (found,) = scan(open_backend(url)).adopted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import threading
@@ -53,7 +54,8 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
             raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+        before = signal.signal(number, end) or signal.SIG_DFL  # None: one that only C knows
+        click.get_current_context().call_on_close(functools.partial(signal.signal, number, before))
     if not as_json:
         echo(f"watching {located.run.path}, keeping the newest {keep}{f' in {to}' * bool(to)}", err=True)
     url = normal_url(to) if is_url(to) else ""
