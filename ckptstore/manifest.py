@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from ckptstore.errors import ManifestError
-from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, FileInfo, Finding, NodeSet, Status
+from ckptstore.inspection import Inspection
+from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, FileInfo, NodeSet
 from ckptstore.names import check_name, refuse_aliases
 
 FORMAT = "ckptstore.manifest"
@@ -123,12 +124,6 @@ class Manifest:
         """Bytes of all files."""
         return sum(file.size_bytes for file in self.files)
 
-    def holds(self, files: Iterable[FileInfo]) -> bool:
-        """Whether its digests hold for these files: not where the trainer has written since, which nobody does into a saved
-        step, whatever else lies there.
-        """
-        return self.origin == "save" or not self.inspect(files).void
-
     def inspect(self, files: Iterable[FileInfo]) -> Inspection:
         """Compare with what lies there now, by size, mtime and inode (level quick; reads nothing).
 
@@ -138,63 +133,25 @@ class Manifest:
         them, and another size is damage.
         """
         present = {file.name: file for file in files}
-        saved = self.origin == "save"
+        pairs = [(entry, present[entry.path]) for entry in self.files if entry.path in present]
         missing = [entry.path for entry in self.files if entry.path not in present]
-        changed = [
-            entry.path
-            for entry in self.files
-            if (file := present.get(entry.path)) is not None and file.mtime_ns != entry.mtime_ns and not saved
-        ]
+        saved = self.origin == "save"
+        changed = [entry.path for entry, file in pairs if file.mtime_ns != entry.mtime_ns and not saved]
         torn = [
             entry.path
-            for entry in self.files
-            if (file := present.get(entry.path)) is not None
-            and (file.mtime_ns == entry.mtime_ns or saved)
-            and file.size_bytes != entry.size_bytes
+            for entry, file in pairs
+            if (file.mtime_ns == entry.mtime_ns or saved) and file.size_bytes != entry.size_bytes
         ]
-        moved = any(present[entry.path].inode != entry.inode for entry in self.files if entry.path in present)
+        moved = any(file.inode != entry.inode for entry, file in pairs)
         listed = {entry.path for entry in self.files}
         extra = [name for name in present if name not in listed and name != MANIFEST_NAME]
-        return Inspection(tuple(missing), tuple(changed), tuple(extra), moved, tuple(torn))
+        return Inspection(tuple(missing), tuple(changed), tuple(extra), moved, tuple(torn), saved)
 
 
 def content_of(step: int, part: str, files: Iterable[tuple[str, int, int]]) -> str:
     """Manifest.content of files that have no manifest yet: path, bytes, CRC."""
     lines = [f"{step} {part}", *sorted(f"{size_bytes} {crc:016X} {path}" for path, size_bytes, crc in files)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-class Inspection(NamedTuple):
-    """How the files of a part differ from its manifest."""
-
-    missing: tuple[str, ...]
-    changed: tuple[str, ...]
-    extra: tuple[str, ...]
-    moved: bool
-    torn: tuple[str, ...] = ()  #: another size, and nobody wrote there on purpose
-
-    @property
-    def void(self) -> bool:
-        """Whether the trainer has written since, so that the manifest says nothing of these files."""
-        return bool(self.changed or self.extra)
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        """Damage: files that the manifest lists and that are gone or torn, unless the trainer has saved since."""
-        if self.void:
-            return ()
-        missing = [Finding(path, "listed in the manifest, and missing", Status.PARTIAL) for path in self.missing]
-        torn = [Finding(path, "not as long as the manifest says, and not written since", Status.CORRUPT) for path in self.torn]
-        return (*missing, *torn)
-
-    @property
-    def note(self) -> str:
-        """Why the manifest does not count, or empty."""
-        if self.void:
-            touched = (*self.changed, *self.extra)
-            more = f" and {len(touched) - 1} more" if len(touched) > 1 else ""
-            return f"saved since by the trainer ({touched[0]}{more}): the manifest no longer counts"
-        return ""
 
 
 def parse(data: bytes) -> Manifest:

@@ -232,7 +232,7 @@ class CheckpointStore:
                 folder = draft if listing.framework == "steps" else os.path.join(draft, part.name)
                 os.makedirs(folder, 0o700, exist_ok=True)
                 recorded = find_manifest(self.backend, folder_of(self.backend, part))
-                valid = recorded is not None and recorded.holds(part.files)
+                valid = recorded is not None and recorded.inspect(part.files).holds
                 expected = {entry.path: entry.chunks for entry in recorded.files} if recorded and valid else {}
                 if lacking := expected.keys() - {file.name for file in part.files}:
                     raise IntegrityError(f"step {step}: {min(lacking)} was saved, and is missing", hint="Restore another step.")

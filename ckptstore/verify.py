@@ -161,8 +161,9 @@ def _refuse_outage(backend: Backend, error: object) -> None:
 def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, progress: native.Progress | None = None) -> Part:
     """Read all of a part and compare with its manifest, as far as that still counts."""
     expected = {entry.path: entry for entry in manifest.files} if manifest else {}
-    void = manifest is not None and manifest.inspect(part.files).void
-    holds = manifest is None or manifest.holds(part.files)
+    seen = manifest.inspect(part.files) if manifest else None
+    void = seen is not None and seen.void
+    holds = seen is None or seen.holds
     specs = [
         native.FileSpec(
             file.name,
@@ -191,8 +192,8 @@ def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, pr
         for name, result in results.items()
         if isinstance(result, CkptStoreError) and (holds or not isinstance(result, DigestMismatchError))
     ]
-    if void and manifest is not None and holds:
-        findings += _saved_otherwise(part, manifest)
+    if void and holds and seen is not None:
+        findings += seen.damage
     if not void:  # the chunks say that the file is right: then it is the manifest that is wrong
         findings += [
             Finding(name, "its whole-file digest in the manifest is not that of its chunks", Status.CORRUPT)
@@ -211,19 +212,6 @@ def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, pr
         else:
             notes = (*notes, UNSEALED)
     return _worsen(dataclasses.replace(part, notes=notes), findings)
-
-
-def _saved_otherwise(part: Part, manifest: Manifest) -> list[Finding]:
-    """What was saved and is not there, whatever the files' times are."""
-    sizes = {file.name: file.size_bytes for file in part.files}
-    missing = [
-        Finding(entry.path, "was saved, and is missing", Status.PARTIAL) for entry in manifest.files if entry.path not in sizes
-    ]
-    return missing + [
-        Finding(entry.path, f"has {sizes[entry.path]:,} bytes, and {entry.size_bytes:,} were saved", Status.CORRUPT)
-        for entry in manifest.files
-        if sizes.get(entry.path, entry.size_bytes) != entry.size_bytes
-    ]
 
 
 def _ask_server(

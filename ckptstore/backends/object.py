@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from ckptstore.backends import interruptible, profile, proxies
 from ckptstore.backends.base import Backend, Blob
+from ckptstore.backends.wording import said
 from ckptstore.errors import (
     AccessError,
     AlreadyExistsError,
@@ -54,9 +55,6 @@ EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answer
 _DENIED = re.compile(rf"status code: 40[13] |<Code>({'|'.join(EXPIRED)})<")
 #: The store knows the bucket, and not what is asked of it. A 400 may also be a request that broke off.
 _UNKNOWN = re.compile(r"status code: (405|501) |<Code>(NotImplemented|InvalidArgument|InvalidRequest)<")
-_ANSWER = re.compile(r"<\?xml.*?<Code>([^<]*)</Code>.*?<Message>([^<]*)</Message>.*")  #: S3's own words in its XML
-_PASSWORD = re.compile(r"(?<=://)[^/\s@]*@")  #: of an endpoint
-_SECRETS = re.compile(r"(?i)((?:signature|credential|token|sig|secret|key)[\w-]*=)[^&\s\"']+")
 
 
 class ObjectBackend(Backend):
@@ -79,7 +77,7 @@ class ObjectBackend(Backend):
             raise
         except (*self._failures, ValueError) as error:
             raise UsageError(
-                f"{url}: {_said(error)}",
+                f"{url}: {said(error)}",
                 hint="Credentials and endpoint come from the environment: docs/object-stores.md." + profile.hint(),
             ) from None
 
@@ -311,16 +309,16 @@ class ObjectBackend(Backend):
         # A LIST that is refused comes as a general error: only its text has the status.
         if isinstance(error, (kinds.PermissionDeniedError, kinds.UnauthenticatedError)) or _DENIED.search(str(error)):
             raise AccessError(
-                f"{what}: {_said(error)}",
+                f"{what}: {said(error)}",
                 hint="Are the credentials in the environment right, and not expired?" + self._whose(),
             ) from None
         if _UNKNOWN.search(str(error)):
             raise UnavailableError(
-                f"{what}: the store does not do what was asked of it: {_said(error)}",
+                f"{what}: the store does not do what was asked of it: {said(error)}",
                 hint="What a store must be able to do: docs/object-stores.md.",
             ) from None
         raise StorageError(
-            f"{what}: {_said(error)}",
+            f"{what}: {said(error)}",
             operation=doing,
             path=f"{self.location}/{key}",
             hint="It was tried several times. Is the store there, and its name right? The same command goes on."
@@ -400,12 +398,3 @@ def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
     if not os.environ.get("AWS_UNSIGNED_PAYLOAD"):
         config["unsigned_payload"] = True  # SHA-256 of every byte costs more than all else here together
     return S3Store(bucket, config=config, client_options=options, retry_config=retries)
-
-
-def _said(error: BaseException) -> str:
-    """The library's words on one line, short, without what could be a secret."""
-    text = " ".join(str(error).split())
-    if answer := _ANSWER.search(text):
-        text = f"{text[: answer.start()]}{answer[1]}: {answer[2]}"
-    text = _PASSWORD.sub("", _SECRETS.sub(r"\1…", text.partition("Debug source:")[0]))
-    return text[:400].strip()

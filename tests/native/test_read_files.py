@@ -13,6 +13,7 @@ import pytest
 from ckptstore import native
 from ckptstore.errors import DigestMismatchError, NotFoundError, RefusedError, SourceChangedError, UsageError
 
+from ..reads import count_bytes
 from .conftest import run_python
 from .files import CHUNK, independent_digest, make_tree, random_bytes
 from .test_faults import COMMON
@@ -113,14 +114,9 @@ def test_what_is_cold_leaves_no_pages(tmp_path):
     assert cached_bytes(tmp_path / "f") == 0
     (tmp_path / "f").read_bytes()
     assert cached_bytes(tmp_path / "f") == len(data)
-    before = _read_bytes()
+    before = count_bytes()
     native.read_files(tmp_path, [(specs["f"], Wanted([(CHUNK + 5, 10)]).parts())], chunk_bytes=CHUNK)
-    assert CHUNK <= _read_bytes() - before < 2 * CHUNK
-
-
-def _read_bytes():
-    with open("/proc/self/io") as file:
-        return int(file.readline().split()[1])
+    assert CHUNK <= count_bytes() - before < 2 * CHUNK
 
 
 def test_a_flipped_bit_is_found_where_it_is_wanted(tmp_path):
@@ -146,11 +142,11 @@ def test_the_first_error_ends_it(tmp_path):
     data = random_bytes(8 << 20)
     specs = described(tmp_path, {"a": data, "b": data})
     (tmp_path / "a").write_bytes(bytes(len(data)))
-    before = _read_bytes()
+    before = count_bytes()
     files = [(spec, Wanted([(0, len(data))]).parts()) for spec in specs.values()]
     with pytest.raises(DigestMismatchError, match=r"^a: the bytes from 0 on"):
         native.read_files(tmp_path, files, chunk_bytes=CHUNK, threads=2)
-    assert _read_bytes() - before < len(data)
+    assert count_bytes() - before < len(data)
 
 
 def test_what_is_no_such_file(tmp_path):
