@@ -87,7 +87,6 @@ class CircuitBreaker:
             raise UsageError(f"reduce is {reduce!r}, and must be None, 'same', 'any' or 'mean'")
         self.run = "" if run is None else os.path.abspath(run)
         self.enabled = settings.is_enabled
-        self._side = ledgers.side_of(self.run) if self.run else ""
         self._judges = Judges(settings.make_rules(), settings.alive_metrics)
         self._watches = [Watch(rule) for rule in self._judges.rules]
         self._server = [Watch(server_rule(name)) for name in self._judges.alive]
@@ -143,6 +142,8 @@ class CircuitBreaker:
             found = {name: value for name, value in zip(names, means, strict=True) if value is not None}
         if self._writer is not None and found:
             self._writer.record(step, time.time(), {self._keys.get(name, name): value for name, value in found.items()})
+            if self._writer.lost is not None:
+                self._not_recorded(self._writer)
         get = found.get
         for watch in self._server:
             watch.look(get, step)
@@ -186,6 +187,11 @@ class CircuitBreaker:
                 if watch.load(saved):
                     break
 
+    @property
+    def _side(self) -> str:
+        # Looked up each time: the first save into a folder makes it a store of steps, and takes what is recorded into it.
+        return ledgers.side_of(self.run) if self.run else ""
+
     # --- starting ------------------------------------------------------------------------------------------------------
 
     def _refuse_halted(self) -> None:
@@ -198,12 +204,19 @@ class CircuitBreaker:
     def _open_ledger(self) -> None:
         try:
             os.makedirs(os.path.dirname(self.run), exist_ok=True)  # the trainer makes it later, and the side folder is in it
-            self._side = ledgers.side_of(self.run)
             side_folders.make_side(self._side)
         except (CkptStoreError, OSError) as error:
             log.error("the breaker cannot record anything in %s: %s", self._side, error)
             return
         self._writer = Writer(ledgers.path_in(self._side))
+
+    def _not_recorded(self, writer: Writer) -> None:
+        self._warn(
+            "not recorded",
+            f"the metrics cannot be recorded in {writer.path}: {writer.lost}. Training goes on; the health of checkpoints from "
+            "here on will not be known, until it can be written again",
+        )
+        writer.path = ledgers.path_in(self._side)
 
     def _start(self, step: int) -> None:
         """Before the first step: judge anew what led to it."""

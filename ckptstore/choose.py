@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,6 +142,15 @@ def resume_point(
             hint=f"Without {'--checkpoint-path' if selection.checkpoint_path else '--step'}, the newest good one is chosen.",
         )
     raise _nothing(listing, selection, skipped)
+
+
+def gone_bad(run: str, checkpoints: Iterable[Checkpoint]) -> dict[int, str]:
+    """The steps of which a run's metrics say that training had gone bad, and what they say. None where none were recorded."""
+    verdict_on = _judge(run)
+    if verdict_on is None:
+        return {}
+    verdicts = ((checkpoint.step, verdict_on(checkpoint)) for checkpoint in checkpoints)
+    return {step: f"health {found.health}: {found.why}" for step, found in verdicts if not found.health.resumable}
 
 
 def _judge(run: str) -> Judge | None:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ckptstore import places
 from ckptstore import side as side_folders
 from ckptstore.errors import TrainingHalted, from_os_error
 from ckptstore.places import ledger_in
@@ -61,9 +62,17 @@ class Trip:
                 "Nothing was trained now: a TRIPPED record keeps the run from starting until it is recovered or reset."
             )
         head = f"training was halted {when} before this start" if again else f"training is halted {when}"
+        reset = reset_command(self.run) if self.run else ""
+        if self.command == reset and reset:  # a store of steps: what was saved is loaded by the training itself
+            lines.append(f"To recover:  {reset}")
+            there = f"go on from step {self.last_good_step}" if self.last_good_step >= 0 else "start anew"
+            lines.append(f"and {there}: `ckptstore.torch.load(store)` and `store.resume_point()` skip bad steps.")
+        else:
+            lines.append(f"To recover:  {self.command}")
+            lines += [f"To train on as it is:  {reset}"] * bool(reset)
         return TrainingHalted(
-            "\n  ".join([f"{head}:", *lines, f"To recover:  {self.command}"]),
-            hint=f"{self.command}   (or `ckptstore status --reset` to train on as it is)",
+            "\n  ".join([f"{head}:", *lines]),
+            hint=self.command + f"   (or `{reset}` to train on as it is)" * (reset not in ("", self.command)),
             step=self.step,
             since_step=self.since_step,
             last_good_step=self.last_good_step,
@@ -78,9 +87,16 @@ def both(step: int) -> str:
 
 def recovery_command(run: str, last_good_step: int) -> str:
     """What to type to recover a halted run."""
+    if places.is_store(run):
+        return reset_command(run)
     if last_good_step < 0:
         return f"python -m ckptstore.recover list --run {shlex.quote(run)}"
     return f"python -m ckptstore.recover resume --run {shlex.quote(run)} --max-step {last_good_step}"
+
+
+def reset_command(run: str) -> str:
+    """What to type to have training start again although it was halted."""
+    return f"python -m ckptstore.recover status --reset --run {shlex.quote(run)}"
 
 
 def read(side: str) -> Trip | None:

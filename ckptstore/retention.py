@@ -2,7 +2,8 @@
 
 `decide` is a pure function. Rules add up: what any of them keeps, stays. The newest good step is always kept, and so is every
 step that is not a committed checkpoint: what it is, a person must say. Only good steps count for a rule: committed, and
-not of a time when training had gone bad (health). Where no step is good, nothing is deleted.
+not of a time when training had gone bad (health); the newest step of all stays even so, or a save would delete what it has
+just saved. Where no step is good, nothing is deleted.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import dataclasses
 import math
 import os
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from ckptstore import mirrored, node_sets, pins, places, steps, uploading, verify
+from ckptstore import choose, mirrored, node_sets, pins, places, steps, uploading, verify
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
@@ -25,7 +26,7 @@ from ckptstore.errors import CkptStoreError, RefusedError, UsageError, from_os_e
 from ckptstore.frameworks.steps import folder_name, generations_in
 from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
-from ckptstore.model import Checkpoint, Level, Status
+from ckptstore.model import Level, Status
 from ckptstore.parts import find_manifest, folder_of
 
 _NONE: Mapping[int, str] = {}
@@ -114,6 +115,7 @@ def decide(
     ordered = sorted(candidates, key=lambda one: one.step)
     good = [one for one in ordered if one.good]
     newest = good[-1].step if good else None
+    latest = max((one.step for one in ordered if one.status is Status.COMMITTED), default=None)
     last = {one.step for one in good[-keep.last :]} if keep.last else set()
     ranked = [one for one in good if keep.metric in one.metrics and math.isfinite(one.metrics[keep.metric])]
     sign = 1 if keep.mode == "max" else -1
@@ -135,6 +137,8 @@ def decide(
             reasons.append(f"not yet safe in {unsafe[one.step]}")
         if one.step == newest:
             reasons.append("the newest good one")
+        elif one.step == latest:  # it may have been saved just now, and a single bad step is often followed by good ones
+            reasons.append("the newest one")
         if one.step in last:
             reasons.append(f"of the last {keep.last}")
         if keep.every and one.good and one.step % keep.every == 0:
@@ -266,7 +270,7 @@ def _prune_there(backend: Backend, keep: Keep) -> list[Decision]:
 
 
 def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
-    healthy = _healthy(listing)
+    bad = choose.gone_bad(listing.run.path, listing.checkpoints)
     found = []
     for checkpoint in listing.checkpoints:
         manifest = find_manifest(backend, folder_of(backend, checkpoint.parts[0]))
@@ -276,7 +280,7 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
                 checkpoint.step,
                 checkpoint.status,
                 metrics,
-                checkpoint.step in healthy,
+                checkpoint.step not in bad,
                 checkpoint.size_bytes,
                 _saved_at_s(manifest),
                 manifest is None
@@ -296,14 +300,3 @@ def _saved_at_s(manifest: Manifest | None) -> float:
         return datetime.strptime(manifest.created_at, "%Y-%m-%dT%H:%M:%S%z").timestamp()
     except ValueError:
         return 0.0
-
-
-def _healthy(listing: Listing) -> set[int]:
-    """Steps of which no metrics say that training had gone bad."""
-    checkpoints: Sequence[Checkpoint] = listing.checkpoints
-    if not places.has_ledger(listing.run.path):
-        return {checkpoint.step for checkpoint in checkpoints}
-    from ckptstore import health  # 20 ms, and most stores have no ledger
-
-    ledger = health.ledger_of(listing.run.path)
-    return {checkpoint.step for checkpoint in checkpoints if health.of(checkpoint, ledger).health.resumable}

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from ckptstore import halt, health, importing, ledger, pins, places, recovery
+import ckptstore.torch as ckpt
+from ckptstore import CheckpointStore, halt, health, importing, ledger, pins, places, recovery
 from ckptstore.backends import open_backend
 from ckptstore.breaker import CircuitBreaker
 from ckptstore.breaker_config import BreakerConfig
@@ -26,6 +28,7 @@ from ckptstore.errors import CkptStoreError, NothingToResumeError, TrainingHalte
 from ckptstore.listing import scan
 from ckptstore.picture import compose
 from ckptstore.plan import Options
+from ckptstore.retention import Keep
 from ckptstore.rules import (
     REWARD,
     Above,
@@ -45,7 +48,7 @@ from ckptstore.rules import (
     parse,
 )
 from ckptstore.streak import Watch
-from tests import trees, warm
+from tests import commands, trees, warm
 
 NAN, INF = math.nan, math.inf
 GOOD = 0.75
@@ -731,3 +734,110 @@ def test_the_sample_run_with_real_files(tmp_path: Path) -> None:
     picture = compose(open_backend(run))
     assert (picture.trip_step, picture.halted, picture.resume_step) == (196, False, 140)
     assert [(stretch.first_step, stretch.last_step) for stretch in picture.stretches] == [(187, 196)]
+
+
+# --- stores of steps ------------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, *, first: int = 0, zero_from: int = 35, keep: Keep | None = None) -> TrainingHalted | None:
+    """A loop over a store of steps that makes its breaker first, before there is a store; saves every tenth step."""
+    store = CheckpointStore(folder)
+    breaker = CircuitBreaker(folder, metric="reward")
+    for step in range(first, 70):
+        if step % 10 == 9:
+            ckpt.save(store, step, {"step": step, "weights": torch.zeros(4)}, keep=keep)
+        try:
+            breaker.observe({"reward": 0.0 if step >= zero_from else GOOD}, step)
+        except TrainingHalted as error:
+            return error
+    return None
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_breaker_older_than_its_store(tmp_path: Path, mounted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it recorded before the first save goes with the store: no later start gets past the record, and health is known."""
+    folder = tmp_path / "mine"
+    if mounted:  # the folder is a file system of its own: what it may keep beside an AReaL run it keeps in the main part
+        folder.mkdir()
+        monkeypatch.setattr("ckptstore.side._same_device", lambda a, b: False)
+    error = train(folder)
+    assert error is not None
+    assert (error.step, error.last_good_step) == (44, 29)
+    with pytest.raises(TrainingHalted, match="before this start"):
+        train(folder)
+    assert {path.name for path in (folder / ".ckptstore").iterdir()} >= {"metrics.jsonl", "TRIPPED.json", "pins.json"}
+    assert not (folder / "default").exists()
+    assert not (tmp_path / ".ckptstore/mine").exists()
+    point = CheckpointStore(folder).resume_point()
+    assert (point.checkpoint.step, [skip.checkpoint.step for skip in point.skipped]) == (29, [39])
+
+
+def test_what_was_no_breakers_stays_where_it_is(tmp_path: Path) -> None:
+    """An AReaL run of that name may have left adopted steps there."""
+    kept = tmp_path / ".ckptstore/mine/adopted/globalstep3"
+    kept.mkdir(parents=True)
+    ckpt.save(CheckpointStore(tmp_path / "mine"), 1, {"step": 1})
+    assert kept.is_dir()
+
+
+def test_recovering_a_store_of_steps(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command that is told works there, and what loads without naming a step never takes a bad one."""
+    store = CheckpointStore(tmp_path / "mine")
+    error = train(tmp_path / "mine")
+    assert error is not None
+    words = shlex.split(error.command)
+    assert words[:3] == ["python", "-m", "ckptstore.recover"]
+    assert "go on from step 29" in str(error)
+    assert commands.invoke(capfd, *words[3:]).code == 0
+    assert ckpt.load(store)["step"] == 29
+    assert "step 29 is loaded, not 39: health bad" in caplog.text
+    assert ckpt.load(store, 39)["step"] == 39, "one that is named is taken"
+    assert train(tmp_path / "mine", first=30, zero_from=1000) is None
+    assert ckpt.load(store)["step"] == 69
+    assert [one.step for one in store] == [9, 19, 29, 39, 49, 59, 69]
+
+
+def test_nothing_good_in_a_store_of_steps(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "mine")
+    ckpt.save(store, 0, {"step": 0})
+    breaker = CircuitBreaker(tmp_path / "mine", metric="reward", arm="always", threshold=3)
+    assert trips_at(breaker, [0.0] * 3, key="reward") == 2
+    with pytest.raises(NothingToResumeError, match="no good step") as caught:
+        ckpt.load(store)
+    assert "step 0 has health bad" in caught.value.hint
+
+
+def test_a_save_in_a_bad_step_is_there_when_it_returns(tmp_path: Path) -> None:
+    """Retention counts good steps alone, and would delete what it has just saved."""
+    folder = tmp_path / "mine"
+    store = CheckpointStore(folder)
+    ckpt.save(store, 0, {"step": 0})
+    breaker = CircuitBreaker(folder, metric="reward", threshold=50)
+    for step in range(50):
+        if step % 10 == 9:
+            ckpt.save(store, step, {"step": step}, keep=Keep(last=2))
+            assert store.get(step).status.usable
+        breaker.observe({"reward": 0.0 if step in (28, 29) else GOOD}, step)
+    assert [one.step for one in store] == [39, 49]
+
+
+def test_the_way_around_it_is_told(tmp_path: Path) -> None:
+    """Of AReaL's runs as well, with the run that is meant, and also where no good checkpoint is left."""
+    run = tmp_path / "checkpoints/me/run/trial0"
+    error = halted_by(CircuitBreaker(run), ((step, {REWARD: 0.0 if step else GOOD}) for step in range(30)))
+    assert error is not None
+    assert f"To train on as it is:  python -m ckptstore.recover status --reset --run {run}" in str(error)
+
+
+def test_a_ledger_that_cannot_be_written_any_more_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    breaker = CircuitBreaker(tmp_path / "trial0")
+    path = Path(ledger.path_in(places.side_of(str(tmp_path / "trial0"))))
+    path.mkdir()  # the system writes no line into a folder
+    breaker.observe({REWARD: GOOD}, 0)
+    assert caplog.text.count("the metrics cannot be recorded") == 1
+    path.rmdir()
+    breaker.observe({REWARD: GOOD}, 1)
+    assert [record.step for record in ledger.read(str(path)).line()] == [1]
+    assert caplog.text.count("the metrics cannot be recorded") == 1

@@ -61,7 +61,7 @@ def test_one_in_so_many_hours() -> None:
     assert kept(at_hours(0, 0.5, 1), Keep(every_hours=0.5)) == [1, 2, 3]
     assert kept(at_hours(0, 1, 2), Keep(every_hours=100, last=2)) == [1, 2, 3]
     bad = [Candidate(0, TORN, saved_at_s=1e9 - 9e4), Candidate(9, GOOD, healthy=False, saved_at_s=1e9 - 8e4)]
-    assert kept([*bad, *at_hours(0, 1, 5)], Keep(every_hours=3)) == [0, 1, 3], "only good ones count"
+    assert kept([*bad, *at_hours(0, 1, 5)], Keep(every_hours=3)) == [0, 1, 3, 9], "only good ones count, and 9 is the newest"
     unknown = [Candidate(4, GOOD), *at_hours(0, 1)]
     assert kept(unknown, Keep(every_hours=3)) == [1, 4], "a time that is not known says nothing"
     again = [
@@ -118,7 +118,7 @@ def test_only_good_ones_count() -> None:
     some = [*made(1, 2, 3), Candidate(4, TORN), Candidate(5, Status.CORRUPT), Candidate(6, Status.COMPLETE)]
     assert kept(some, Keep(last=2)) == [2, 3, 4, 5, 6], "what is not committed is not counted, and not deleted"
     sick = [*made(1, 2), *made(3, 4, healthy=False)]
-    assert kept(sick, Keep(last=1)) == [2]
+    assert kept(sick, Keep(last=1)) == [2, 4], "nor does a save delete what it has just saved"
     assert kept(made(1, 2, healthy=False), Keep(last=1)) == [1, 2], "without a good one nothing is deleted"
 
 
@@ -169,6 +169,7 @@ def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int]) 
     assert len([one for one in good if one not in doomed]) >= min(keep.last, len(good))
     if good:
         assert max(one.step for one in good) not in {one.step for one in doomed}
+        assert max(one.step for one in some if one.status is GOOD) not in {one.step for one in doomed}
     else:
         assert not doomed
     left = [one.candidate for one in decisions if one.keep]

@@ -26,7 +26,7 @@ def halted(patient: Patient) -> Iterator[Diagnosis]:
     """A circuit breaker's TRIPPED record keeps training from starting."""
     trip = halt.read(patient.side)
     if trip is not None:
-        remedy = f"Recover: {trip.command}   (`ckptstore status --reset` trains on as it is)"
+        remedy = f"Recover: {trip.error().hint}"
         yield bad("halted", f"the circuit breaker halted this run: {trip.saw}", remedy)
 
 

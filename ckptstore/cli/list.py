@@ -123,7 +123,7 @@ def command(
         _print_slot(listing, verdicts)
         _print_info(listing.recover_info, full=recover_info)
     if not is_url(located.run.path) and (trip := halt.read(places.side_of(located.run.path))) is not None:
-        field("breaker", f"TRIPPED at step {trip.step}: training does not start until setup (see `ckptstore status`)")
+        field("breaker", f"TRIPPED at step {trip.step}: training does not start (`ckptstore status` says what starts it)")
     if not recover_info:
         _print_config(located)
         for text in listing.notes:
@@ -322,7 +322,9 @@ def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bo
     echo()
     field("newest", f"{steps(newest)} is the newest whole one listed")
     if verdicts and not verdicts[id(newest)].resumable:
-        field("", f"{verdicts[id(newest)].text}: setup passes it over (--include-bad does not)")
+        ours = listing.framework == "steps"
+        who = "a load that names no step passes it over" if ours else "setup passes it over (--include-bad does not)"
+        field("", f"{verdicts[id(newest)].text}: {who}")
     bound = (
         f" --before-step {before_step}"
         if before_step is not None

@@ -126,7 +126,7 @@ def _print(listing: Listing, side: str, ledger: Ledger) -> None:
         for text in (trip.saw, trip.diagnosis, f"post-mortem save: {trip.quarantine} ({trip.post_mortem})"):
             if text and (trip.quarantine or text in (trip.saw, trip.diagnosis)):
                 item("·", text)
-        item("→", f"{trip.command}   (--reset trains on as it is)")
+        item("→", trip.command + "   (--reset trains on as it is)" * (trip.command != halt.reset_command(trip.run)))
     good = _last_good(listing, ledger)
     if good is None:
         field("good", "no checkpoint is known to be good" if ledger else "unknown: no metrics are recorded (--import FILE)")

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from ckptstore import node_sets, prepared, steps
 from ckptstore.backends.local import LocalBackend
+from ckptstore.choose import gone_bad
 from ckptstore.errors import CkptStoreError, IntegrityError, NothingToResumeError, RankError
 from ckptstore.frameworks.steps import read_signs
 from ckptstore.manifest import Manifest
@@ -52,6 +53,7 @@ class Seen:
     store: str = ""  #: node_sets.identity; "" where there is none
     held: Mapping[int, tuple[str, NodeSet | None]] = field(default_factory=dict)
     prepared: Mapping[_Save, NodeSet] = field(default_factory=dict)
+    bad: Mapping[int, str] = field(default_factory=dict)  #: what the metrics object to; they may lie on one node alone
     problem: str = ""
 
 
@@ -86,6 +88,7 @@ def _common(ranks: Sequence[Mapping[int, str]]) -> set[tuple[int, str]]:
 def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None = None) -> int:
     """The newest step that all ranks see, and see the same of: where each node has a disk of its own, one that all nodes have.
 
+    Passed over, with a warning, is one of which a breaker's metrics say that training had gone bad.
     A collective: every rank of the group calls it, with its own store. A save that a crash cut between its nodes' commits is
     finished first: what is published on one node, and prepared on all others, is read, checked and published there.
     NothingToResumeError on all where there is no such step, RankError on all where one cannot look. What is whole on all nodes
@@ -96,13 +99,21 @@ def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None 
         _finish(store, process_group, ranks, cut)
         ranks = _look(store, process_group)
     identities = [{step: name for step, (name, _) in rank.held.items()} for rank in ranks]
-    step = newest_on_all(identities)
+    bad = {step: why for rank in ranks for step, why in rank.bad.items()}
+    newest = newest_on_all(identities)
+    step = newest_on_all([{step: name for step, name in one.items() if step not in bad} for one in identities])
     if step < 0:
         own = ranks[dist.get_rank(process_group)].held
         raise NothingToResumeError(
-            f"no step is the same for all ranks; in {store.backend.location} there are {sorted(own)[-20:]}",
-            hint="Is the store of one node new? What a node lacks must be copied there.",
+            f"no step that is the same for all ranks is good: step {newest} has {bad[newest]}"
+            if newest >= 0
+            else f"no step is the same for all ranks; in {store.backend.location} there are {sorted(own)[-20:]}",
+            hint="Name a step to load it."
+            if newest >= 0
+            else "Is the store of one node new? What a node lacks must be copied there.",
         )
+    if step != newest:
+        _log.warning("step %d is chosen, not %d: %s (name a step to load it)", step, newest, bad[newest])
     for whole, _ in sorted(_common(identities)):
         group = ranks[0].held[whole][1]
         nodes = {found.node for rank in ranks if (found := rank.held[whole][1]) is not None}
@@ -141,7 +152,9 @@ def _look(store: CheckpointStore, process_group: dist.ProcessGroup | None) -> li
             with contextlib.suppress(CkptStoreError):  # a store that can only be read
                 name = node_sets.identity(store.folder)
         ready = {save: one.group for save, one in _prepared(store).items()} if name else {}
-        seen = Seen(name, held(store), ready)
+        there = held(store)
+        bad = gone_bad(store.backend.location, [one for one in store.list() if one.step in there]) if there else {}
+        seen = Seen(name, there, ready, bad)
     except CkptStoreError as error:
         seen = Seen(problem=str(error))
     ranks: list[Seen] = _gather(seen, process_group)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ckptstore import native, saving
+from ckptstore.choose import gone_bad
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.formats import FormatError, safetensors
 from ckptstore.frameworks.steps import STATE_NAME
@@ -28,6 +30,7 @@ from ckptstore.uploading import Written
 
 CONFIG_NAME = "config.json"
 SUFFIX = ".safetensors"
+_log = logging.getLogger("ckptstore")
 _TRIES = 5  #: where each is overtaken by a save or a removal
 
 
@@ -122,6 +125,7 @@ def commit(
 def load(store: CheckpointStore, step: int | None = None, *, map_location: torch.device | str | None = None) -> dict[str, Any]:
     """The state saved as `step` (None: the newest whole one), on the CPU or at `map_location`.
 
+    Without a step, those are passed over, with a warning, of which a breaker's metrics say that training had gone bad.
     Read once, in parallel, into the new tensors' memory (that of a GPU by pinned buffers, bounce.py), every digest checked:
     DigestMismatchError for damage, NothingToResumeError where there is no step. What was not saved by `save` is UsageError.
     A step that another process saves again meanwhile, or removes while the newest is wanted, is no damage: it begins anew.
@@ -194,17 +198,25 @@ def find(store: CheckpointStore, step: int | None) -> tuple[Part, Manifest]:
 def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
     for tries_left in range(_TRIES - 1, -1, -1):
         try:
-            newest = store.latest()
+            whole = [one for one in store.list() if one.status.usable]
         except NotFoundError:  # no such folder, or nothing below the URL
-            newest = None
+            whole = []
+        bad = gone_bad(store.backend.location, whole)
+        newest = next((one for one in reversed(whole) if one.step not in bad), None)
         if newest is None:
             raise NothingToResumeError(
-                f"there is no whole step in {store.backend.location}", hint="Nothing has been saved there yet."
+                f"there is no {'good' if bad else 'whole'} step in {store.backend.location}",
+                hint=f"Name one to load it: step {whole[-1].step} has {bad[whole[-1].step]}."
+                if bad
+                else "Nothing has been saved there yet.",
             )
+        if newest != whole[-1]:
+            last = whole[-1].step
+            _log.warning("step %d is loaded, not %d: %s (name a step to load it)", newest.step, last, bad[last])
         try:
             return find(store, newest.step)
         except (NotFoundError, UsageError):
-            if not tries_left or store.latest() == newest:  # not removed meanwhile
+            if not tries_left or newest in store.list():  # not removed meanwhile
                 raise
     raise AssertionError("the last try returns or raises")
 
