@@ -8,12 +8,14 @@ the wrong weights, or write over the run.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -24,6 +26,7 @@ from ckptstore.errors import CkptStoreError, NotFoundError
 _FIRST_STEP = re.compile(rb"Train step (\d{1,9})\b")
 _REFUSED = (b"This should not be a resumed experiment",)
 STOP_S = 30.0
+LAST_WORDS_S = 3.0  #: so long is read on, once the trainer has ended and what it has started still holds its output
 POLL_S = 0.2
 _TAIL_BYTES = 256
 
@@ -32,12 +35,9 @@ class NotResumed(CkptStoreError):
     """The trainer did not resume where it should, and was stopped."""
 
 
-@dataclass(slots=True)
-class _Watched:
-    """A log file, read from where it ended when the trainer was started."""
-
-    path: str
-    offset: int
+_Logs = dict[tuple[int, int], int]
+"""Log files, by device and inode, since rotation renames them; how far each is read: at first to where it ended when the
+trainer was started."""
 
 
 @dataclass(slots=True)
@@ -69,9 +69,10 @@ def run_confirmed(
     """Run `words`, pass its output on, and stop it unless its first training step is global step `expected_step`.
 
     `logs` is the run's log folder: its files are watched as well. SIGTERM, SIGINT and SIGHUP are passed on. Returns the
-    trainer's exit code, 128 + N for a signal. NotResumed when it was stopped, NotFoundError when it cannot be started.
+    trainer's exit code, 128 + N for a signal, as soon as it has ended: what it has started and left behind (an inference
+    server) is not waited for. NotResumed when it was stopped, NotFoundError when it cannot be started.
     """
-    watched = _log_files(logs)
+    watched = {(info.st_dev, info.st_ino): info.st_size for _, info in _log_files(logs)}
     try:
         process = subprocess.Popen(
             list(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -85,7 +86,7 @@ def run_confirmed(
     confirmed = False
     try:
         assert process.stdout is not None
-        for data in _output(process.stdout):
+        for data in _output(process, process.stdout, say):
             if data:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
@@ -113,11 +114,17 @@ def run_confirmed(
     return code if code >= 0 else 128 - code
 
 
-def _output(stream: IO[bytes]) -> Iterator[bytes]:
+def _output(process: subprocess.Popen[bytes], stream: IO[bytes], say: Callable[[str], None]) -> Iterator[bytes]:
     """What the trainer prints, and b"" now and then while it prints nothing: its log files want a look too."""
+    end_s = math.inf
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
         while True:
+            if end_s == math.inf and process.poll() is not None:
+                end_s = time.monotonic() + LAST_WORDS_S
+            if time.monotonic() >= end_s:
+                say("the trainer has ended; what it has started and left behind is still there")
+                return
             if not selector.select(POLL_S):
                 yield b""
             elif data := os.read(stream.fileno(), 1 << 16):
@@ -144,32 +151,35 @@ def _pass_signals_on(process: subprocess.Popen[bytes]) -> Callable[[], None]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the trainer and its children: asked first, then not."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
-            return
+    """End the trainer and its children: asked first, then not. Those that outlive it as well."""
+    end_s = time.monotonic() + STOP_S
+    with contextlib.suppress(ProcessLookupError):  # there is nobody left
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < end_s:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(POLL_S / 4)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(STOP_S)
 
 
-def _log_files(logs: str) -> dict[str, _Watched]:
-    found = {}
+def _log_files(logs: str) -> Iterator[tuple[str, os.stat_result]]:
     with contextlib.suppress(OSError), os.scandir(logs or "/nonexistent") as entries:
         for entry in entries:
             if entry.is_file(follow_symlinks=False):
-                found[entry.path] = _Watched(entry.path, entry.stat().st_size)
-    return found
+                yield entry.path, entry.stat()
 
 
-def _read_logs(logs: str, watched: dict[str, _Watched], sight: _Sight) -> None:
-    for path in _log_files(logs):
-        log = watched.setdefault(path, _Watched(path, 0))
+def _read_logs(logs: str, watched: _Logs, sight: _Sight) -> None:
+    for path, _ in _log_files(logs):
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < log.offset:
-                log.offset = 0  # started anew
-            file.seek(log.offset)
+            info = os.fstat(file.fileno())
+            key = (info.st_dev, info.st_ino)
+            offset = watched.get(key, 0)
+            if info.st_size < offset:
+                offset = 0  # started anew
+            file.seek(offset)
             data = file.read(1 << 20)
-            log.offset += len(data)
+            watched[key] = offset + len(data)
             if data:
-                sight.read(path, data)
+                sight.read(str(key), data)

@@ -103,3 +103,61 @@ def test_death_by_signal_is_told_as_shells_do() -> None:
 def test_a_command_that_is_not_there() -> None:
     with pytest.raises(NotFoundError, match="no-such-trainer"):
         run_confirmed(["no-such-trainer"], expected_step=1)
+
+
+def gone(pid: int, *, within_s: float = 5.0) -> bool:
+    end_s = time.monotonic() + within_s
+    while time.monotonic() < end_s:
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_server_that_outlives_its_trainer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the trainer's output, so that there is no end of it: a pod would stand still at full price."""
+    monkeypatch.setattr("ckptstore.supervise.LAST_WORDS_S", 0.5)
+    mark = tmp_path / "child"
+    script = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(mark)!r}, 'w').write(str(child.pid)); print('Train step 189/935 done.'); sys.exit(7)"
+    )
+    said: list[str] = []
+    begin_s = time.monotonic()
+    assert run_confirmed(trainer(script), expected_step=188, say=said.append) == 7
+    took_s = time.monotonic() - begin_s
+    os.kill(int(mark.read_text()), signal.SIGKILL)
+    assert took_s < 20
+    assert "has ended; what it has started and left behind is still there" in said[-1]
+
+
+def test_a_child_that_outlives_the_trainers_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer goes at SIGTERM, its server does not listen to it: it would keep the GPUs."""
+    monkeypatch.setattr("ckptstore.supervise.STOP_S", 1.0)
+    mark = tmp_path / "child"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    script = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {deaf!r}], stdout=subprocess.PIPE); child.stdout.readline()\n"
+        f"open({str(mark)!r}, 'w').write(str(child.pid)); print('Train step 1/935 done.'); time.sleep(60)"
+    )
+    with pytest.raises(NotResumed):
+        run_confirmed(trainer(script), expected_step=188)
+    assert gone(int(mark.read_text()))
+
+
+@pytest.mark.parametrize("how", ["renamed", "truncated"])
+def test_a_log_that_is_rotated_at_the_start(tmp_path: Path, how: str) -> None:
+    """Its old lines prove nothing, by whatever name the file goes."""
+    log = tmp_path / "main.log"
+    log.write_text("Train step 1/935 done.\n" * 3)
+    rotate = "os.rename(log, log + '.1')" if how == "renamed" else "os.truncate(log, 0)"
+    script = (
+        f"import os, time; log = {str(log)!r}; {rotate}; time.sleep(1)\n"
+        "open(log, 'a').write('Train step 189/935 done.\\n'); time.sleep(1)"
+    )
+    said: list[str] = []
+    assert run_confirmed(trainer(script), expected_step=188, logs=str(tmp_path), say=said.append) == 0
+    assert said == ["resumed at global step 188 (the log says: Train step 189)"]
