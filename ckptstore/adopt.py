@@ -12,6 +12,7 @@ digested, synced and the sources are seen not to have changed.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -39,7 +40,15 @@ from ckptstore.model import FRESH_OPTIMIZER, Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
 from ckptstore.verify import Notify, check_part_structure
 
+log = logging.getLogger(__name__)
+
 POLL_S = 5.0
+RETRY_S = 30.0  #: after a failure: a full disk is not asked every five seconds
+PATIENCE_S = 120.0  #: a save in progress looks torn, and lasts
+
+
+def _log_problem(error: CkptStoreError) -> None:
+    log.warning("ckptstore: not kept, and tried again: %s", error)
 
 
 def adopt(backend: Backend, *, into: str = "", notify: Notify | None = None) -> Checkpoint:
@@ -106,6 +115,7 @@ def watch(
     keep: int = 2,
     into: str = "",
     kept: Callable[[], object] = lambda: None,
+    problem: Callable[[CkptStoreError], object] = _log_problem,
     stop: Callable[[], bool] = lambda: False,
     wait: Callable[[float], object] = time.sleep,
     notify: Notify | None = None,
@@ -114,18 +124,36 @@ def watch(
 
     Older adopted steps beyond the newest `keep` are removed, and only after the new one is committed (see prune). A save in
     progress is waited for, never disturbed. `kept` is called after each adoption, before anything is removed; `wait` with the
-    seconds until the next look.
+    seconds until the next look. `problem` is told what keeps a save from being kept, once for each kind: at once where the
+    disk is full, say, and after PATIENCE_S where it may be a save in progress. It is tried again all the same.
     """
+    told: set[type] = set()
+    since_s = time.monotonic()
     while not stop():
+        error: CkptStoreError | None = None
+        pause_s = POLL_S
         try:
             checkpoint = adopt(backend, into=into, notify=notify)
-        except (RefusedError, SourceChangedError, AlreadyExistsError, IntegrityError):
-            pass  # no finished save that is new: look again
+        except AlreadyExistsError:
+            told, since_s = set(), time.monotonic()
+        except (RefusedError, IntegrityError) as found:
+            error = found if time.monotonic() - since_s >= PATIENCE_S else None
+        except UsageError:
+            raise
+        except CkptStoreError as found:
+            error, pause_s = found, RETRY_S
         else:
+            told, since_s = set(), time.monotonic()
             kept()
-            prune(backend, keep=keep, into=into)
+            try:
+                prune(backend, keep=keep, into=into)
+            except CkptStoreError as found:
+                error = found
             yield checkpoint
-        wait(POLL_S)
+        if error is not None and type(error) not in told:
+            told.add(type(error))
+            problem(error)
+        wait(pause_s)
 
 
 def prune(backend: Backend, *, keep: int, into: str = "") -> list[int]:

@@ -7,13 +7,22 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckptstore import adopt, native, recovery
 from ckptstore.backends import open_backend
 from ckptstore.choose import Selection
-from ckptstore.errors import AlreadyExistsError, IntegrityError, RefusedError, SourceChangedError, UsageError
+from ckptstore.errors import (
+    AlreadyExistsError,
+    CkptStoreError,
+    IntegrityError,
+    NoSpaceError,
+    RefusedError,
+    SourceChangedError,
+    UsageError,
+)
 from ckptstore.frameworks.areal.launch import find_installation
 from ckptstore.listing import scan
 from ckptstore.model import Status
@@ -177,3 +186,44 @@ def test_prune_keeps_at_least_one(run: Path) -> None:
     adopt.adopt(open_backend(run))
     assert adopt.prune(open_backend(run), keep=0) == []
     assert [c.step for c in scan(open_backend(run)).adopted] == [150]
+
+
+def test_watch_outlives_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told once, and the save is kept when there is room again: a watcher that ended would keep none from then on."""
+    room, copies, waited, told = False, native.copy_files, [], []
+
+    def copy(*args: Any, **options: Any) -> Any:
+        if not room:
+            raise NoSpaceError("allocate: No space left on device", operation="copy", path=str(run))
+        return copies(*args, **options)
+
+    def wait(seconds: float) -> None:
+        nonlocal room
+        waited.append(seconds)
+        room = len(waited) >= 3
+
+    monkeypatch.setattr(native, "copy_files", copy)
+    seen = adopt.watch(open_backend(run), problem=told.append, stop=lambda: len(waited) >= 5, wait=wait)
+    assert [checkpoint.step for checkpoint in seen] == [150]
+    assert [type(error) for error in told] == [NoSpaceError]
+    assert waited == [adopt.RETRY_S] * 3 + [adopt.POLL_S] * 2
+
+
+def test_watch_says_that_it_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot without recover_info is never kept. It may be a save in progress, so that it is said only after a while."""
+    run = trees.make_run(tmp_path, steps=[46], slot="era_a", logs=False)
+    looks, told = 0, []
+
+    def wait(_: float) -> None:
+        nonlocal looks
+        looks += 1
+        monkeypatch.setattr(adopt.time, "monotonic", lambda: looks * 50.0)
+
+    monkeypatch.setattr(adopt.time, "monotonic", lambda: 0.0)
+
+    def problem(error: CkptStoreError) -> None:
+        told.append((looks, str(error)))
+
+    assert list(adopt.watch(open_backend(run), problem=problem, stop=lambda: looks >= 6, wait=wait)) == []
+    ((when, what),) = told
+    assert (when, "step cannot be known" in what) == (3, True)

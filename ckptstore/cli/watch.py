@@ -85,8 +85,20 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
             for step in sorted({one.step for one in sent}):
                 note(f"step {step} is committed in {url}")
 
+        def problem(error: CkptStoreError) -> None:
+            if once:
+                raise error
+            note(f"not kept, and tried again: {error}{f' ({error.hint})' * bool(error.hint)}")
+
         watching = adopt.watch(
-            backend, keep=keep, into="" if url else to, kept=kept, stop=stop.is_set, wait=stop.wait, notify=progress.notify
+            backend,
+            keep=keep,
+            into="" if url else to,
+            kept=kept,
+            problem=problem,
+            stop=stop.is_set,
+            wait=stop.wait,
+            notify=progress.notify,
         )
         for checkpoint in watching:
             if as_json:
