@@ -12,10 +12,12 @@ python examples/hf_trainer.py DIR      trains a tiny model, twice
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ckptstore import CheckpointStore
@@ -30,7 +32,8 @@ class StoreCallback(TrainerCallback):
         self.keep = keep
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer has written its checkpoint."""
+        """The Trainer has written its checkpoint. Called on every rank: wait for what the others add (RNG state, shards)."""
+        PartialState().wait_for_everyone()
         if not state.is_world_process_zero:
             return
         logged: dict[str, Any] = {}
@@ -41,13 +44,20 @@ class StoreCallback(TrainerCallback):
 
 
 def newest(store: CheckpointStore, place: str) -> str | None:
-    """The newest whole step as a folder that the Trainer resumes from; None without one. Its digests are checked."""
-    latest = store.latest() if os.path.isdir(store.folder) else None
-    if latest is None:
+    """The newest good step as a folder below `place` that the Trainer resumes from; None for a new run. Digests are checked.
+
+    All ranks call it, after the TrainingArguments were made; the main process copies.
+    """
+    ranks = PartialState()
+    ranks.wait_for_everyone()
+    if not os.path.isdir(store.folder) or not store.list():
         return None
-    folder = os.path.join(place, f"checkpoint-{latest.step}")
-    if not os.path.isdir(folder):
-        store.restore(latest.step, folder)
+    step = store.resume_point().checkpoint.step
+    folder = os.path.join(place, f"checkpoint-{step}")
+    if ranks.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # a copy of an earlier start: the step may have been saved anew since
+        store.restore(step, folder)
+    ranks.wait_for_everyone()
     return folder
 
 

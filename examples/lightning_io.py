@@ -56,12 +56,11 @@ def step_of(path: Any) -> int:
 
 
 def newest(store: CheckpointStore) -> str | None:
-    """What to give as `ckpt_path`: the newest whole step; None for a new run."""
+    """What to give as `ckpt_path`: the newest good step; None for a new run."""
     try:
-        latest = store.latest()
+        return f"step={store.resume_point().checkpoint.step}" if store.list() else None
     except NotFoundError:
         return None
-    return f"step={latest.step}" if latest is not None else None
 
 
 class Tiny(LightningModule):

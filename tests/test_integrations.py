@@ -72,3 +72,36 @@ def test_hugging_face(tmp_path: Path) -> None:
     assert "from checkpoint-10 to 20; kept [10, 15, 20]" in out
     store = CheckpointStore(tmp_path / "store")
     assert all(store.verify(step).ok for step in (10, 15, 20))
+
+
+#: The last rank is late with what it adds to a checkpoint.
+LATE = """
+import os, sys, time
+from transformers import Trainer
+write = Trainer._save_rng_state
+def late(self, folder):
+    time.sleep(float(os.environ["RANK"]) * 1.5)
+    write(self, folder)
+Trainer._save_rng_state = late
+sys.path.insert(0, {examples!r})
+import hf_trainer
+hf_trainer.main()
+"""
+
+
+@needs("transformers", "accelerate")
+def test_hugging_face_on_two_ranks(tmp_path: Path) -> None:
+    """A step holds what each rank has written, and one rank copies it for all."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(examples=str(ROOT / "examples")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    for _ in range(2):  # the second finds the first one's copy, of a step that it saves anew
+        done = subprocess.run(
+            [*command, str(tmp_path)], capture_output=True, text=True, check=False, timeout=300, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    store = CheckpointStore(tmp_path / "store")
+    for step in store:
+        names = {file.name for file in step.parts[0].files}
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= names
