@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -235,19 +237,80 @@ def test_the_loop_goes_on_where_it_stopped(store: CheckpointStore, tmp_path: Pat
     assert all(torch.equal(one["model"][key], two["model"][key]) for key in two["model"])
 
 
-def test_a_second_term_ends_it(store: CheckpointStore) -> None:
-    child = run_loop(store, 100, STEP_S="2")
-    deadline = time.monotonic() + 30
-    while not catches(child.pid, signal.SIGTERM):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    child.send_signal(signal.SIGTERM)
-    assert child.finish(10).returncode in (-signal.SIGTERM, 0)
+DEAF = """
+import sys, time
+from ckptstore.torch import signals
+signals.SAME_NOTICE_S = 0.5
+signals.install_signal_handlers()
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
-def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler of that signal."""
-    masks = re.search(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
-    return bool(masks and int(masks[1], 16) >> (number - 1) & 1)
+def test_one_notice_may_come_twice_and_a_second_one_ends_it() -> None:
+    """A scheduler signals all processes of a job, and torchrun passes the same on to its workers: that is one notice."""
+    child = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, cwd=ROOT)
+    assert child.stdout is not None
+    with child.stdout, child:
+        assert child.stdout.readline() == b"ready\n"
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.1)  # or the kernel makes one of them
+        child.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1.0)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == -signal.SIGTERM
+
+
+RANK = """
+import sys, time
+import torch, torch.distributed as dist
+import ckptstore.torch as ckpt
+from ckptstore import CheckpointStore
+rank, place = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+emergency = ckpt.install_signal_handlers(deadline_s=20)
+print("ready", flush=True)
+saved = []
+for step in range(3000):
+    weights = torch.ones(8)
+    dist.all_reduce(weights)
+    time.sleep(0.01)
+    if emergency.agree():
+        if rank == 0:
+            assert emergency.save(CheckpointStore(f"{place}/store"), step, {"step": step}).committed
+        saved.append(step)
+        dist.barrier()
+        print("saved", flush=True)
+        if emergency.stopping:
+            break
+print(saved, flush=True)
+time.sleep(1)  # the other's signals may come now
+"""
+
+
+def test_all_ranks_save_at_the_same_step(tmp_path: Path) -> None:
+    """Told in different steps, or only one of them: without an agreement one saves or ends, and the others wait for it."""
+    command = [sys.executable, "-c", RANK]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) for rank in (0, 1)]
+    outputs = []
+    with ranks[0], ranks[1]:
+        try:
+            pipes = [rank.stdout for rank in ranks if rank.stdout is not None]
+            assert [pipe.readline() for pipe in pipes] == [b"ready\n"] * 2
+            ranks[1].send_signal(signal.SIGUSR1)
+            assert [pipe.readline() for pipe in pipes] == [b"saved\n"] * 2
+            time.sleep(0.2)
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+                rank.send_signal(signal.SIGTERM)
+            outputs = [pipe.read().splitlines() for pipe in pipes]
+            assert [rank.wait(20) for rank in ranks] == [0, 0]
+        finally:
+            for rank in ranks:
+                rank.kill()
+    assert outputs[0] == outputs[1]
+    steps = [one.step for one in CheckpointStore(tmp_path / "store")]
+    assert outputs[0] == [b"saved", str(steps).encode()]
+    assert len(steps) == 2

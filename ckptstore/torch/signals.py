@@ -2,7 +2,8 @@
 
 The handler only notes it: in the middle of optimizer.step() there is no state worth saving. The loop asks between two steps,
 saves, and is told whether the save was committed before the deadline. What is not committed by then is not in the store, and
-what was there is. A second SIGTERM ends the process at once.
+what was there is. A second SIGTERM ends the process at once, but not within SAME_NOTICE_S of the first: schedulers signal
+every process of a job, and torchrun passes on to its workers what it gets, so that one notice comes twice.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from typing import Any
 
 from ckptstore.background import wait_all
 from ckptstore.errors import CkptStoreError, UsageError
+from ckptstore.ranks import together
 from ckptstore.retention import prune_after
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.background import save_async
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_NOTICE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,21 @@ class Emergency:
         if not self._noted:
             return self.deadline_s
         return min(self._noted.values()) + self.deadline_s - time.monotonic()
+
+    def agree(self, group: Any = None) -> bool:
+        """Whether a save is asked for on any rank of `group` (None: all); the same on all, and so is `stopping` from then on.
+
+        A collective, one small all-reduce: every rank calls it between the same two steps. A signal reaches the ranks in
+        different steps, or only one of them. SIGUSR1 is answered by this: whoever saves does so now.
+        """
+        ranks = together(group)
+        asked = ranks.any(self.requested)
+        if asked:
+            if ranks.any(self.stopping):
+                self._noted.setdefault(signal.SIGTERM, time.monotonic())
+            for number in self._noted.keys() - {signal.SIGTERM}:
+                del self._noted[number]
+        return asked
 
     def save(self, store: CheckpointStore, step: int, state_dict: Mapping[str, Any], **options: Any) -> Outcome:
         """Save by the deadline, a save that is in flight first. Never raises what a save raises: the outcome says it.
@@ -101,6 +119,8 @@ class Emergency:
             signal.raise_signal(number)
             return
         if number == signal.SIGTERM and number in self._noted:
+            if time.monotonic() - self._noted[number] < SAME_NOTICE_S:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._noted.setdefault(number, time.monotonic())
