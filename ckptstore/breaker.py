@@ -25,13 +25,13 @@ from typing import Any, Literal
 from ckptstore import halt, health, pins, tripping
 from ckptstore import ledger as ledgers
 from ckptstore import side as side_folders
-from ckptstore.breaker_config import BLOCK, BreakerConfig, run_of
+from ckptstore.breaker_config import BreakerConfig, block_of, run_of
 from ckptstore.config import RunConfig, load
 from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.halt import Trip, both
 from ckptstore.ledger import Judges, Ledger, Writer
 from ckptstore.ranks import Alone, own_rank, together
-from ckptstore.rules import Arm, Rule, Sign, match, server_rule
+from ckptstore.rules import Arm, NonFinite, Rule, Sign, match, server_rule
 from ckptstore.streak import Watch
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ Save = Callable[[str], object]
 """Saves the model into the folder that it is given. Called on every rank that observes."""
 Reduce = Literal["same", "any", "mean"]
 
-UNARMED_STEPS = 100  #: so long may a metric be bad from the start, or missing, before that is said
-SILENT_STEPS = 10  #: so long may a metric be missing that was there before
+UNARMED_STEPS = 100  #: so long may a metric be bad from the start before that is said
+SILENT_STEPS = 10  #: so long may a metric be missing
 
 
 class CircuitBreaker:
@@ -85,6 +85,8 @@ class CircuitBreaker:
         settings = BreakerConfig.of_environment().over(given.over(settings or BreakerConfig()))
         if reduce not in (None, "same", "any", "mean"):
             raise UsageError(f"reduce is {reduce!r}, and must be None, 'same', 'any' or 'mean'")
+        if run is not None and "://" in os.fspath(run):
+            raise UsageError(f"{run} is a URL: a breaker records beside the trainer", hint="Name a folder of this machine.")
         self.run = "" if run is None else os.path.abspath(run)
         self.enabled = settings.is_enabled
         self._judges = Judges(settings.make_rules(), settings.alive_metrics)
@@ -111,16 +113,18 @@ class CircuitBreaker:
             self._open_ledger()
 
     @classmethod
-    def from_config(cls, config: str | Mapping[str, Any] | RunConfig, *, run: str = "", **options: Any) -> CircuitBreaker:
+    def from_config(
+        cls, config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig, *, run: str = "", **options: Any
+    ) -> CircuitBreaker:
         """A breaker set by a trainer's configuration (a YAML's path, or what is in it) and its `circuit_breaker:` block.
 
         The run's folder follows from cluster.fileroot, experiment_name and trial_name, and the current user, unless given.
         """
-        if isinstance(config, str):
-            config = load(config)
+        if isinstance(config, (str, os.PathLike)):
+            config = load(os.fspath(config))
         elif isinstance(config, Mapping):
             config = RunConfig("", config)
-        settings = BreakerConfig.of_block(config.get(BLOCK))
+        settings = BreakerConfig.of_block(block_of(config))
         return cls(run or run_of(config), settings=settings, **options)
 
     def observe(self, stats: Stats, step: int) -> None:
@@ -286,17 +290,19 @@ class CircuitBreaker:
         return None
 
     def _warn_of_silence(self, stats: Stats, step: int) -> None:
+        dicts = (stats,) if isinstance(stats, Mapping) else tuple(stats or ())
         for watch in self._watches:
             name = watch.rule.metric
-            if watch.steps == 0 and self._observed == UNARMED_STEPS:
-                dicts = (stats,) if isinstance(stats, Mapping) else tuple(stats or ())
+            if watch.steps == 0 and watch.silent >= SILENT_STEPS:
+                found = [(key, metrics[key]) for metrics in dicts if (key := match(name, metrics)) is not None]
                 seen = sorted({str(key) for metrics in dicts for key in metrics})
-                text = f"no metric {name} in {self._observed} steps: the breaker watches nothing; there are "
-                self._warn(f"never {name}", text + (", ".join(seen[:20]) or "none"))
+                there = f"{found[0][0]} is there, as {found[0][1]!r:.40}, which is no number" if found else ""
+                there = there or f"there are {', '.join(seen[:20]) or 'none'}"
+                self._warn(f"never {name}", f"no metric {name} in {watch.silent} steps: the breaker watches nothing; {there}")
             elif not watch.armed and watch.steps >= UNARMED_STEPS:
-                text = (
-                    f"{name} {watch.rule.said} from the start, for {watch.steps} steps: a broken dataset or reward looks like "
-                )
+                value = self._value(name, dicts)
+                said = watch.rule.said if value is None or math.isfinite(value) else NonFinite.saw
+                text = f"{name} {said} from the start, for {watch.steps} steps: a broken dataset or reward looks like "
                 self._warn(
                     f"unarmed {name}", text + "that; the breaker counts from the first good step on (arm='always': at once)"
                 )

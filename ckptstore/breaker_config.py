@@ -12,6 +12,7 @@ The block, each line of which may be missing:
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -55,6 +56,9 @@ class BreakerConfig:
         given: dict[str, Any] = {key: value for key, value in block.items() if value is not None}
         if "enabled" in given and not isinstance(given["enabled"], bool):
             raise UsageError(f"{BLOCK}.enabled is {given['enabled']!r:.40}, and must be true or false")
+        threshold = given.get("threshold", 1)
+        if not isinstance(threshold, int) or isinstance(threshold, bool) or threshold < 1:
+            raise UsageError(f"{BLOCK}.threshold is {threshold!r:.40}, and must be a whole number above 0")
         if "rules" in given:
             given["rules"] = parse(given["rules"])
         if "alive" in given:
@@ -98,6 +102,13 @@ class BreakerConfig:
             return self.rules
         threshold = 10 if self.threshold is None else self.threshold
         return default_rules(self.metric or REWARD, threshold, Arm.FIRST_GOOD if self.arm is None else self.arm)
+
+
+def block_of(config: RunConfig) -> Any:
+    """The block of a configuration, None without one. UsageError for a name that is nearly it: nobody would read that one."""
+    if BLOCK not in config.values and (close := difflib.get_close_matches(BLOCK, map(str, config.values), 1, 0.8)):
+        raise UsageError(f"the configuration has {close[0]}:, and no {BLOCK}:", hint=f"Write {BLOCK}:.")
+    return config.get(BLOCK)
 
 
 def run_of(config: RunConfig) -> str:

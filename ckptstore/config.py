@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     import yaml  # 20 ms: only where a configuration is read
 
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe that nobody writes into would be waited for
+            raise UsageError(f"--config {path} is no file", hint="Name the trainer's YAML.")
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError as error:

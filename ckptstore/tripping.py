@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ckptstore import halt, health
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import CkptStoreError
+from ckptstore.errors import CkptStoreError, NotFoundError
 from ckptstore.halt import Trip, both
 from ckptstore.ledger import Ledger
 from ckptstore.listing import scan
@@ -54,6 +54,8 @@ def _saw(watch: Watch, keys: Keys) -> str:
 def _last_good(run: str, ledger: Ledger, since: int) -> Checkpoint | None:
     try:
         listing = scan(LocalBackend(run))
+    except NotFoundError:  # nothing has been saved yet
+        return None
     except (CkptStoreError, OSError) as error:
         log.error("the checkpoints of %s cannot be listed: %s", run, error)
         return None

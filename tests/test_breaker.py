@@ -416,6 +416,16 @@ def test_settings_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         CircuitBreaker.from_config({})
 
 
+def test_a_block_that_is_misspelt_or_of_the_wrong_kind(tmp_path: Path) -> None:
+    """It would be as if it were not there; and what is wrong is called as the person has called it."""
+    path = tmp_path / "run.yaml"
+    path.write_text("circuit_braker: {threshold: 5}\n")
+    with pytest.raises(UsageError, match="has circuit_braker:, and no circuit_breaker:"):
+        CircuitBreaker.from_config(path, run=str(tmp_path / "run"))
+    with pytest.raises(UsageError, match=r"circuit_breaker\.threshold is '5'"):
+        BreakerConfig.of_block({"threshold": "5"})
+
+
 @pytest.mark.parametrize(
     "block",
     [3, {"treshold": 3}, {"enabled": "yes"}, {"threshold": 0}, {"rules": "zero"}, {"alive": "seq_len"}, {"arm": "never"}],
@@ -456,6 +466,24 @@ def test_a_metric_that_is_never_there_is_said_with_what_is(caplog: pytest.LogCap
     (text,) = messages(caplog)
     assert REWARD in text
     assert "loss/avg" in text
+
+
+def test_it_is_said_soon_and_as_it_is(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Ten steps may be a quarter of an hour; a value of the wrong kind is not "missing", and NaN is not 0."""
+    breaker = CircuitBreaker()
+    for step in range(10):
+        assert not messages(caplog)
+        breaker.observe({"ppo_actor/task_reward/avg": "0.7"}, step)
+    assert "ppo_actor/task_reward/avg is there, as '0.7', which is no number" in messages(caplog)[0]
+    assert trips_at(CircuitBreaker(), [NAN] * 100) == -1
+    assert "was NaN or infinite from the start" in messages(caplog)[1]
+    assert trips_at(CircuitBreaker(tmp_path / "e/no-such-run"), [GOOD] + [0.0] * 10) == 10
+    assert "cannot be listed" not in caplog.text, "nothing was saved yet: that is no error"
+
+
+def test_a_url_is_no_run() -> None:
+    with pytest.raises(UsageError, match="beside the trainer"):
+        CircuitBreaker("s3://bucket/runs/mine")
 
 
 def test_a_metric_that_goes_missing_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,12 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_an_empty_file_is_an_empty_configuration(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("")
     assert load(str(tmp_path / "run.yaml")).text("trial_name") == ""
+
+
+def test_a_pipe_that_nobody_writes_into_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(UsageError, match="is no file"):
+        load(str(tmp_path / "run.yaml"))
 
 
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
