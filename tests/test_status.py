@@ -121,6 +121,14 @@ def test_import_makes_health_of_a_run_that_nobody_watched(run: Path, cli: Cli, t
     assert "although its health is bad" in anyway["why"]
 
 
+def test_import_of_other_metrics_is_told(run: Path, cli: Cli, tmp_path: Path) -> None:
+    table = tmp_path / "export.csv"
+    table.write_text("global_step,train/reward\n" + "".join(f"{step},0.7\n" for step in range(200)))
+    assert "does not hold grpo_actor/task_reward/avg, which is judged" in cli("status", "--run", run, "--import", table).err
+    table.write_text(table.read_text().replace("train/reward", "ppo_actor/task_reward/avg"))
+    assert "is judged" not in cli("status", "--run", run, "--import", table).err
+
+
 def test_import_by_the_other_axis(run: Path, cli: Cli, tmp_path: Path) -> None:
     table = tmp_path / "export.csv"
     table.write_text("Step,grpo_actor/task_reward/avg\n" + "".join(f"{s},{0.7 if s < 188 else 0}\n" for s in range(1, 220)))

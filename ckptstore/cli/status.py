@@ -21,6 +21,7 @@ from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
 from ckptstore.mirrored import Lag
 from ckptstore.model import Checkpoint
+from ckptstore.rules import match
 
 _SHOWN = 6
 
@@ -99,12 +100,17 @@ def _change(
 def _import(side: str, path: str, axis: str) -> str:
     found = importing.read(path, axis=axis)
     writer = Writer(ledgers.path_in(side))
-    fresh = importing.new_to(ledgers.read(writer.path), found.records)
+    ledger = ledgers.read(writer.path)
+    fresh = importing.new_to(ledger, found.records)
     writer.records(fresh)
     writer.sync()
     writer.close()
     if writer.lost is not None:
         raise UsageError(f"{writer.path} cannot be written: {writer.lost}")
+    judged = [name for rule in ledger.judges.rules for name in rule.metrics]
+    if not any(match(name, record.metrics) for record in found.records for name in judged):
+        names = ", ".join(dict.fromkeys(judged))
+        note(f"{path} does not hold {names}, which is judged: it tells nothing of health; `plot --metric` shows it")
     first, last = found.records[0].step, found.records[-1].step
     steps = "its steps are global steps" if found.axis == "global" else "its step N is global step N - 1"
     known = f", {len(found.records) - len(fresh)} of them known already" if len(fresh) < len(found.records) else ""
