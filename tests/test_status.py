@@ -171,7 +171,9 @@ def test_resume_chooses_the_same(run: Path, cli: Cli) -> None:
 
 
 def test_setup_says_that_training_may_start(run: Path, cli: Cli) -> None:
+    assert "halted training" not in cli("setup", "--run", run, "--as-is", "--dry-run").out
     trip(run)
+    assert "halted training at step 196: that record is cleared" in cli("setup", "--run", run, "--as-is", "--dry-run").out
     result = cli("setup", "--run", run, "--as-is", "--force")
     assert result.code == 0, result.err
     assert "the record of its trip at step 196 is cleared" in result.out

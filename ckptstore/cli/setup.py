@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ckptstore import places, recovery, room
+from ckptstore import halt, places, recovery, room
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend
 from ckptstore.choose import Selection
@@ -245,6 +245,8 @@ def print_plan(plan: Plan) -> None:
             )
         else:
             row("old slot", "untouched: the new trial has its own" if plan.new_trial else "none")
+    if not plan.new_trial and (trip := halt.read(plan.side)) is not None:
+        row("breaker", f"it has halted training at step {trip.step}: that record is cleared at the end, and training may start")
     for refusal in plan.refusals:
         item("✗", f"refused: {refusal}", fg="red")
     print_notes(plan)
