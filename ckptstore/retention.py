@@ -137,7 +137,7 @@ def decide(
             reasons.append(f"not yet safe in {unsafe[one.step]}")
         if one.step == newest:
             reasons.append("the newest good one")
-        elif one.step == latest:  # it may have been saved just now, and a single bad step is often followed by good ones
+        elif one.step == latest and not reasons:  # it may be what was saved just now
             reasons.append("the newest one")
         if one.step in last:
             reasons.append(f"of the last {keep.last}")
