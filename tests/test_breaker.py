@@ -869,3 +869,18 @@ def test_a_ledger_that_cannot_be_written_any_more_is_told(tmp_path: Path, caplog
     breaker.observe({REWARD: GOOD}, 1)
     assert [record.step for record in ledger.read(str(path)).line()] == [1]
     assert caplog.text.count("the metrics cannot be recorded") == 1
+
+
+def test_ranks_pass_over_bad_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path / "mine")
+    assert train(tmp_path / "mine") is not None
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        assert ckpt.resume_step(store) == 29
+        assert "step 29 is chosen, not 39: health bad" in caplog.text
+        for step in (9, 19, 29):
+            shutil.rmtree(tmp_path / "mine" / f"step-{step}")
+        with pytest.raises(NothingToResumeError, match="step 39 has health bad"):
+            ckpt.resume_step(store)
+    finally:
+        torch.distributed.destroy_process_group()
