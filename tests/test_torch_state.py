@@ -287,15 +287,15 @@ def test_the_newest_is_removed_while_it_is_read(store: CheckpointStore, monkeypa
     overtaken(monkeypatch, by=lambda _: shutil.rmtree(Path(store.folder) / "step-2"))
     with pytest.raises(NotFoundError, match="no checkpoint of step 2"):
         ckpt.load(store, 2)
-    latest = type(store).latest
+    listed = type(store).list
     ckpt.save(store, 2, {"w": torch.tensor(2.0)})
 
     def then_removed(self: CheckpointStore) -> Any:
-        found = latest(self)
+        found = listed(self)
         shutil.rmtree(Path(store.folder) / "step-2", ignore_errors=True)
         return found
 
-    monkeypatch.setattr(type(store), "latest", then_removed)
+    monkeypatch.setattr(type(store), "list", then_removed)
     assert ckpt.load(store)["w"] == 1
 
 
