@@ -156,7 +156,13 @@ def content_of(step: int, part: str, files: Iterable[tuple[str, int, int]]) -> s
 
 def parse(data: bytes) -> Manifest:
     """The manifest in `data`. ManifestError for anything that is not one; unknown fields are ignored."""
-    document = _load(data)
+    try:
+        return _understood(_load(data))
+    except RecursionError:  # showing what it holds takes more room than reading it did
+        raise ManifestError("manifest nested too deeply") from None
+
+
+def _understood(document: Mapping[str, Any]) -> Manifest:
     if document.get("format") != FORMAT:
         raise ManifestError(f"not a manifest: format is {document.get('format')!r:.60}, not {FORMAT!r}")
     if type(document.get("version")) is not int or document["version"] != VERSION:

@@ -27,6 +27,7 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
 from ckptstore.names import check_name
 from ckptstore.native import Digest
+from ckptstore.untrusted import open_regular
 
 STAGE_INFO = "stage.json"
 JOURNAL = "journal.json"
@@ -123,7 +124,7 @@ def stages(side: str) -> list[tuple[str, str]]:
                 key = ""
                 with (
                     contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError),
-                    open(os.path.join(side, name, STAGE_INFO)) as file,
+                    open_regular(os.path.join(side, name, STAGE_INFO)) as file,
                 ):
                     key = str(json.loads(file.read(65536))["key"])
                 found.append((name, key))

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO
 
 from ckptstore.errors import CkptStoreError, NotFoundError
+from ckptstore.untrusted import open_regular
 
 _FIRST_STEP = re.compile(rb"Train step (\d{1,9})\b")
 _REFUSED = (b"This should not be a resumed experiment",)
@@ -165,7 +166,7 @@ def _log_files(logs: str) -> dict[str, _Watched]:
 def _read_logs(logs: str, watched: dict[str, _Watched], sight: _Sight) -> None:
     for path in _log_files(logs):
         log = watched.setdefault(path, _Watched(path, 0))
-        with contextlib.suppress(OSError), open(path, "rb") as file:
+        with contextlib.suppress(OSError), open_regular(path) as file:
             if os.fstat(file.fileno()).st_size < log.offset:
                 log.offset = 0  # started anew
             file.seek(log.offset)

@@ -66,6 +66,9 @@ def read_header(read_at: ReadAt, name: str, size_bytes: int) -> dict[str, Tensor
         if error.problem.startswith("became"):
             raise
         raise FormatError(f"header: {error.problem}") from None  # the header is all there: not an early end
+    about = header.get("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise FormatError("header: __metadata__ is no object of texts")  # the format's reference reader refuses it
     tensors = {key: _tensor(key, value) for key, value in header.items() if key != "__metadata__"}
     _check_extent(tensors, size_bytes - 8 - header_bytes, size_bytes)
     return tensors
