@@ -11,7 +11,7 @@ from typing import Any
 from ckptstore.errors import NotFoundError, UsageError, from_os_error
 
 _REFERENCE = re.compile(r"\$\{([^${}]+)\}")
-_MAX_BYTES = 512 << 10  # of a file that people write by hand; the parser takes seconds for each megabyte
+_MAX_BYTES = 256 << 10  # of a file that people write by hand; the parser takes seconds for each megabyte
 _MAX_CHARS = 1 << 16  #: of a value whose references are resolved: they may multiply it
 _MAX_REFERENCES = 8  #: in one value
 #: What PyYAML raises for values that look like numbers or dates and are none, beside its own errors.

@@ -148,6 +148,11 @@ class Manifest:
         return Inspection(tuple(missing), tuple(changed), tuple(extra), moved, tuple(torn), saved)
 
 
+def recorded_time(mtime_ns: int) -> int:
+    """A time as a manifest can say it: the nearest from 1970 to 2262."""
+    return min(max(mtime_ns, 0), (1 << 63) - 1)
+
+
 def content_of(step: int, part: str, files: Iterable[tuple[str, int, int]]) -> str:
     """Manifest.content of files that have no manifest yet: path, bytes, CRC."""
     lines = [f"{step} {part}", *sorted(f"{size_bytes} {crc:016X} {path}" for path, size_bytes, crc in files)]

@@ -23,7 +23,7 @@ from ckptstore import native
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, UsageError, from_os_error
 from ckptstore.frameworks.areal.layout import SIDE
-from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.manifest import FileEntry, Manifest, recorded_time
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
 from ckptstore.names import check_name
 from ckptstore.native import Digest
@@ -207,7 +207,7 @@ def settle(folder: str, digests: Mapping[str, Digest], *, model: os.stat_result,
         path = os.path.join(folder, name)
         like(path, model, mode=file_mode)
         info = os.stat(path, follow_symlinks=False)
-        entries.append(FileEntry(name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
+        entries.append(FileEntry(name, info.st_size, recorded_time(info.st_mtime_ns), info.st_ino, digest.crc, digest.chunks))
     for inside, _, _ in os.walk(folder, topdown=False):
         like(inside, model)
         sync_folder(inside)

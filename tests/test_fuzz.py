@@ -1,4 +1,4 @@
-"""Torn, flipped, hostile and foreign files: whatever they hold, ckptstore refuses them by its own errors, soon, and in little memory.
+"""Torn, flipped, hostile and foreign files: ckptstore refuses them by its own errors, soon, and in little memory.
 
 A few hundred cases here; millions with `./run soak tests/test_fuzz.py` ($FUZZ_SECONDS each, $FUZZ_SEED). A case that fails
 prints its number, which makes it again.
@@ -6,6 +6,8 @@ prints its number, which makes it again.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import time
@@ -16,16 +18,32 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ckptstore import claims, config, damage, halt, importing, journal, ledger, lock, manifest, mirrored, pins, side, tensors
+from ckptstore import (
+    claims,
+    config,
+    damage,
+    halt,
+    importing,
+    journal,
+    ledger,
+    lock,
+    manifest,
+    mirrored,
+    pins,
+    side,
+    tensors,
+    untrusted,
+)
 from ckptstore.backends.local import LocalBackend
 from ckptstore.backends.s3control import xml_of
 from ckptstore.errors import CkptStoreError
 from ckptstore.formats import FormatError, check_structure, dcp, inert, safetensors, torchzip
-from ckptstore.frameworks.areal import recover_info, saving, trainer_logs
-from ckptstore.model import FileInfo
-from tests import fuzzed, mutations, trees
+from ckptstore.frameworks.areal import layout, recover_info, saving, trainer_logs
+from ckptstore.model import FileInfo, Status
+from ckptstore.store import CheckpointStore
+from tests import commands, fuzzed, mutations, trees
 
-QUICK_CASES = 60
+QUICK_CASES = 20
 SOAK_S = float(os.environ.get("FUZZ_SECONDS", "120"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
@@ -67,7 +85,8 @@ def _manifest(folder: Path, data: bytes) -> None:
     again = manifest.parse(found.to_bytes())
     assert again == found, "what was read is not what would be written"
     for entry in found.files:
-        assert not entry.path.startswith("/") and ".." not in entry.path.split("/") and "\0" not in entry.path
+        assert not {"", ".", ".."} & set(entry.path.split("/"))
+        assert "\0" not in entry.path
     found.inspect([FileInfo("a/b.bin", 10, 7, 1)])
 
 
@@ -222,7 +241,7 @@ class Parsers:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         try:
-            with fuzzed.bounded(target.name, 5.0):
+            with fuzzed.bounded(target.name):
                 target.read(path.parent, data)
         except target.refuses:
             pass
@@ -260,8 +279,8 @@ def test_what_is_whole_is_read(target: Target, parsers: Parsers) -> None:
 def test_cut_short_anywhere(target: Target, parsers: Parsers) -> None:
     """At every offset; of long files at some of them, chosen anew by each seed."""
     rng = random.Random(SEED)
-    for data in parsers.samples[target.file][:2]:
-        offsets = range(len(data)) if len(data) < 100 else sorted(rng.sample(range(len(data)), 50))
+    for data in parsers.samples[target.file][:1]:
+        offsets = range(len(data)) if len(data) < 20 else sorted(rng.sample(range(len(data)), 20))
         for offset in offsets:
             parsers.feed(target, data[:offset], f"cut at {offset}")
 
@@ -280,3 +299,210 @@ def test_mutated_files_for_long(parsers: Parsers) -> None:
             parsers.mutated(target, case)
         case += 1
     print(f"{(case - SEED * 1_000_000) * len(TARGETS)} files")
+
+
+# Whole stores, and every verb
+
+
+def _damaged_stores(store: fuzzed.Store, cases: Iterator[int]) -> int:
+    done = 0
+    for case in cases:
+        rng = random.Random(case)
+        store.renew()
+        touched, what, slow = fuzzed.damage_store(store, rng)
+        try:
+            with fuzzed.little_memory():
+                store.check(touched, slow=slow, rng=rng)
+        except (Exception, fuzzed.Hung) as error:
+            raise AssertionError(f"case {case}, {what}: {error!r:.300}") from error
+        done += 1
+    return done
+
+
+def _numbers(seconds: float, *, seed: int = SEED) -> Iterator[int]:
+    end, case = time.monotonic() + seconds, seed * 1_000_000
+    while time.monotonic() < end:
+        yield case
+        case += 1
+
+
+STORES = {"areal": (fuzzed.areal_run, fuzzed.areal_verbs), "steps": (fuzzed.steps_store, fuzzed.steps_verbs)}
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fuzzed.Store]:
+    commands.isolate(monkeypatch, memory_path)
+    made = fuzzed.Store(memory_path, *STORES[request.param])
+    yield made
+    fuzzed.unlock(memory_path)
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_damaged_stores(store: fuzzed.Store) -> None:
+    store.check(set())
+    assert _damaged_stores(store, iter(range(SEED * 1_000_000, SEED * 1_000_000 + 4))) == 4
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_damaged_stores_for_long(store: fuzzed.Store) -> None:
+    print(f"{_damaged_stores(store, _numbers(SOAK_S))} stores")
+
+
+SIDE_FILES = ("pins.json", "mirror.json", "damaged.json", "metrics.jsonl", "TRIPPED.json", "lock", "stage", "id")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "link to zero", "link to itself", "link to passwd", "sparse"])
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_no_file_of_ours_keeps_anybody_waiting(memory_path: Path, name: str, kind: str) -> None:
+    """Whatever lies under its name."""
+    place = memory_path / "stage-0" / "stage.json" if name == "stage" else memory_path / name
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(b"{}")
+    mutations.ENTRIES[kind](place)
+    folder = str(memory_path)
+    reads: dict[str, Callable[[], Any]] = {
+        "pins.json": lambda: pins.read(folder),
+        "mirror.json": lambda: mirrored.read(folder),
+        "damaged.json": lambda: damage.known(folder),
+        "metrics.jsonl": lambda: ledger.read(str(place)),
+        "TRIPPED.json": lambda: halt.read(folder),
+        "lock": lambda: (lock.read_holder(str(place)), lock.busy(folder)),
+        "stage": lambda: side.stages(folder),
+        "id": lambda: untrusted.open_regular(place).close(),
+    }
+    with fuzzed.bounded(f"{name} as {kind}"), fuzzed.little_memory(), contextlib.suppress(CkptStoreError, OSError):
+        reads[name]()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "saver: {freq_epochs: 2001-99-99}",
+        "saver: {freq_epochs: 0b_}",
+        "saver: {freq_epochs: !!int ''}",
+        "saver: {freq_epochs: !!bool x}",
+        "saver: {freq_epochs: !!timestamp x}",
+        "saver: {freq_epochs: 2001-01-01, freq_steps: .nan, freq_secs: !!binary aGVsbG8=}",
+        "saver: &a {freq_epochs: *a, freq_steps: !!set {1}}",
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\nsaver: {freq_steps: *d}",
+        "saver: !!python/object/apply:os.system [touch pwned]",
+        "[" * 5000,
+        "experiment_name: "
+        + "".join("${a}" for _ in range(1000))
+        + "\na: "
+        + "${b}" * 1000
+        + "\nb: "
+        + "${c}" * 1000
+        + "\nc: xxxx",
+        "\n".join(f"a{n}: ${{a{n + 1}}}${{a{n + 1}}}${{a{n + 1}}}${{a{n + 1}}}" for n in range(40))
+        + "\nsaver: {freq_steps: '${a0}'}",
+    ],
+)
+def test_a_hostile_configuration(parsers: Parsers, text: str) -> None:
+    parsers.feed(next(target for target in TARGETS if target.name == "config"), text.encode(), text[:60])
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "data"),
+    [
+        ("pins", b'{"pins":[{"step":1e999,"path":"","why":"","at":0}]}'),
+        ("pins", b'{"pins":[{"step":1,"path":"","why":"","at":NaN}]}'),
+        ("mirror", b'{"url":"","safe":{},"newest_step":-Infinity,"looked_at":0,"problem":""}'),
+        ("mirror", b'{"url":"","safe":{},"newest_step":1,"looked_at":1' + b"0" * 400 + b',"problem":""}'),
+        ("trip", b'{"last_good_step":' + b"9" * 4300 + b"}"),
+        (
+            "lock",
+            b'{"host":"","pid":1,"doing":"","done_bytes":1,"total_bytes":1,"started_at_s":0,"heartbeat_at_s":1'
+            + b"0" * 400
+            + b"}",
+        ),
+        ("import", b'{"step":1e999,"loss":1}'),
+        ("import", b'{"step":NaN,"loss":1}'),
+        ("ledger", b'{"event":' + b"[" * 400 + b"]" * 400 + b',"step":1,"at":1}'),
+        ("recover_info", b'{"epoch":0,"epoch_step":0,"global_step":' + b"9" * 4300 + b',"steps_per_epoch":1}'),
+        ("listing of S3", b'<?xml version="1.0" encoding="UTF-99"?><a/>'),
+        ("listing of S3", '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'.encode("utf-16")),
+        ("manifest", b'{"format":' + b"[" * 480 + b"]" * 480 + b"}"),
+    ],
+)
+def test_what_the_fuzzer_has_found(parsers: Parsers, what: str, data: bytes) -> None:
+    parsers.feed(next(target for target in TARGETS if target.name == what), data, "found")
+
+
+def test_a_header_that_the_reference_refuses_is_refused() -> None:
+    for about in (5, {"format": 5}, ["pt"], None):
+        text = json.dumps({"__metadata__": about, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+        data = len(text).to_bytes(8, "little") + text + b"x"
+        with pytest.raises(FormatError):
+            safetensors.read_header(_read_at(data), "x", len(data))
+
+
+def test_what_we_accept_the_reference_reads(samples: dict[str, list[bytes]]) -> None:
+    """Of thousands of mutated headers: a checkpoint that is called whole loads."""
+    reference = pytest.importorskip("safetensors")
+    accepted = 0
+    for case in range(400):
+        rng = random.Random(f"reference {SEED} {case}")
+        data = mutations.mutate(rng, rng.choice(samples["x.safetensors"]), "x.safetensors")
+        try:
+            safetensors.read_header(_read_at(data), "x", len(data))
+        except FormatError:
+            continue
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if any(len(entry) > 3 for name, entry in header.items() if name != "__metadata__"):
+            continue  # what is in fields that nobody knows is not looked at
+        accepted += 1
+        reference.deserialize(data)
+    assert accepted > 20
+
+
+def test_a_zip_that_names_exabytes(memory_path: Path) -> None:
+    """Its directory says how long a record is; nobody makes memory for it, or a plan to read it."""
+    layout = torchzip.tensor("float32", (4,))
+    data = layout.head + bytes(16) + layout.tail(0)
+    at = data.rfind(b"archive/data/0") - 46
+    for size in (4 << 20, 1 << 31, 0xFFFFFFFE):
+        forged = data[: at + 20] + size.to_bytes(4, "little") * 2 + data[at + 28 :]
+        (memory_path / "model.pt").write_bytes(forged)
+        found = tensors.places(_read_at(forged), {"model.pt": FileInfo("model.pt", len(forged), 0, 1)})
+        assert not found.found
+        assert "archive" in found.not_scanned[0]
+
+
+def test_a_shape_without_end_is_refused_at_once() -> None:
+    """The product of its sizes alone would take minutes."""
+    big = b"\x8a\xff" + b"\xff" * 254 + b"\x7f"
+    shape = b"(" + big * 3000 + b"t"
+    layout = torchzip.tensor("float32", (4,))
+    code = layout.head[layout.head.index(b"\x80\x02") :]
+    forged = code[: code.index(b"Q") + 1] + b"K\x00" + shape + shape + b"N" + b"tR."
+    with fuzzed.bounded("a shape", 5.0), pytest.raises(FormatError):
+        torchzip._describe(forged)
+
+
+def test_shards_of_hundreds_of_sets_are_listed_soon() -> None:
+    names = [FileInfo(f"m{n}-00001-of-99999.safetensors", 9, 0, n) for n in range(2000)]
+    with fuzzed.bounded("names", 5.0):
+        assert len(layout.read_signs(names).findings) > 2000
+
+
+@pytest.mark.parametrize("seconds", [-1, 1 << 40])
+def test_a_file_of_another_century_is_saved_like_any_other(memory_path: Path, seconds: int) -> None:
+    """Its time does not fit into a manifest: once, that made the manifest one that nobody could read."""
+    source = trees.write_model(memory_path / "source")
+    os.utime(source / "config.json", (seconds, seconds))
+    store = CheckpointStore(memory_path / "store")
+    store.save(1, source)
+    assert store.verify(1).checkpoint.status is Status.COMMITTED
+    trees.bitflip(memory_path / "store" / "step-1" / "config.json")
+    assert store.verify(1).checkpoint.status is Status.CORRUPT
+
+
+def test_names_in_a_decision_do_not_drive_the_terminal(memory_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = fuzzed.steps_store(memory_path)
+    mirrored.write(f"{root}/.ckptstore", mirrored.Record("s3://b/\x1b[2J", {}, -1, 1.7e9, ""))
+    shown = commands.invoke(capfd, "prune", "--dry-run", "--keep-last", "1", "--run", root)
+    assert "\x1b" not in shown.out
+    assert "\\x1b[2J" in shown.out
