@@ -179,10 +179,25 @@ def mutate(rng: random.Random, data: bytes, name: str = "") -> bytes:
         with contextlib.suppress(ValueError, RecursionError, OverflowError):
             header = mutate_document(rng, json.loads(data[8 : 8 + size])).encode()
             return struct.pack("<Q", len(header)) + header + data[8 + size :]
+    if b"PK\1\2" in data and rng.random() < 0.6:
+        return _mutate_zip(rng, data)
     if data[:1] in (b"{", b"[") and rng.random() < 0.7:
         with contextlib.suppress(ValueError, RecursionError, OverflowError):  # already so deep that nothing reads it
             return mutate_document(rng, json.loads(data)).encode("utf-8", "surrogatepass")
     return mutate_bytes(rng, data)
+
+
+def _mutate_zip(rng: random.Random, data: bytes) -> bytes:
+    """A field of one of a zip's headers; both sizes of a record together, so that they agree."""
+    places = [match.start() for match in re.finditer(rb"PK[\1\3\5\6]", data)]
+    at = rng.choice(places)
+    value = rng.choice((0, 1, len(data), 1 << 16, 1 << 31, (1 << 32) - 2, (1 << 32) - 1, rng.randrange(1 << 32)))
+    field = struct.pack("<I", value)[: rng.choice((2, 4, 4))]
+    if data[at : at + 4] == b"PK\1\2" and rng.random() < 0.5:
+        at, field = at + 20, struct.pack("<II", value, value)
+    else:
+        at += 4 + rng.randrange(44)
+    return data[:at] + field + data[at + len(field) :]
 
 
 # What lies under the name of a file that is something else

@@ -36,10 +36,11 @@ from ckptstore import (
 )
 from ckptstore.backends.local import LocalBackend
 from ckptstore.backends.s3control import xml_of
-from ckptstore.errors import CkptStoreError
+from ckptstore.errors import CkptStoreError, IntegrityError
 from ckptstore.formats import FormatError, check_structure, dcp, inert, safetensors, torchzip
 from ckptstore.frameworks.areal import layout, recover_info, saving, trainer_logs
 from ckptstore.model import FileInfo, Status
+from ckptstore.seal import describe
 from ckptstore.store import CheckpointStore
 from tests import commands, fuzzed, mutations, trees
 
@@ -387,7 +388,7 @@ def test_no_file_of_ours_keeps_anybody_waiting(memory_path: Path, name: str, kin
         "saver: &a {freq_epochs: *a, freq_steps: !!set {1}}",
         "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\nsaver: {freq_steps: *d}",
         "saver: !!python/object/apply:os.system [touch pwned]",
-        "[" * 5000,
+        "[" * 2000,
         "experiment_name: "
         + "".join("${a}" for _ in range(1000))
         + "\na: "
@@ -506,3 +507,30 @@ def test_names_in_a_decision_do_not_drive_the_terminal(memory_path: Path, capfd:
     shown = commands.invoke(capfd, "prune", "--dry-run", "--keep-last", "1", "--run", root)
     assert "\x1b" not in shown.out
     assert "\\x1b[2J" in shown.out
+
+
+def _spoil_manifest(folder: Path, old: str, new: str) -> None:
+    path = folder / "ckptstore.manifest.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("metrics", [None, {"loss": 0.5}])
+@pytest.mark.parametrize(("old", "new"), [('"crc":"', '"crc":"x'), ('"chunks":[]', '"chunks":["0000000000000000"]')])
+def test_a_step_whose_manifest_cannot_be_trusted(
+    memory_path: Path, metrics: dict[str, float] | None, old: str, new: str
+) -> None:
+    """Its inventory is right, its digests are none: it is not COMMITTED, and nothing hands out its bytes as what was saved."""
+    store = CheckpointStore(memory_path / "store")
+    store.save(1, trees.write_model(memory_path / "source"), metrics=metrics)
+    folder = memory_path / "store" / "step-1"
+    _spoil_manifest(folder, old, new)
+    trees.bitflip(folder / "model.safetensors")
+    assert store.get(1).status is Status.COMPLETE
+    assert "does not count" in store.get(1).parts[0].notes[0]
+    with pytest.raises(IntegrityError, match="cannot be trusted"):
+        store.restore(1, memory_path / "restored")
+    assert not (memory_path / "restored").exists()
+    with pytest.raises(IntegrityError, match="cannot be trusted"):  # a push would make a manifest of the damage
+        describe(store.backend, store.get(1), store.get(1).parts[0], None)
