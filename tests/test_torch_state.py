@@ -441,7 +441,6 @@ def test_a_dtype_that_this_torch_lacks(store: CheckpointStore) -> None:
         b'{"format":"ckptstore.state","version":1,"state":{"$tuple":[1]}}',
         b'{"format":"ckptstore.state","version":1,"state":{"a":{"$device":"\\u0000"}}}',
         b'{"format":"ckptstore.state","version":1,"state":{"a":{"$size":[1e999]}}}',
-        b'{"format":"ckptstore.state","version":1,"state":{"a":{"$size":[99999999999999999999]}}}',
         b'{"format":"ckptstore.state","version":1,"state":{"a":{"$dict":[[[],1]]}}}',
         b'{"format":"ckptstore.state","version":1,"state":{"a":{"$tensor":["../../x","y"]}}}',
         b'{"format":"ckptstore.state","version":1,"state":' + b'{"$tuple":[' * 300 + b"1" + b"]}" * 300 + b"}",
