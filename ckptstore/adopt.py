@@ -35,7 +35,7 @@ from ckptstore.errors import (
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.listing import Listing, adopted_folder, read_adopted, scan
 from ckptstore.lock import RunLock
-from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.manifest import FileEntry, Manifest, recorded_time
 from ckptstore.model import FRESH_OPTIMIZER, Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
 from ckptstore.verify import Notify, check_part_structure
@@ -237,7 +237,9 @@ def _copy(
         side_folders.like(path, os.stat(os.path.join(source, file.name)))
         info = os.stat(path)
         digest = result.digests[file.name]
-        entries.append(FileEntry(file.name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
+        entries.append(
+            FileEntry(file.name, info.st_size, recorded_time(info.st_mtime_ns), info.st_ino, digest.crc, digest.chunks)
+        )
     for folder, _, _ in os.walk(target, topdown=False):
         side_folders.like(folder, model)
         side_folders.sync_folder(folder)

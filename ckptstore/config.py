@@ -12,7 +12,11 @@ from typing import Any
 from ckptstore.errors import NotFoundError, UsageError, from_os_error
 
 _REFERENCE = re.compile(r"\$\{([^${}]+)\}")
-_MAX_BYTES = 4 << 20
+_MAX_BYTES = 256 << 10  # of a file that people write by hand; the parser takes seconds for each megabyte
+_MAX_CHARS = 1 << 16  #: of a value whose references are resolved: they may multiply it
+_MAX_REFERENCES = 8  #: in one value
+#: What PyYAML raises for values that look like numbers or dates and are none, beside its own errors.
+_NOT_YAML = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class RunConfig:
     def _resolve(self, value: Any, depth: int) -> Any:
         if not isinstance(value, str) or "${" not in value:
             return value
-        if depth > 8:
+        if depth > 5:
             return None
 
         def replace(match: re.Match[str]) -> str:
@@ -45,10 +49,12 @@ class RunConfig:
                 variable, _, fallback = name.split(":", 1)[1].partition(",")
                 return os.environ.get(variable.strip(), fallback.strip())
             found = self._resolve(_lookup(self.values, name), depth + 1)
-            return "${?}" if found is None else str(found)
+            return "${?}" if found is None or isinstance(found, (dict, list)) else str(found)
 
+        if value.count("${") > _MAX_REFERENCES:
+            return None
         resolved = _REFERENCE.sub(replace, value)
-        return None if "${" in resolved else resolved
+        return None if "${" in resolved or len(resolved) > _MAX_CHARS else resolved
 
 
 def _lookup(values: Any, key: str) -> Any:
@@ -76,7 +82,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(f"--config {path}: {len(data):,} bytes and more is no training configuration")
     try:
         values = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, *_NOT_YAML) as error:
         raise UsageError(f"--config {path} is not valid YAML: {_said(error)}") from error
     if values is None:
         values = {}
@@ -89,7 +95,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
             raise UsageError(f"{override!r} is not an override of the form key=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, *_NOT_YAML) as error:
             raise UsageError(f"{override!r}: the value is not valid YAML: {_said(error)}") from error
         _store(values, key.split("."), value)
     return RunConfig(os.path.abspath(path), values, tuple(overrides))

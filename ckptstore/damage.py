@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError
 from ckptstore.model import Finding, Part, Status, worst
+from ckptstore.untrusted import open_regular
 
 NAME = "damaged.json"
 MAX_BYTES = 4 << 20
@@ -26,7 +27,7 @@ _EARLIER = " (found earlier)"
 def known(side: str) -> dict[str, tuple[str, Finding]]:
     """What is remembered: part folder → commit id of its manifest, and the finding. A file that is not ours counts as none."""
     try:
-        with open(os.path.join(side, NAME), "rb") as file:
+        with open_regular(os.path.join(side, NAME)) as file:
             document = json.loads(file.read(MAX_BYTES))
         return {
             str(folder): (str(entry["commit"]), Finding(str(entry["path"]), str(entry["problem"]) + _EARLIER, Status.CORRUPT))

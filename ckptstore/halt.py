@@ -22,6 +22,7 @@ from ckptstore import side as side_folders
 from ckptstore.errors import TrainingHalted, from_os_error
 from ckptstore.places import ledger_in
 from ckptstore.places import trip_in as path_in
+from ckptstore.untrusted import MOST, open_regular
 
 MAX_BYTES = 1 << 20
 
@@ -102,7 +103,7 @@ def reset_command(run: str) -> str:
 def read(side: str) -> Trip | None:
     """The record of a run, None where it is not halted. AccessError or StorageError where that cannot be told."""
     try:
-        with open(path_in(side), "rb") as file:
+        with open_regular(path_in(side)) as file:
             data = file.read(MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -119,7 +120,7 @@ def read(side: str) -> Trip | None:
     for item in fields(Trip):
         value, usual = document.get(item.name), getattr(blank, item.name)
         kinds = (dict,) if usual is None else (int, float) if isinstance(usual, float) else (type(usual),)
-        if type(value) in kinds:
+        if type(value) in kinds and not (isinstance(value, (int, float)) and not abs(value) < MOST):
             known[item.name] = value
     return Trip(**known)
 

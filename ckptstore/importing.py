@@ -151,7 +151,7 @@ def _plain_name(name: str) -> str:
 
 def _whole(value: Any) -> int | None:
     number = _number(value)
-    return int(number) if number is not None and number == math.floor(number) and 0 <= number < MAX_STEP else None
+    return int(number) if number is not None and 0 <= number < MAX_STEP and number == math.floor(number) else None
 
 
 def _number(value: Any) -> float | None:

@@ -14,6 +14,7 @@ import shutil
 from ckptstore import side as side_folders
 from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.recover_info import CONTROLS
+from ckptstore.untrusted import open_regular
 
 #: The file that decides: AReaL's trainer reads its keys unconditionally, and has no fallback for one without them.
 DECIDING = CONTROLS[0]
@@ -25,7 +26,7 @@ def is_blocked(folder: str) -> bool:
     """Whether the deciding file in `folder` is the one that we block with."""
     wanted = resume_state.blocking()[DECIDING]
     try:
-        with open(os.open(os.path.join(folder, DECIDING), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with open_regular(os.path.join(folder, DECIDING)) as file:
             return file.read(len(wanted) + 1) == wanted
     except OSError:
         return False
@@ -93,7 +94,7 @@ def _copy(source: str, target: str) -> None:
             _copy(os.path.join(source, name), os.path.join(target, name))
         side_folders.sync_folder(target)
     else:
-        with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with open_regular(source) as file:
             side_folders.write_durably(target, file.read())
     side_folders.like(target, seen)
     os.utime(target, ns=(seen.st_mtime_ns, seen.st_mtime_ns))

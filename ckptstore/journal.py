@@ -9,6 +9,7 @@ from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import ManifestError, NotFoundError
 from ckptstore.names import check_name
 from ckptstore.side import JOURNAL
+from ckptstore.untrusted import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def _check(journal: Journal) -> None:
         texts += [move.part, move.slot, move.staged, move.aside, move.new, move.old]
     if not all(isinstance(text, str) for text in texts) or type(journal.step) is not int:
         raise ValueError("a field has the wrong type")
+    whole(journal.step)
     if journal.method not in ("exchange", "rename"):
         raise ValueError(f"method {journal.method!r:.20}")
     for move in journal.moves:

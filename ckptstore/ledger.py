@@ -27,11 +27,13 @@ from ckptstore import places
 from ckptstore import side as side_folders
 from ckptstore.errors import UsageError, from_os_error
 from ckptstore.rules import ALIVE, Rule, default_rules, parse
+from ckptstore.untrusted import open_regular
 
 side_of = places.side_of
 path_in = places.ledger_in
 VERSION = 1
 MAX_LINE_BYTES = 1 << 20
+MAX_BYTES = 256 << 20  #: of a ledger, from its end: a quarter of a million steps with a kilobyte each
 MAX_METRICS = 4096  #: of one line
 MAX_STEP = 1 << 53
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -133,7 +135,8 @@ def _step(record: Record) -> int:
 def read(path: str) -> Ledger:
     """Read a ledger; an empty one where there is no file. StorageError or AccessError where it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - MAX_BYTES, 0))
             return from_lines(_lines_of(file))
     except FileNotFoundError:
         return Ledger()
@@ -172,12 +175,16 @@ def from_lines(lines: Iterable[bytes]) -> Ledger:
 
 def _parse(line: bytes) -> Record | Event | Judges | bool | None:
     """What a line says; None for damage, True for what a newer version wrote."""
+    if not line.lstrip().startswith(b"{"):  # JSON's guess at the encoding of zeros takes long
+        return None
     try:
         document = json.loads(line)
+        return _understood(document) if isinstance(document, dict) else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(document, dict):
-        return None
+
+
+def _understood(document: dict[str, Any]) -> Record | Event | Judges | bool | None:
     if "ledger" in document:
         with contextlib.suppress(UsageError):
             alive = document.get("alive")
@@ -189,7 +196,7 @@ def _parse(line: bytes) -> Record | Event | Judges | bool | None:
         return None
     if "event" in document:
         since = document.get("since")
-        return Event(str(document["event"])[:40], step, at_s, since if type(since) is int else step)
+        return Event(str(document["event"])[:40], step, at_s, since if type(since) is int and -1 <= since < MAX_STEP else step)
     metrics = document.get("m")
     if not isinstance(metrics, dict) or len(metrics) > MAX_METRICS:
         return None

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import socket
 import threading
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from ckptstore.errors import BusyError, from_os_error
+from ckptstore.untrusted import open_regular
 
 STALE_S = 120.0
 HEARTBEAT_S = 5.0
@@ -131,7 +131,7 @@ class RunLock:
 def read_holder(path: str) -> Holder | None:
     """Who holds (or last held, and died) the lock at `path`; None when it is free or unreadable."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             state = json.loads(file.read(65536) or b"null")
         holder = Holder(**state) if isinstance(state, dict) else None
     except (OSError, ValueError, TypeError, RecursionError):
@@ -145,7 +145,8 @@ def _is_plain(holder: Holder) -> bool:
         isinstance(holder.host, str)
         and isinstance(holder.doing, str)
         and type(holder.pid) is int
-        and all(type(number) in (int, float) and math.isfinite(number) and abs(number) < 1e18 for number in numbers)
+        and 0 <= holder.pid < 1 << 31
+        and all(type(number) in (int, float) and abs(number) < 1e18 for number in numbers)
     )
 
 
@@ -167,7 +168,7 @@ def busy(side: str) -> Holder | None:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         yield descriptor
     finally:

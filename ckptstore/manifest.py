@@ -148,6 +148,11 @@ class Manifest:
         return Inspection(tuple(missing), tuple(changed), tuple(extra), moved, tuple(torn), saved)
 
 
+def recorded_time(mtime_ns: int) -> int:
+    """A time as a manifest can say it: the nearest from 1970 to 2262."""
+    return min(max(mtime_ns, 0), (1 << 63) - 1)
+
+
 def content_of(step: int, part: str, files: Iterable[tuple[str, int, int]]) -> str:
     """Manifest.content of files that have no manifest yet: path, bytes, CRC."""
     lines = [f"{step} {part}", *sorted(f"{size_bytes} {crc:016X} {path}" for path, size_bytes, crc in files)]
@@ -156,7 +161,13 @@ def content_of(step: int, part: str, files: Iterable[tuple[str, int, int]]) -> s
 
 def parse(data: bytes) -> Manifest:
     """The manifest in `data`. ManifestError for anything that is not one; unknown fields are ignored."""
-    document = _load(data)
+    try:
+        return _understood(_load(data))
+    except RecursionError:  # showing what it holds takes more room than reading it did
+        raise ManifestError("manifest nested too deeply") from None
+
+
+def _understood(document: Mapping[str, Any]) -> Manifest:
     if document.get("format") != FORMAT:
         raise ManifestError(f"not a manifest: format is {document.get('format')!r:.60}, not {FORMAT!r}")
     if type(document.get("version")) is not int or document["version"] != VERSION:
@@ -206,13 +217,10 @@ def vouches_for(data: bytes, files: Iterable[FileInfo]) -> bool:
     if len(data) <= _CANONICAL_BYTES and (inventory := _canonical_inventory(data)) is not None:
         return inventory == present
     try:
-        document = _load(data)
-        recorded = {entry["path"]: (entry["bytes"], entry["mtime_ns"]) for entry in document["files"]}
-        known = (document["format"], document["version"], document["digest"]) == (FORMAT, VERSION, ALGORITHM)
-        known = known and type(document["version"]) is int and not document.get("base")
-    except (ManifestError, KeyError, TypeError):
+        found = parse(data)
+    except ManifestError:
         return False
-    return known and recorded == present
+    return not found.base and {entry.path: (entry.size_bytes, entry.mtime_ns) for entry in found.files} == present
 
 
 # What to_bytes() writes where no name needs an escape and no metrics are kept: a regular expression sees that it is whole
@@ -220,16 +228,17 @@ def vouches_for(data: bytes, files: Iterable[FileInfo]) -> bool:
 _CHARS = r"[^\"\\\x00-\x1f\x7f-\xff]"
 _WHOLE = "(?:0|[1-9][0-9]{0,18})"
 _CANONICAL_FILE = re.compile(
-    rf'(\{{"bytes":({_WHOLE}),"chunks":\[(?:"[0-9A-F]{{16}}"(?:,"[0-9A-F]{{16}}")*+)?\],"crc":"[0-9A-F]{{16}}"'
+    rf'(\{{"bytes":({_WHOLE}),"chunks":\[((?:"[0-9A-F]{{16}}"(?:,"[0-9A-F]{{16}}")*+)?)\],"crc":"([0-9A-F]{{16}})"'
     rf',"inode":{_WHOLE},"mtime_ns":({_WHOLE}),"path":"({_CHARS}+)"\}})'
 )
 _CANONICAL_FRAME = re.compile(
-    rf'\{{"chunk_bytes":[1-9][0-9]{{0,9}},"commit":"[0-9a-f]{{32}}","created_at":"{_CHARS}*","digest":"{ALGORITHM}"'
+    rf'\{{"chunk_bytes":([1-9][0-9]{{3,9}}),"commit":"[0-9a-f]{{32}}","created_at":"{_CHARS}*","digest":"{ALGORITHM}"'
     rf',"epoch":-?{_WHOLE},"epoch_step":-?{_WHOLE},"files":\[\],"format":"{re.escape(FORMAT)}","metrics":\{{\}}'
     rf',"origin":"{_CHARS}*","part":"{_CHARS}*","source":"{_CHARS}*","step":-?{_WHOLE},"tool":"{_CHARS}*"'
     rf',"version":{VERSION}\}}\n'
 )
 _CANONICAL_BYTES = 1 << 16
+_NO_CRC = "0" * 16  # of nothing
 
 
 def _canonical_inventory(data: bytes) -> dict[str, tuple[int, int]] | None:
@@ -238,9 +247,15 @@ def _canonical_inventory(data: bytes) -> dict[str, tuple[int, int]] | None:
     head, _, rest = text.partition('"files":[')
     body, _, tail = rest.rpartition('],"format"')
     files = _CANONICAL_FILE.findall(body)
-    if not _CANONICAL_FRAME.fullmatch(f'{head}"files":[],"format"{tail}') or ",".join([file[0] for file in files]) != body:
+    frame = _CANONICAL_FRAME.fullmatch(f'{head}"files":[],"format"{tail}')
+    if frame is None or ",".join([file[0] for file in files]) != body:
         return None
-    found = {name: (int(size), int(mtime)) for _, size, mtime, name in files}
+    chunk_bytes = int(frame[1])
+    for _, size, chunks, crc, _, _ in files:  # as many digests as the size demands, 19 characters each
+        expected = -(-int(size) // chunk_bytes)
+        if (len(chunks) + 1) // 19 != (expected if expected > 1 else 0) or (not expected and crc != _NO_CRC):
+            return None
+    found = {name: (int(size), int(mtime)) for _, size, _, _, mtime, name in files}
     return found if len(found) == len(files) else None
 
 

@@ -20,6 +20,7 @@ from ckptstore import side as side_folders
 from ckptstore.errors import StorageError, from_os_error
 from ckptstore.listing import Listing
 from ckptstore.model import Checkpoint, Status
+from ckptstore.untrusted import number, open_regular, whole
 
 NAME = "mirror.json"
 MAX_BYTES = 64 << 20
@@ -95,13 +96,13 @@ def read(side: str) -> Record | None:
     """The record of the run with this side folder; None where it is not mirrored. StorageError for one that is damaged."""
     path = os.path.join(side, NAME)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             document = json.loads(file.read(MAX_BYTES))
         return Record(
             str(document["url"]),
             {str(name): str(mark) for name, mark in document["safe"].items()},
-            int(document["newest_step"]),
-            float(document["looked_at"]),
+            whole(document["newest_step"]),
+            number(document["looked_at"]),
             str(document["problem"]),
         )
     except (FileNotFoundError, NotADirectoryError):

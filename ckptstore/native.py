@@ -36,6 +36,10 @@ _CHECK_INPUT = b"123456789"
 _CHECK_CRC64 = 0xAE8B14860A799888
 _CHECK_CRC32 = 0xCBF43926
 _ALIGNMENT_BYTES = 4096
+_MOST_BYTES = 1 << 63
+_MOST_THREADS = 1024
+_MOST_CHUNKS = 1 << 26  # of one file: half a gigabyte of digests
+_MOST_BLOCK_BYTES = 1 << 30  # each thread has one
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 
@@ -168,15 +172,15 @@ def _run_copy(
 ) -> CopyResult:
     if options.strategy not in _native.STRATEGIES:
         raise UsageError(f"no copy strategy {options.strategy!r}; there are {', '.join(_native.STRATEGIES)}")
-    if min(options.threads, options.block_bytes, options.nice) < 0:
-        raise UsageError("threads, block_bytes and nice must not be negative")
+    if min(options.threads, options.block_bytes, options.nice) < 0 or options.block_bytes > _MOST_BLOCK_BYTES:
+        raise UsageError(f"threads, block_bytes (up to {_MOST_BLOCK_BYTES}) and nice must not be negative")
     start = time.monotonic()
     try:
         digests, copied, reused, by_strategy = _native.copy_files(
-            os.fsencode(source),
-            os.fsencode(destination),
+            _root(source),
+            _root(destination),
             specs,
-            threads=options.threads,
+            threads=_threads(options.threads),
             block_bytes=_whole_pages(options.block_bytes),
             chunk_bytes=options.chunk_bytes,
             strategy=_native.STRATEGIES.index(options.strategy),
@@ -216,9 +220,9 @@ def digest_files(
     specs = [_plain(spec, chunk_bytes) for spec in _unique(files)]
     try:
         outcomes = _native.digest_files(
-            os.fsencode(root),
+            _root(root),
             specs,
-            threads=threads,
+            threads=_threads(threads),
             chunk_bytes=chunk_bytes,
             direct=direct,
             nice=nice,
@@ -260,7 +264,7 @@ def read_files(
         wanted.append(ordered)
     try:
         outcomes = _native.read_files(
-            os.fsencode(root), specs, wanted, threads=threads, chunk_bytes=chunk_bytes, progress=progress
+            _root(root), specs, wanted, threads=_threads(threads), chunk_bytes=chunk_bytes, progress=progress
         )
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
@@ -280,11 +284,11 @@ def scan_tree(
     """
     try:
         return _native.scan_tree(
-            os.fsencode(root),
+            _root(root),
             max_depth=max_depth,
             wanted=os.fsencode(wanted),
             wanted_bytes=wanted_bytes,
-            threads=threads,
+            threads=_threads(threads),
             folder_type=Folder,
             entry_type=Entry,
         )
@@ -338,7 +342,7 @@ def write_range(folder: Path, name: str, offset_bytes: int, data: Buffer) -> Non
     """
     encoded, *_ = _plain(FileSpec(name, 0), CHUNK_BYTES)
     try:
-        _native.write_range(os.fsencode(folder), encoded, data, offset_bytes)
+        _native.write_range(_root(folder), encoded, data, offset_bytes)
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
 
@@ -349,7 +353,7 @@ def allocate(fd: int, size_bytes: int, path: Path) -> None:
     `path` is for errors.
     """
     try:
-        _native.allocate(fd, size_bytes, os.fsencode(path))
+        _native.allocate(fd, size_bytes, _root(path))
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
 
@@ -372,7 +376,7 @@ def rename_noreplace(a: Path, b: Path) -> None:
 def fsync_path(path: Path) -> None:
     """Make a file's content, or a folder's names, durable. Plain OSError, which is final: never retry an fsync."""
     try:
-        _native.sync_path(os.fsencode(path))
+        _native.sync_path(_root(path))
     except _native.NativeError as error:
         _raise_os_error(error)
 
@@ -380,14 +384,14 @@ def fsync_path(path: Path) -> None:
 def supports_direct(folder: Path) -> bool:
     """Whether files in this folder take O_DIRECT, by trying it on a scratch file. Plain OSError if it can't be made."""
     try:
-        return _native.supports_direct(os.fsencode(folder))
+        return _native.supports_direct(_root(folder))
     except _native.NativeError as error:
         _raise_os_error(error)
 
 
 def _rename(a: Path, b: Path, flags: int) -> None:
     try:
-        _native.rename_with(os.fsencode(a), os.fsencode(b), flags)
+        _native.rename_with(_root(a), _root(b), flags)
     except _native.NativeError as error:
         _raise_os_error(error, os.fspath(b))
 
@@ -422,9 +426,23 @@ def _error_of(kind: str, what: str, path: bytes, number: int) -> CkptStoreError:
             return from_os_error(OSError(number, os.strerror(number)), doing=what, path=name)
 
 
+def _root(path: Path) -> bytes:
+    encoded = os.fsencode(path)
+    if b"\0" in encoded:  # C would take what is before it for the path
+        raise UsageError(f"not a path: {path!r}")
+    return encoded
+
+
 def _check_chunks(chunk_bytes: int) -> None:
-    if chunk_bytes <= 0 or chunk_bytes % _ALIGNMENT_BYTES:
+    if not 0 < chunk_bytes < _MOST_BYTES or chunk_bytes % _ALIGNMENT_BYTES:
         raise UsageError(f"chunk_bytes must be a positive multiple of {_ALIGNMENT_BYTES}, not {chunk_bytes}")
+
+
+def _threads(threads: int) -> int:
+    """0 means chosen by the engine. More than these help nothing, and a process can have only so many."""
+    if threads < 0:
+        raise UsageError(f"threads must not be negative: {threads}")
+    return min(threads, _MOST_THREADS)
 
 
 def _whole_pages(size_bytes: int) -> int:
@@ -444,8 +462,10 @@ def _plain(spec: FileSpec, chunk_bytes: int) -> tuple[bytes, int, int, int, Sequ
     name = spec.name
     if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise UsageError(f"not a relative path of a file below the root: {name!r}")
-    if spec.size_bytes < 0:
-        raise UsageError(f"{name!r} has a negative size")
+    if not 0 <= spec.size_bytes < _MOST_BYTES:
+        raise UsageError(f"{name!r} has a size that no file has: {spec.size_bytes}")
+    if spec.size_bytes // chunk_bytes >= _MOST_CHUNKS:
+        raise UsageError(f"{name!r}: {spec.size_bytes} bytes are not read in chunks of {chunk_bytes}: they would be too many")
     if spec.expected is not None and len(spec.expected) != -(-spec.size_bytes // chunk_bytes):
         raise UsageError(
             f"{name!r}: {len(spec.expected)} chunk digests do not cover {spec.size_bytes} bytes in chunks of {chunk_bytes}"
@@ -497,7 +517,7 @@ def scan_weights(
         name, *_ = _plain(FileSpec(region.name, 0), CHUNK_BYTES)
         plain.append((name, region.offset, region.length, kinds.index(region.dtype)))
     try:
-        found = _native.scan_weights(os.fsencode(root), plain, threads=threads, progress=progress)
+        found = _native.scan_weights(_root(root), plain, threads=_threads(threads), progress=progress)
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
     return [WeightStats(*item) if len(item) == 10 else _error_of(*item) for item in found]

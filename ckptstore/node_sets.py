@@ -17,6 +17,7 @@ from ckptstore import prepared, steps
 from ckptstore import side as side_folders
 from ckptstore.errors import BusyError, RefusedError, from_os_error
 from ckptstore.model import NodeSet
+from ckptstore.untrusted import open_regular
 
 IDENTITY = "id"
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
@@ -31,8 +32,8 @@ def identity(root: str) -> str:
     draft = os.path.join(steps.side_of(root), f"new-{secrets.token_hex(8)}")
     try:
         while True:
-            with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii", errors="replace") as file:
-                if not _IDENTITY.fullmatch(found := file.read(64)):
+            with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
+                if not _IDENTITY.fullmatch(found := file.read(64).decode("ascii", "replace")):
                     raise RefusedError(f"{path} does not name a store: {found!r:.40}", hint="Remove this file.")
                 return found
             side_folders.write_durably(draft, secrets.token_hex(16).encode())

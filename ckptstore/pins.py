@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError, StorageError, from_os_error
+from ckptstore.untrusted import number, open_regular, whole
 
 NAME = "pins.json"
 MAX_BYTES = 1 << 20
@@ -34,9 +35,9 @@ def read(side: str) -> tuple[Pin, ...]:
     """
     path = os.path.join(side, NAME)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             document = json.loads(file.read(MAX_BYTES))
-            pins = [Pin(int(p["step"]), str(p["path"]), str(p["why"]), float(p["at"])) for p in document["pins"]]
+        pins = [Pin(whole(p["step"]), str(p["path"]), str(p["why"]), number(p["at"])) for p in document["pins"]]
     except (FileNotFoundError, NotADirectoryError):
         return ()
     except OSError as error:

@@ -24,6 +24,7 @@ from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
+from ckptstore.untrusted import open_regular
 
 OWNER = "owner"  #: beside a draft's files: locked while its writer lives
 _NEWBORN_S = 60.0  # what is younger may be alive though nothing is locked: a probe, a draft before its lock
@@ -76,7 +77,7 @@ def discard(side: str, *, up_to: int) -> None:
 def is_dead(home: str) -> bool:
     """Whether nobody holds the draft in this folder."""
     try:
-        descriptor = os.open(os.path.join(home, OWNER), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(os.path.join(home, OWNER), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return is_settled(home)
     try:
@@ -108,7 +109,7 @@ def _read(side: str, name: str, set_id: str) -> Prepared | None:
     home = os.path.join(side, f"save-{set_id}")
     path = os.path.join(home, "step") if name.startswith("save-") else os.path.join(side, name)
     try:
-        with open(os.path.join(path, MANIFEST_NAME), "rb") as file:
+        with open_regular(os.path.join(path, MANIFEST_NAME)) as file:
             manifest = manifests.parse(file.read(manifests.MAX_BYTES + 1))
             mtime_ns = os.fstat(file.fileno()).st_mtime_ns
     except (OSError, CkptStoreError):  # not described yet, or another user's: then it is no more than a draft

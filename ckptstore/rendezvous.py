@@ -28,6 +28,7 @@ from typing import Any
 from ckptstore import places
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError, RankError, from_os_error
+from ckptstore.untrusted import open_regular
 
 #: All ranks of a machine must have come by then. Launchers start them within seconds.
 MEET_S = 60.0
@@ -325,7 +326,7 @@ def _write_file(path: str, document: Any) -> None:
 def _read_file(path: str) -> Any:
     """The document, None where it is not there (yet). Network file systems say ESTALE for one that is just replaced."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return json.loads(file.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return None

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import ckptstore
 from ckptstore import native
 from ckptstore.backends.base import Backend
-from ckptstore.errors import CkptStoreError, IntegrityError, RefusedError, SourceChangedError
+from ckptstore.errors import CkptStoreError, IntegrityError, ManifestError, NotFoundError, RefusedError, SourceChangedError
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part, Status
 from ckptstore.names import check_names
-from ckptstore.parts import find_manifest, folder_of
+from ckptstore.parts import find_manifest, folder_of, read_manifest
 from ckptstore.side import write_manifest
 from ckptstore.verify import check_part_structure
 
@@ -62,7 +62,7 @@ def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: nat
         if isinstance(result, CkptStoreError):
             raise result
         digests[name] = result
-    _refuse_other_than_saved(backend, part, digests)
+    _refuse_other_than_saved(backend, checkpoint, part, digests)
     return Manifest(
         step=checkpoint.step,
         epoch=checkpoint.epoch,
@@ -77,10 +77,22 @@ def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: nat
     )
 
 
-def _refuse_other_than_saved(backend: Backend, part: Part, digests: Mapping[str, native.Digest]) -> None:
+def _refuse_other_than_saved(
+    backend: Backend, checkpoint: Checkpoint, part: Part, digests: Mapping[str, native.Digest]
+) -> None:
     """A saved step whose times a copy has lost gets no new manifest for other bytes than were saved."""
-    saved = find_manifest(backend, folder_of(backend, part))
-    if saved is None or saved.origin != "save":
+    try:
+        saved = read_manifest(backend, folder_of(backend, part))
+    except NotFoundError:
+        return
+    except ManifestError as error:
+        if checkpoint.epoch >= 0:  # a trainer's export: what lies there is what there is
+            return
+        raise IntegrityError(
+            f"the manifest of {part.path} cannot be trusted, so that nothing tells what was saved: {error}",
+            hint="Take another step, or pull this one anew from where it is whole.",
+        ) from error
+    if saved.origin != "save":
         return
     for entry in saved.files:
         if entry.path not in digests or digests[entry.path].crc != entry.crc:

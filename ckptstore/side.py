@@ -23,10 +23,11 @@ from ckptstore import native
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, UsageError, from_os_error
 from ckptstore.frameworks.areal.layout import SIDE
-from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.manifest import FileEntry, Manifest, recorded_time
 from ckptstore.model import DRAFT_PREFIX, MANIFEST_NAME
 from ckptstore.names import check_name
 from ckptstore.native import Digest
+from ckptstore.untrusted import open_regular
 
 STAGE_INFO = "stage.json"
 JOURNAL = "journal.json"
@@ -123,7 +124,7 @@ def stages(side: str) -> list[tuple[str, str]]:
                 key = ""
                 with (
                     contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError),
-                    open(os.path.join(side, name, STAGE_INFO)) as file,
+                    open_regular(os.path.join(side, name, STAGE_INFO)) as file,
                 ):
                     key = str(json.loads(file.read(65536))["key"])
                 found.append((name, key))
@@ -206,7 +207,7 @@ def settle(folder: str, digests: Mapping[str, Digest], *, model: os.stat_result,
         path = os.path.join(folder, name)
         like(path, model, mode=file_mode)
         info = os.stat(path, follow_symlinks=False)
-        entries.append(FileEntry(name, info.st_size, info.st_mtime_ns, info.st_ino, digest.crc, digest.chunks))
+        entries.append(FileEntry(name, info.st_size, recorded_time(info.st_mtime_ns), info.st_ino, digest.crc, digest.chunks))
     for inside, _, _ in os.walk(folder, topdown=False):
         like(inside, model)
         sync_folder(inside)

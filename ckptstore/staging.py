@@ -15,7 +15,7 @@ from ckptstore.errors import CkptStoreError, DigestMismatchError, NotCommitted, 
 from ckptstore.frameworks.areal import resume_state
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.listing import backend_for
-from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.manifest import FileEntry, Manifest, recorded_time
 from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Finding, Part, Status
 from ckptstore.names import check_names
 from ckptstore.parts import find_manifest, folder_of, judged, look_again, read_part
@@ -176,7 +176,7 @@ def stage_info(plan: Plan, stage: side_folders.Stage) -> tuple[str, str]:
     for name, data in sorted(plan.info.files.items()):
         seen = os.stat(os.path.join(real, name))
         crc = native.crc64(data)
-        entries.append(FileEntry(name, seen.st_size, seen.st_mtime_ns, seen.st_ino, crc, (crc,) if data else ()))
+        entries.append(FileEntry(name, seen.st_size, recorded_time(seen.st_mtime_ns), seen.st_ino, crc, (crc,) if data else ()))
     # Beside AReaL's six files, which ignore it: tells our recover_info from one that the trainer has written since.
     manifest = Manifest(
         step=checkpoint.step,

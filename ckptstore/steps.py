@@ -48,6 +48,7 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
 from ckptstore.names import check_names
 from ckptstore.prepared import OWNER, is_dead, is_settled, names_in
+from ckptstore.untrusted import open_regular
 
 PART = "default"
 LOCK_PATIENCE_S = 60.0
@@ -382,9 +383,10 @@ def _publish(draft: Draft, manifest: Manifest, *, keep_old: bool) -> None:
 
 
 def _is_in(target: str, manifest: Manifest) -> bool:
+    wanted = manifest.to_bytes()
     try:
-        with open(os.path.join(target, MANIFEST_NAME), "rb") as file:
-            return file.read() == manifest.to_bytes()
+        with open_regular(os.path.join(target, MANIFEST_NAME)) as file:
+            return file.read(len(wanted) + 1) == wanted
     except OSError:
         return False
 

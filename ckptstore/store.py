@@ -18,6 +18,7 @@ from ckptstore.errors import (
     CkptStoreError,
     CommitUncertain,
     IntegrityError,
+    ManifestError,
     NotFoundError,
     UsageError,
     from_os_error,
@@ -25,8 +26,8 @@ from ckptstore.errors import (
 from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
 from ckptstore.mirror import Mirror
-from ckptstore.model import Checkpoint, Level
-from ckptstore.parts import find_manifest, folder_of
+from ckptstore.model import Checkpoint, Level, Part
+from ckptstore.parts import folder_of, read_manifest
 from ckptstore.plan import Options
 from ckptstore.recovery import Outcome
 from ckptstore.retention import Decision, Keep
@@ -195,6 +196,17 @@ class CheckpointStore:
         self._need_folder()
         return recovery.setup(self.backend, selection or Selection(), options or Options(), notify=notify)
 
+    def _recorded(self, part: Part) -> Manifest | None:
+        try:
+            return read_manifest(self.backend, folder_of(self.backend, part))
+        except NotFoundError:
+            return None
+        except ManifestError as error:  # else what is restored would be compared with nothing
+            raise IntegrityError(
+                f"the manifest of {part.path} cannot be trusted: {error}",
+                hint="Restore another step, or remove that file: what is restored is not compared with anything then.",
+            ) from error
+
     def _need_folder(self) -> None:
         if not self.backend.is_folder:
             raise UsageError(
@@ -231,7 +243,7 @@ class CheckpointStore:
             for part in checkpoint.parts:
                 folder = draft if listing.framework == "steps" else os.path.join(draft, part.name)
                 os.makedirs(folder, 0o700, exist_ok=True)
-                recorded = find_manifest(self.backend, folder_of(self.backend, part))
+                recorded = self._recorded(part)
                 valid = recorded is not None and recorded.inspect(part.files).holds
                 expected = {entry.path: entry.chunks for entry in recorded.files} if recorded and valid else {}
                 if lacking := expected.keys() - {file.name for file in part.files}:

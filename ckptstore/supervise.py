@@ -22,6 +22,7 @@ from types import FrameType
 from typing import IO
 
 from ckptstore.errors import CkptStoreError, NotFoundError
+from ckptstore.untrusted import open_regular
 
 _FIRST_STEP = re.compile(rb"Train step (\d{1,9})\b")
 _REFUSED = (b"This should not be a resumed experiment",)
@@ -172,7 +173,7 @@ def _log_files(logs: str) -> Iterator[tuple[str, os.stat_result]]:
 
 def _read_logs(logs: str, watched: _Logs, sight: _Sight) -> None:
     for path, _ in _log_files(logs):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
+        with contextlib.suppress(OSError), open_regular(path) as file:
             info = os.fstat(file.fileno())
             key = (info.st_dev, info.st_ino)
             offset = watched.get(key, 0)

@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from ckptstore.formats import FormatError, dcp, inert, safetensors
@@ -58,7 +59,7 @@ def places(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Places:
         if base.endswith(".safetensors"):
             look = _safetensors
         elif base == dcp.METADATA_NAME:
-            look = _dcp
+            look = partial(_dcp, files)
         elif base.endswith(_TORCH_SUFFIXES) and base != "training_args.bin":
             look = _torch_file
         else:
@@ -87,7 +88,7 @@ def _safetensors(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
         yield Place(key, info.name, begin + tensor.begin, tensor.end - tensor.begin, tensor.dtype, optimizer)
 
 
-def _dcp(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
+def _dcp(files: Mapping[str, FileInfo], read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
     metadata = dcp.load_metadata(read_at, info)
     folder = info.name.removesuffix(dcp.METADATA_NAME)
     for item in metadata.items:
@@ -95,6 +96,8 @@ def _dcp(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
         if tensor is None:
             continue
         file = folder + item.file
+        if file not in files or files[file].kind != "file" or item.offset + item.length > files[file].size_bytes:
+            raise FormatError(f"{item.file[:80]!a} does not hold all that it names there")
         window = _Window(read_at, file, item.offset, item.length)
         dtype = _TORCH.get(tensor.dtype, tensor.dtype)
         # An item is an archive of one tensor, which holds exactly one storage.
@@ -132,7 +135,7 @@ class _Window(io.RawIOBase):
     """A range of a file, as a file."""
 
     def __init__(self, read_at: ReadAt, name: str, offset: int, length: int) -> None:
-        self._read_at, self.name, self.begin, self._length, self._at = read_at, name, offset, length, 0
+        self._read_at, self.name, self.begin, self.length, self._at = read_at, name, offset, length, 0
 
     def seekable(self) -> bool:
         return True
@@ -141,7 +144,7 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        at = offset + (0, self._at, self._length)[whence]
+        at = offset + (0, self._at, self.length)[whence]
         if at < 0:
             raise OSError("before the beginning")
         self._at = at
@@ -151,11 +154,18 @@ class _Window(io.RawIOBase):
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(self._length - self._at, 0)
+        left = max(self.length - self._at, 0)
         wanted = left if size is None or size < 0 else min(size, left)
         data = self._read_at(self.name, self.begin + self._at, wanted) if wanted else b""
         self._at += len(data)
         return data
+
+    def at(self, offset: int, size: int) -> bytes:
+        """What lies there; less, or nothing, outside."""
+        if offset < 0:
+            return b""
+        self.seek(offset)
+        return self.read(size)
 
 
 def _open(window: _Window) -> zipfile.ZipFile:
@@ -177,12 +187,13 @@ def _storages(window: _Window) -> dict[str, tuple[int, int]]:
                 continue
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                 raise FormatError("an archive whose records are compressed")
-            window.seek(entry.header_offset)
-            local = window.read(30)
+            local = window.at(entry.header_offset, 30)
             if len(local) < 30 or not local.startswith(b"PK\3\4"):
                 raise FormatError("an archive's record without its header")
             name_bytes, extra_bytes = struct.unpack_from("<2H", local, 26)
             begin = entry.header_offset + 30 + name_bytes + extra_bytes
+            if begin + entry.file_size > window.length:
+                raise FormatError("an archive's record that ends behind the archive")
             found[name.removeprefix("data/")] = (window.begin + begin, entry.file_size)
     return found
 
@@ -196,9 +207,11 @@ def _code(window: _Window) -> bytes:
 
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise FormatError("an archive whose records are compressed")
     try:
         return archive.read(entry)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, RuntimeError, ValueError, struct.error) as error:
         raise FormatError(f"{entry.filename[:40]!a}: {str(error)[:60]}") from None
 
 

@@ -28,10 +28,6 @@ UniqueFd reopen_direct(const Root& root, const std::string& name, int access,
   return UniqueFd();
 }
 
-std::int64_t nanoseconds(const struct timespec& time) {
-  return std::int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
-}
-
 bool same_time(const struct timespec& a, const struct timespec& b) {
   return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
 }

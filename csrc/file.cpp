@@ -17,6 +17,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <utility>
 
@@ -174,6 +175,16 @@ UniqueFd open_beneath(int root, const std::string& relative, int flags, mode_t m
     throw IoError("open", shown, code);
   }
   return fd;
+}
+
+std::int64_t nanoseconds(const struct timespec& time) noexcept {
+  std::int64_t result = 0;
+  if (__builtin_mul_overflow(std::int64_t{time.tv_sec}, 1'000'000'000, &result) ||
+      __builtin_add_overflow(result, std::int64_t{time.tv_nsec}, &result)) {
+    using Limits = std::numeric_limits<std::int64_t>;
+    return time.tv_sec < 0 ? Limits::min() : Limits::max();
+  }
+  return result;
 }
 
 struct stat status_of(int fd, const std::string& path) {

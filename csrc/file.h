@@ -50,6 +50,10 @@ UniqueFd open_folder(const std::string& path);
 UniqueFd open_beneath(int root, const std::string& relative, int flags, mode_t mode,
                       const std::string& shown);
 
+/// Since 1970. A time that 64 bits cannot hold, before 1678 or after 2262, is the nearest that they
+/// can: some file systems keep such.
+std::int64_t nanoseconds(const struct timespec& time) noexcept;
+
 struct stat status_of(int fd, const std::string& path);
 
 /// Makes the folder `relative` below `root`, 0700; one that is there already is fine. Its parents

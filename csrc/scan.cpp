@@ -138,10 +138,9 @@ class Scanner {
           if (errno != ENOENT) result.error = errno;
           continue;
         }
-        result.entries.push_back(
-            {name, static_cast<std::uint64_t>(status.st_size),
-             std::int64_t{status.st_mtim.tv_sec} * 1'000'000'000 + status.st_mtim.tv_nsec,
-             status.st_ino, status.st_mode, status.st_uid});
+        result.entries.push_back({name, static_cast<std::uint64_t>(status.st_size),
+                                  nanoseconds(status.st_mtim), status.st_ino, status.st_mode,
+                                  status.st_uid});
         if (S_ISREG(status.st_mode) && name == wanted_.name) result.content = read_file(fd, status);
         if (S_ISDIR(status.st_mode) && folder.depth < max_depth_) {
           found.push_back({folder.path.empty() ? std::string(name) : folder.path + "/" + name,

@@ -253,8 +253,18 @@ class WeightScan {
  public:
   WeightScan(const std::string& root, const std::vector<Region>& regions)
       : root_(root), folder_(open_folder(root)), regions_(regions), outcomes_(regions.size()) {
+    const std::string* name = nullptr;
+    std::uint64_t size = 0;
     for (std::size_t i = 0; i < regions.size(); ++i) {
+      if (name == nullptr || *name != regions[i].name) size = size_of(regions[i]);
+      name = &regions[i].name;
+      if (regions[i].bytes > size || regions[i].offset > size - regions[i].bytes) {
+        // Before a plan is made for exabytes that a damaged header names.
+        if (size != kUnknown) outcomes_[i].error = too_short(regions[i]);
+        if (outcomes_[i].error) continue;
+      }
       for (std::uint64_t at = 0; at < regions[i].bytes; at += kPieceBytes) {
+        if (size == kUnknown && at != 0) break;  // one piece tells why it cannot be opened
         const std::uint64_t left = regions[i].bytes - at;
         pieces_.push_back(
             {i, at, static_cast<std::size_t>(std::min<std::uint64_t>(kPieceBytes, left))});
@@ -311,10 +321,25 @@ class WeightScan {
     return fd;
   }
 
+  /// Of the region's file; kUnknown where it cannot be opened.
+  std::uint64_t size_of(const Region& region) const {
+    try {
+      return static_cast<std::uint64_t>(status_of(open(region).get(), region.name).st_size);
+    } catch (const IoError&) {
+      return kUnknown;
+    } catch (const Refused&) {
+      return kUnknown;
+    }
+  }
+
+  static std::exception_ptr too_short(const Region& region) {
+    return std::make_exception_ptr(SourceChanged(region.name, "is shorter than its tensors need"));
+  }
+
   WeightStats scan(int fd, const Region& region, const Piece& piece, std::byte* buffer) const {
     const std::string shown = root_ + "/" + region.name;
     if (read_at(fd, buffer, piece.bytes, region.offset + piece.before, shown) < piece.bytes) {
-      throw SourceChanged(region.name, "is shorter than its tensors need");
+      std::rethrow_exception(too_short(region));
     }
     WeightStats stats = empty_stats();
     for (std::size_t at = 0; at < piece.bytes; at += kStrideBytes) {
@@ -350,6 +375,8 @@ class WeightScan {
       }
     }
   }
+
+  static constexpr std::uint64_t kUnknown = std::numeric_limits<std::uint64_t>::max();
 
   const std::string root_;
   const UniqueFd folder_;

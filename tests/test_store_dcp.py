@@ -85,6 +85,19 @@ def load(store: CheckpointStore, step: int | None, state: dict[str, Any]) -> dic
 # --- one process ---------------------------------------------------------------------------------------------------
 
 
+def test_a_metadata_that_names_exabytes(store: CheckpointStore, tmp_path: Path) -> None:
+    """Whoever made it has sealed it: the digests are right. No memory is made for what cannot be there."""
+    made = tmp_path / "made"
+    made.mkdir()
+    for length in (1 << 20, 1 << 62):
+        (made / "__0_0.distcp").write_bytes(b"x" * 2000)
+        (made / ".metadata").write_bytes(trees.dcp_metadata([("a", "__0_0.distcp", 10, length)], {"a": ("float32", (4,))}))
+        store.save(1, made)
+        with pytest.raises((dcp.CheckpointException, IntegrityError)) as caught:
+            load(store, 1, {"a": torch.zeros(4)})
+        assert isinstance(caught.value, IntegrityError) or "behind the end" in str(caught.value)
+
+
 def test_comes_back_and_is_stock(store: CheckpointStore) -> None:
     state = make_state()
     writer = save(store, 4, state)

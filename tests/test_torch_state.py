@@ -429,3 +429,28 @@ def test_a_dtype_that_this_torch_lacks(store: CheckpointStore) -> None:
     simple.write(store, 1, {"state.json": [json.dumps(document).encode()]})
     with pytest.raises(UsageError, match="has no dtype float3_e1m1"):
         ckpt.load(store)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"\xff",
+        b"[" * 100_000,
+        b'{"format":"ckptstore.state","version":1}',
+        b'{"format":"ckptstore.state","version":1,"state":[]}',
+        b'{"format":"ckptstore.state","version":1,"state":{"$tuple":[1]}}',
+        b'{"format":"ckptstore.state","version":1,"state":{"a":{"$device":"\\u0000"}}}',
+        b'{"format":"ckptstore.state","version":1,"state":{"a":{"$size":[1e999]}}}',
+        b'{"format":"ckptstore.state","version":1,"state":{"a":{"$dict":[[[],1]]}}}',
+        b'{"format":"ckptstore.state","version":1,"state":{"a":{"$tensor":["../../x","y"]}}}',
+        b'{"format":"ckptstore.state","version":1,"state":' + b'{"$tuple":[' * 300 + b"1" + b"]}" * 300 + b"}",
+    ],
+)
+def test_a_hostile_state_is_refused(tmp_path, state):
+    """Its digests are right: whoever made it has sealed it."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "state.json").write_bytes(state)
+    store = CheckpointStore(tmp_path / "store")
+    store.save(1, tmp_path / "made")
+    with pytest.raises(IntegrityError):
+        ckpt.load(store, 1)

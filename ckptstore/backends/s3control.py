@@ -109,7 +109,7 @@ class S3Control:
         headers = self.ask(_LISTING, "GET", None, query=query).headers
         try:
             return int(parsedate_to_datetime(headers.get("date", "")).timestamp() * 1e9)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UnavailableError(f"{self.backend.location}: the store does not tell the time") from None
 
     def uploads(self, key: str = "") -> Iterator[Upload]:
@@ -314,8 +314,8 @@ def crc64_of(text: str) -> int | None:
 def xml_of(body: bytes, doing: str) -> ElementTree.Element:
     """An answer's document. StorageError, naming what was being done, for what is none."""
     try:
-        if b"<!DOCTYPE" in body or b"<!ENTITY" in body:
+        if b"<!DOCTYPE" in body or b"<!ENTITY" in body or b"\0" in body:  # in UTF-16 they would not be seen
             raise ElementTree.ParseError("it defines entities")
         return ElementTree.fromstring(body)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # an encoding that Python does not know, or not so
         raise StorageError(f"{doing}: the answer is no XML: {error}") from None

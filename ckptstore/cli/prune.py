@@ -6,7 +6,7 @@ import click
 
 from ckptstore import retention
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
-from ckptstore.cli.render import columns, done, echo, print_json
+from ckptstore.cli.render import columns, done, echo, print_json, safe
 from ckptstore.errors import UsageError
 from ckptstore.locate import Where
 from ckptstore.sizes import size
@@ -79,7 +79,7 @@ def command(
         return
     echo()
     rows = [
-        (str(one.candidate.step), size(one.candidate.size_bytes), "keep" if one.keep else "delete", one.why)
+        (str(one.candidate.step), size(one.candidate.size_bytes), "keep" if one.keep else "delete", safe(one.why))
         for one in decisions
     ]
     for line in columns(("step", "size", "", "why"), rows, left=(2,)):

@@ -5,6 +5,7 @@ not hold.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 from ckptstore.model import FileInfo, Finding, ReadAt, Status
@@ -68,7 +69,7 @@ def parse_json(data: bytes, *, strict: bool) -> Any:
     try:
         text = data.decode("utf-8")
         if strict:
-            return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+            return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         return json.loads(text)
     except FormatError:
         raise
@@ -87,6 +88,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise FormatError("the JSON has a key twice")
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise FormatError("the JSON contains a number out of range")
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -66,6 +66,9 @@ def read_header(read_at: ReadAt, name: str, size_bytes: int) -> dict[str, Tensor
         if error.problem.startswith("became"):
             raise
         raise FormatError(f"header: {error.problem}") from None  # the header is all there: not an early end
+    about = header.get("__metadata__", {})
+    if not isinstance(about, dict) or not all(_is_text(text) for item in about.items() for text in item):
+        raise FormatError("header: __metadata__ is no object of texts")  # the format's reference reader refuses it
     tensors = {key: _tensor(key, value) for key, value in header.items() if key != "__metadata__"}
     _check_extent(tensors, size_bytes - 8 - header_bytes, size_bytes)
     return tensors
@@ -73,6 +76,8 @@ def read_header(read_at: ReadAt, name: str, size_bytes: int) -> dict[str, Tensor
 
 def _tensor(key: str, value: Any) -> Tensor:
     shown = ascii(key[:80])
+    if not _is_text(key):
+        raise FormatError(f"header: {shown} is no text")
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise FormatError(f"header: {shown} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -83,6 +88,14 @@ def _tensor(key: str, value: Any) -> Tensor:
     if prod(shape) * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise FormatError(f"header: {shown} of shape {shape[:8]} {dtype} does not fill its data_offsets")
     return Tensor(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _is_text(value: object) -> bool:
+    """Half a surrogate pair, which JSON can say, is none."""
+    try:
+        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
+    except UnicodeEncodeError:
+        return False
 
 
 def _sizes(value: object) -> bool:

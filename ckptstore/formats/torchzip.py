@@ -173,7 +173,7 @@ def find_data(read: Callable[[int, int], bytes], length: int) -> Data:
     code, order, data = needed
     if code is None or data is None or code.size_bytes > 1 << 20:
         raise FormatError("not an archive of one tensor")
-    if order is not None and _content(read, order) != b"little":
+    if order is not None and (order.size_bytes > 16 or _content(read, order) != b"little"):
         raise FormatError("not little-endian")
     dtype, shape = _describe(_content(read, code))
     if data.size_bytes != prod(shape) * ITEM_BYTES[dtype]:
@@ -254,7 +254,10 @@ def _describe(code: bytes) -> tuple[str, tuple[int, ...]]:
         raise FormatError("not a tensor of a dtype that is known")
     if offset != 0:
         raise FormatError("a tensor that does not begin where its storage does")
-    if not all(isinstance(size, tuple) and all(type(n) is int and n >= 0 for n in size) for size in (shape, strides)):
+    if not all(
+        isinstance(size, tuple) and len(size) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in size)
+        for size in (shape, strides)
+    ):
         raise FormatError("a tensor without a shape")
     expected = tuple(prod(shape[n + 1 :]) for n in range(len(shape)))
     if len(strides) != len(shape) or any(

@@ -157,6 +157,11 @@ class StoreReader(StorageReader):
             item = items.get((index.fqn, chunk)) or items.get((index.fqn, None))
             if item is None:
                 raise IntegrityError(f"step {self.step}: {index.fqn} has no place in its files", hint="Load another step.")
+            entry = self._files.get(item.file)
+            if entry is not None and item.offset + item.length > entry.size_bytes:  # before memory is made for it
+                raise IntegrityError(
+                    f"step {self.step}: .metadata places {index.fqn} behind the end of {item.file}", hint="Load another step."
+                )
             dtype, shape = "", tuple[int, ...]()
             if request.type == LoadItemType.TENSOR:
                 tensor = self._metadata.tensors[index.fqn]

@@ -151,8 +151,7 @@ def _load(store: CheckpointStore, part: Part, manifest: Manifest, map_location: 
         )
     folder = files_folder_of(store.backend, part)
     text = read_whole(store.backend, folder, files[STATE_NAME], chunk_bytes=manifest.chunk_bytes)
-    document = json.loads(text)
-    wanted = states.tensors_in(document)
+    document, wanted = states.read(text)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     wanted_on = torch.device(map_location or "cpu")
     device = wanted_on if wanted_on.type == "cuda" and store.backend.is_folder else torch.device("cpu")
@@ -174,7 +173,8 @@ def _load(store: CheckpointStore, part: Part, manifest: Manifest, map_location: 
     if device != wanted_on:
         tensors = {file: {name: tensor.to(wanted_on) for name, tensor in inside.items()} for file, inside in tensors.items()}
     result = states.decode(document, tensors)
-    assert isinstance(result, dict)
+    if not isinstance(result, dict):
+        raise IntegrityError(f"step {manifest.step}: state.json holds a {type(result).__name__}, no state dict")
     return result
 
 

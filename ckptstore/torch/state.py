@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 import re
 from collections import Counter, OrderedDict
@@ -122,12 +123,25 @@ class Encoder:
         return file, name
 
 
+def read(text: bytes) -> tuple[dict[str, Any], dict[str, set[str]]]:
+    """The document in a state.json, and the tensors that it names, by file. IntegrityError for anything else."""
+    try:
+        document = json.loads(text)
+        return document, tensors_in(document)
+    except UsageError:  # a ValueError too: of a newer torch
+        raise
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"state.json cannot be understood: {error!r:.80}", hint="Load another step.") from error
+
+
 def tensors_in(document: Any) -> dict[str, set[str]]:
     """The tensors that a document names, by file. IntegrityError for a document of another kind."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise IntegrityError("state.json is not a state that ckptstore saved", hint="Was the step saved by something else?")
     if document.get("version") != VERSION:
         raise IntegrityError(f"state.json is of version {document.get('version')!r:.20}", hint="Upgrade ckptstore.")
+    if not isinstance(document.get("state"), dict):
+        raise IntegrityError("state.json holds no state", hint="Load another step.")
     found: dict[str, set[str]] = {}
 
     def note(file: str, name: str) -> None:
@@ -175,7 +189,9 @@ def _decode(value: Any, tensor: Callable[[str, str], Any]) -> Any:
                 return torch.Size(content)
     except UsageError:  # a ValueError too
         raise
-    except (TypeError, ValueError, KeyError, binascii.Error) as error:
+    except (TypeError, ValueError, LookupError, OverflowError, RuntimeError, binascii.Error) as error:
+        if isinstance(error, RecursionError):
+            raise
         raise IntegrityError(f"state.json: {kind} holds {content!r:.80}: {error!r:.80}") from error
     raise IntegrityError(f"state.json: {kind!r:.40} is not known to this ckptstore", hint="Upgrade ckptstore.")
 

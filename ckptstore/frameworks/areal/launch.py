@@ -196,6 +196,6 @@ def logged_config(run: RunRef) -> RunConfig | None:
     """The configuration that AReaL kept with the run's logs; None when there is none that can be read."""
     path = os.path.join(run.logs, "config.yaml") if run.logs else ""
     try:
-        return load(path) if path else None
+        return load(path) if os.path.isfile(path) else None
     except CkptStoreError:
         return None

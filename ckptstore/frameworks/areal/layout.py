@@ -12,6 +12,7 @@ That a folder exists proves nothing: AReaL's own helpers create the ones that th
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import stat
@@ -257,9 +258,10 @@ def _weights(by_name: frozenset[str]) -> tuple[str, list[Finding]]:
         if match := _SHARD.fullmatch(name):
             sets.setdefault((match[1], match[4], int(match[3])), set()).add(int(match[2]))
     for (stem, suffix, count), found in sets.items():
-        absent = [number for number in range(1, min(count, 100_000) + 1) if number not in found]
+        absent = (number for number in range(1, count + 1) if number not in found)
         findings += [
-            Finding(f"{stem}-{number:05d}-of-{count:05d}.{suffix}", "shard missing", Status.PARTIAL) for number in absent[:20]
+            Finding(f"{stem}-{number:05d}-of-{count:05d}.{suffix}", "shard missing", Status.PARTIAL)
+            for number in itertools.islice(absent, 20)
         ]
         if f"{stem}.{suffix}.index.json" not in by_name:
             findings.append(

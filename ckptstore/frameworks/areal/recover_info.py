@@ -15,6 +15,7 @@ from ckptstore.errors import CkptStoreError, NotFoundError
 from ckptstore.formats import FormatError, inert
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.native import Folder
+from ckptstore.untrusted import MOST
 
 STEP_INFO = "step_info.json"
 STEP_FIELDS = ("epoch", "epoch_step", "global_step", "steps_per_epoch")
@@ -68,11 +69,11 @@ def read(backend: Backend, folder: Folder | None) -> RecoverInfo | None:
             else:
                 documents[name] = document
     step = documents.get(STEP_INFO, {})
-    numbers = {key: value for key in STEP_FIELDS if type(value := step.get(key)) is int}
+    numbers = {key: value for key in STEP_FIELDS if type(value := step.get(key)) is int and 0 <= value < MOST}
     if STEP_INFO in documents and set(step) != set(STEP_FIELDS):
         problems.append(f"{STEP_INFO} has the fields {sorted(step)}, and AReaL accepts exactly {sorted(STEP_FIELDS)}")
     elif STEP_INFO in documents and len(numbers) != len(STEP_FIELDS):
-        problems.append(f"{STEP_INFO} holds something that is not a whole number")
+        problems.append(f"{STEP_INFO} holds something that is not a whole number from 0")
     for name in CONTROLS:
         for control in ("epoch", "step", "time"):
             inner = documents.get(name, {}).get(control)
@@ -123,7 +124,7 @@ def _read_json(backend: Backend, key: str, size_bytes: int) -> tuple[dict[str, A
     if size_bytes > MAX_JSON_BYTES:
         return {}, f"is {size_bytes:,} bytes: not AReaL's"
     try:
-        document = json.loads(backend.get(key))
+        document = json.loads(backend.get(key, length_bytes=MAX_JSON_BYTES))  # it may have grown
     except NotFoundError:
         return {}, "is missing"
     except CkptStoreError as error:

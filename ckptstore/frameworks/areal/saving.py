@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ckptstore.config import RunConfig
@@ -22,9 +23,16 @@ def settings(config: RunConfig) -> dict[str, Any]:
     """The two blocks as they are, for programs."""
     return {
         "path": config.path,
-        "saver": {key: config.get(f"saver.{key}") for key, _ in _CONTROLS},
-        "recover": {key: config.get(f"recover.{key}") for key in ("mode", *(key for key, _ in _CONTROLS))},
+        "saver": {key: _plain(config.get(f"saver.{key}")) for key, _ in _CONTROLS},
+        "recover": {key: _plain(config.get(f"recover.{key}")) for key in ("mode", *(key for key, _ in _CONTROLS))},
     }
+
+
+def _plain(value: Any) -> str | int | float | None:
+    """What JSON has: YAML also knows dates, bytes, NaN, and lists that hold themselves."""
+    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return None if isinstance(value, (dict, list, set)) else str(value)
 
 
 def first_saved(config: RunConfig | None, steps_per_epoch: int, last_step: int) -> str:

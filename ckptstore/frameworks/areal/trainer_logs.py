@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ckptstore.untrusted import open_regular
+
 LOG_NAME = "main.log"  #: the trainer's own
 TAIL_BYTES = 2 << 20
 MAX_FILES = 64
@@ -187,7 +189,7 @@ def _subfolders(folder: str) -> list[str]:
 
 
 def _tail(file: LogFile) -> str:
-    with open(file.path, "rb") as stream:
+    with open_regular(file.path) as stream:
         stream.seek(max(0, file.size_bytes - TAIL_BYTES))
         data = stream.read(TAIL_BYTES)
     return _COLOUR.sub("", data.decode("utf-8", "replace").replace("\r", "\n"))
