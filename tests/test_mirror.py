@@ -258,6 +258,33 @@ def test_an_outage_is_waited_out(tmp_path, monkeypatch, caplog):
     assert [checkpoint.step for checkpoint in scan(open_backend(url)).checkpoints] == [1, 2, 3]
 
 
+def test_what_is_refused_there_keeps_nobody_waiting(tmp_path, s3, monkeypatch, caplog):
+    """Two machines train one run by mistake. `wait` ends, the store is not asked without pause, and later steps go at once."""
+    from ckptstore import mirror as mirroring
+
+    passes = []
+    monkeypatch.setattr(mirroring, "POLL_S", 1.5)
+    monkeypatch.setattr(mirroring, "scan", lambda backend: (passes.append(backend.location), scan(backend))[1])
+    other = CheckpointStore(tmp_path / "other")
+    saved(other, 1, tmp_path / "state")
+    mirror(other.backend, s3)
+    store = CheckpointStore(tmp_path / "store")
+    saved(store, 1, tmp_path / "state")
+    with store.mirror(s3) as running:
+        began = time.monotonic()
+        assert not any(running.wait(15) for _ in range(3))
+        assert time.monotonic() - began < 12
+        assert passes.count(s3) <= 5
+        assert running.lag.waiting == 1
+        assert "with other bytes" in running.lag.problem
+        saved(store, 2, tmp_path / "state")
+        deadline = time.monotonic() + 7  # the pause is 12 s by now
+        while running.lag.newest_safe_step != 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (running.lag.newest_safe_step, running.lag.waiting) == (2, 1)
+    assert "Push to another URL" in caplog.text
+
+
 def test_closing_does_not_wait_for_a_long_push(tmp_path, s3):
     """It ends in the middle, nothing half is seen there, and the next one goes on."""
     store = CheckpointStore(tmp_path / "store")
