@@ -71,6 +71,7 @@ class Plan:
     info: InfoPlan
     refusals: tuple[str, ...]  #: why setup would not do it; empty when it would
     nothing_to_do: str  #: why there is nothing to do; empty when there is
+    notes: tuple[str, ...]  #: what is in the way in the run, or left aside
     new_trial: str = ""  #: the folder of the trial to be made; empty when it is the run's own slot
 
     @property
@@ -136,8 +137,24 @@ def plan(
         info=info,
         refusals=() if nothing_to_do else tuple(_refusals(listing, slots, old, {} if in_slot else transfers, info, options)),
         nothing_to_do=nothing_to_do,
+        notes=(*listing.notes, *_newer_here(listing, selection, point)),
         new_trial=trial_folder(listing, options) if options.new_trial else "",
     )
+
+
+def _newer_here(listing: Listing, selection: Selection, point: ResumePoint) -> list[str]:
+    """What a choice from a URL passes over on this machine: a disk that came back may hold what was never pushed."""
+    if not selection.url or selection.named:
+        return []
+    slot = listing.slot if listing.slot is not None and listing.slot.format in RESUMABLE else None
+    here = [c for c in (*listing.checkpoints, *listing.adopted, slot) if c is not None and c.status.usable]
+    bound = selection.bound
+    newer = [c.step for c in here if c.step > point.checkpoint.step and (bound is None or c.step <= bound)]
+    if not newer:
+        return []
+    return [
+        f"step {max(newer)} is here, and newer than all that qualifies in {selection.url}: without --from, those here count"
+    ]
 
 
 def _era(listing: Listing, options: Options, old: Checkpoint | None, chosen: Checkpoint) -> Era:
