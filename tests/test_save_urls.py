@@ -19,6 +19,7 @@ from ckptstore.errors import (
     CommitUncertain,
     IntegrityError,
     NotCommitted,
+    NotFoundError,
     NothingToResumeError,
     RefusedError,
     SourceChangedError,
@@ -312,6 +313,19 @@ def state_of(seed: int) -> dict[str, Any]:
     weight = torch.randn(500_001)
     model = {"w": weight, "tied": weight, "odd": torch.randn(5, 7).t(), "none": torch.empty(0), "large": torch.randn(4_600_000)}
     return {"model": model, "optimizer": {"m": torch.randn(11)}, "step": seed, "text": "ü"}
+
+
+def test_a_bucket_that_is_not_there_is_no_empty_store(s3: str) -> None:
+    """Whoever begins anew where nothing was saved must not do so for a misspelled name."""
+    from ckptstore.torch import resuming
+
+    there, misspelled = CheckpointStore(f"{s3}/nothing-yet"), CheckpointStore("s3://no-such-bucket/run")
+    assert resuming.held(there) == {}
+    with pytest.raises(NothingToResumeError, match="no whole step"):
+        ckpt.load(there)
+    for ask in (ckpt.load, resuming.held):
+        with pytest.raises(NotFoundError, match="there is no such bucket"):
+            ask(misspelled)
 
 
 def test_tensors(url: str) -> None:
