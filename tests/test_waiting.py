@@ -81,10 +81,15 @@ def test_why_there_is_no_answer(endpoint):
 
 
 @pytest.mark.parametrize(
-    ("code", "hint"), [("AccessDenied", "may not do this"), ("SignatureDoesNotMatch", "right, and not expired")]
+    ("code", "hint"),
+    [
+        ("AccessDenied", "may not do this"),
+        ("SignatureDoesNotMatch", "right, and not expired"),
+        ("RequestTimeTooSkewed", "clock is wrong"),
+    ],
 )
 def test_who_is_refused_is_told_why(endpoint, code, hint):
-    """Right credentials without the right, and wrong ones, are two mistakes."""
+    """Right credentials without the right, wrong ones and a wrong clock are three mistakes."""
 
     class Refusing(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
