@@ -13,6 +13,7 @@ from ckptstore import listing, staging
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import StorageError
+from ckptstore.mirror import mirror
 from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.push import push
 from ckptstore.store import CheckpointStore
@@ -231,6 +232,29 @@ def test_what_is_newer_here_is_said(run, url, capfd, tmp_path):
     assert "step 187 is here, and newer" in " ".join((shown.out + shown.err).split())
     for bound in (("--max-step", 140), ("--step", 140)):  # whoever names one means it
         assert "is here" not in str(commands.invoke(capfd, *words, *bound).json["notes"])
+
+
+def test_whoever_goes_back_is_told_of_the_mirror(run, url, capfd, tmp_path):
+    """Steps 93 and 140 are there, of the time that is left: trained anew they are refused, and the old ones would be resumed."""
+    words = ("setup", "--run", run, "--dry-run", "--json", *OLD)
+    text = f"{url} holds steps up to 140"
+    assert text not in str(commands.invoke(capfd, *words, "--from", url).json["notes"])
+    back = commands.invoke(capfd, *words, "--from", url, "--before-step", 93)
+    assert back.json["checkpoint"]["step"] == 46
+    assert text in str(back.json["notes"])
+    assert text not in str(commands.invoke(capfd, *words).json["notes"])  # not mirrored by this machine
+    for step in (93, 140):
+        shutil.copytree(trees.checkpoint(tmp_path / "kept", step), run / "default" / trees.folder_name(step))
+    trees.set_age(run, 3600)
+    mirror(open_backend(run), url)
+    assert text not in str(commands.invoke(capfd, *words).json["notes"])
+    assert text in str(commands.invoke(capfd, *words, "--before-step", 93).json["notes"])
+    assert text not in str(commands.invoke(capfd, *words, "--before-step", 93, "--new-trial", "trial1").json["notes"])
+    (record,) = run.parent.rglob("mirror.json")
+    record.write_text("{")
+    torn = commands.invoke(capfd, *words)
+    assert torn.code == 0
+    assert "mirror.json is damaged" in str(torn.json["notes"])
 
 
 def test_a_new_box_is_told_what_to_say(url, run, capfd, tmp_path, monkeypatch):
