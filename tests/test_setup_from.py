@@ -235,7 +235,7 @@ def test_what_is_newer_here_is_said(run, url, capfd, tmp_path):
 
 
 def test_whoever_goes_back_is_told_of_the_mirror(run, url, capfd, tmp_path):
-    """Steps 93 and 140 are there, of the time that is left: trained anew they are refused, and the old ones would be resumed."""
+    """Steps 93 and 140 are there, of the time that is left: trained anew they are refused; the old ones would be resumed."""
     words = ("setup", "--run", run, "--dry-run", "--json", *OLD)
     text = f"{url} holds steps up to 140"
     assert text not in str(commands.invoke(capfd, *words, "--from", url).json["notes"])
