@@ -80,6 +80,26 @@ def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: 
     mirrored.write(side, dataclasses.replace(record, looked_at_s=time.time(), problem=""))
 
 
+def is_safe(backend: Backend, url: str) -> bool:
+    """Whether `mirror` would have nothing to do, as far as can be told without a request."""
+    record, here = _record(backend, url), _finished(backend)
+    if record is None:
+        return not here
+    return bool(record.looked_at_s) and not record.problem and all(record.holds(checkpoint) for checkpoint in here)
+
+
+def _record(backend: Backend, url: str) -> Record | None:
+    record = mirrored.read(places.side_of(backend.location))
+    return record if record is not None and record.url == url else None
+
+
+def _finished(backend: Backend) -> list[Checkpoint]:
+    try:
+        return finished(scan(backend))
+    except NotFoundError:
+        return []  # the trainer has not begun
+
+
 class Mirror:
     """Mirrors a run in the background, while training goes on: a context manager, or `close` ends it.
 
@@ -141,7 +161,7 @@ class Mirror:
         while not self._ended.is_set():
             tried = self._waiting()
             try:
-                if not self._safe():
+                if not is_safe(self._backend, self._url):
                     mirror(self._backend, self._url, bandwidth=self._bandwidth, notify=self._notify)
                 pause_s = POLL_S
                 self._stuck = frozenset()
@@ -165,26 +185,15 @@ class Mirror:
 
     @property
     def _record(self) -> Record | None:
-        record = mirrored.read(places.side_of(self._backend.location))
-        return record if record is not None and record.url == self._url else None
+        return _record(self._backend, self._url)
 
     def _finished(self) -> list[Checkpoint]:
-        try:
-            return finished(scan(self._backend))
-        except NotFoundError:
-            return []  # the trainer has not begun
+        return _finished(self._backend)
 
     def _waiting(self) -> frozenset[str]:
         """Marks of what is finished here, and not safe there."""
         record = self._record or Record(self._url)
         return frozenset(mirrored.mark_of(checkpoint) for checkpoint in self._finished() if not record.holds(checkpoint))
-
-    def _safe(self) -> bool:
-        """Whether there is nothing to do, as far as can be told without a request."""
-        record, here = self._record, self._finished()
-        if record is None:
-            return not here
-        return bool(record.looked_at_s) and not record.problem and all(record.holds(checkpoint) for checkpoint in here)
 
     def _notify(self, doing: str, done_bytes: int, total_bytes: int) -> None:
         if self._ended.is_set():

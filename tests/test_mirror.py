@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from ckptstore import CheckpointStore, adopt, mirrored
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
-from ckptstore.errors import AlreadyExistsError, StorageError
+from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError
 from ckptstore.listing import mirror_of, scan
 from ckptstore.mirror import mirror
 from ckptstore.model import MANIFEST_NAME, Level, Status
@@ -99,6 +100,27 @@ def test_nothing_is_removed_here_before_it_is_safe_there(run, tmp_path, monkeypa
     assert {sent.step for sent in mirror(backend, url)} == {46, 150, 160}
     assert adopt.prune(backend, keep=1) == [150], "and now it may go"
     assert [checkpoint.step for checkpoint in scan(open_backend(url)).adopted] == [150, 160]
+
+
+def test_what_a_watch_left_does_not_wait_for_a_save(run, s3, tmp_path):
+    """A preempted watch has adopted step 150; the next one pushes it, and an export, although nothing new is saved."""
+    adopt.adopt(open_backend(run))
+    words = [*commands.COMMAND, "watch", "--run", str(run), "--to", s3]
+    watching = subprocess.Popen(words, env=os.environ.copy(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+
+    def arrived() -> list[int]:
+        try:
+            there = scan(open_backend(s3))
+        except NotFoundError:
+            return []
+        return [c.step for c in (*there.checkpoints, *there.adopted) if c.status is Status.COMMITTED]
+
+    while arrived() != [46, 150] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    watching.terminate()
+    _, said = watching.communicate(timeout=20)
+    assert (arrived(), watching.returncode) == ([46, 150], 0), said
 
 
 # --- exports, lag, retention ---------------------------------------------------------------------------------------
