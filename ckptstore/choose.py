@@ -257,6 +257,8 @@ def _nothing(listing: Listing, selection: Selection, skipped: list[Skipped]) -> 
             f"(step {telling.checkpoint.step}: {'; '.join(telling.reasons[:2])})"
         )
     hint = "Nothing has been saved there yet: see `saver:` and `recover:` in the run's configuration."
+    if selection.url and not steps:
+        hint = "; ".join(listing.notes) or "What is there is no checkpoint, by its names. Is it the URL that was pushed to?"
     if steps:
         seen = [looked_at.get(checkpoint.parts[0].path, checkpoint) for checkpoint in listing.checkpoints]
         usable = [checkpoint.step for checkpoint in seen if checkpoint.status.usable]

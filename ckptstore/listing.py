@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ckptstore import damage, prepared
@@ -75,6 +75,8 @@ def scan(backend: Backend) -> Listing:
             f"{layout.SLOT}/ lies directly in the trial, where old guides put it: AReaL never reads it "
             f"(it reads {layout.MAIN_PART}/{layout.SLOT}/), and takes it for a model's name; move it away"
         )
+    if not (backend.is_folder or checkpoints):
+        notes += [f"a run lies at {url}" for url in _runs_beside(backend.location, tree)]
     newest_file, newest_mtime_ns = _newest(run)
     return Listing(
         layout.run_ref(backend.location),
@@ -86,6 +88,18 @@ def scan(backend: Backend) -> Listing:
         newest_file,
         newest_mtime_ns,
     )
+
+
+def _runs_beside(url: str, tree: Mapping[str, Folder]) -> list[str]:
+    """Some runs below a URL that is none, or around it: one that is named a folder too high or too low would look empty."""
+    found = set()
+    for path in tree:
+        *above, name = path.split("/")
+        if layout.parse_export_name(name):
+            found.add("/".join((url, *above[:-1])) if above else url.rpartition("/")[0])
+        elif above and steps.is_step(name):
+            found.add("/".join((url, *above)))
+    return sorted(found)[:8]
 
 
 def _side(backend: Backend) -> str:

@@ -80,6 +80,26 @@ def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: 
     mirrored.write(side, dataclasses.replace(record, looked_at_s=time.time(), problem=""))
 
 
+def is_safe(backend: Backend, url: str) -> bool:
+    """Whether `mirror` would have nothing to do, as far as can be told without a request."""
+    record, here = _record(backend, url), _finished(backend)
+    if record is None:
+        return not here
+    return bool(record.looked_at_s) and not record.problem and all(record.holds(checkpoint) for checkpoint in here)
+
+
+def _record(backend: Backend, url: str) -> Record | None:
+    record = mirrored.read(places.side_of(backend.location))
+    return record if record is not None and record.url == url else None
+
+
+def _finished(backend: Backend) -> list[Checkpoint]:
+    try:
+        return finished(scan(backend))
+    except NotFoundError:
+        return []  # the trainer has not begun
+
+
 class Mirror:
     """Mirrors a run in the background, while training goes on: a context manager, or `close` ends it.
 
@@ -92,6 +112,7 @@ class Mirror:
             raise UsageError(f"{backend.location} is no folder of this machine", hint="A mirror goes from a folder to a URL.")
         self._backend, self._url, self._bandwidth = backend, normal_url(url), bandwidth
         self._ended, self._wake = threading.Event(), threading.Event()
+        self._stuck: frozenset[str] = frozenset()  # marks of what the last pass has tried in vain, all others being safe
         self._thread = threading.Thread(target=self._run, name="ckptstore-mirror", daemon=True)
         self._thread.start()
 
@@ -108,11 +129,19 @@ class Mirror:
         return mirrored.lag(self._record or Record(self._url), self._finished())
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until all that is finished now is safe there; whether it is."""
+        """Wait until all that is finished now is safe there; whether it is.
+
+        False also where it never will be: one is refused there, or damaged here (`lag.problem`), and all others are safe.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self.lag.waiting:
-            self._wake.set()
-            if (deadline is not None and time.monotonic() > deadline) or not self._thread.is_alive():
+        self._stuck = frozenset()  # it may fare better now
+        wake_s = time.monotonic()
+        while waiting := self._waiting():
+            if time.monotonic() >= wake_s:  # sooner than after an error's pause, and no more often than ever
+                self._wake.set()
+                wake_s += POLL_S
+            given_up = deadline is not None and time.monotonic() > deadline
+            if given_up or waiting <= self._stuck or not self._thread.is_alive():
                 return False
             time.sleep(0.1)
         return True
@@ -130,35 +159,41 @@ class Mirror:
         native.be_nice(NICENESS)
         pause_s = POLL_S
         while not self._ended.is_set():
+            tried = self._waiting()
             try:
-                if not self._safe():
+                if not is_safe(self._backend, self._url):
                     mirror(self._backend, self._url, bandwidth=self._bandwidth, notify=self._notify)
                 pause_s = POLL_S
+                self._stuck = frozenset()
             except parallel.Stopped:
                 return
             except CkptStoreError as error:
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
-                log.warning("ckptstore: not mirrored to %s (tried again in %.0f s): %s", self._url, pause_s, error)
-            self._wake.wait(pause_s)
-            self._wake.clear()
+                said = f"{error}. {error.hint}" if error.hint else error
+                log.warning("ckptstore: not mirrored to %s (tried again in %.0f s): %s", self._url, pause_s, said)
+                alone = isinstance(error, (AlreadyExistsError, IntegrityError))  # all others were sent
+                self._stuck = tried & self._waiting() if alone else frozenset()
+            self._pause(pause_s)
+
+    def _pause(self, pause_s: float) -> None:
+        """Until the next pass; what is stuck does not keep waiting what was saved since."""
+        deadline = time.monotonic() + pause_s
+        while (left_s := deadline - time.monotonic()) > 0 and not self._wake.wait(min(left_s, POLL_S)):
+            if self._stuck and self._waiting() - self._stuck:
+                break
+        self._wake.clear()
 
     @property
     def _record(self) -> Record | None:
-        record = mirrored.read(places.side_of(self._backend.location))
-        return record if record is not None and record.url == self._url else None
+        return _record(self._backend, self._url)
 
     def _finished(self) -> list[Checkpoint]:
-        try:
-            return finished(scan(self._backend))
-        except NotFoundError:
-            return []  # the trainer has not begun
+        return _finished(self._backend)
 
-    def _safe(self) -> bool:
-        """Whether there is nothing to do, as far as can be told without a request."""
-        record, here = self._record, self._finished()
-        if record is None:
-            return not here
-        return bool(record.looked_at_s) and not record.problem and all(record.holds(checkpoint) for checkpoint in here)
+    def _waiting(self) -> frozenset[str]:
+        """Marks of what is finished here, and not safe there."""
+        record = self._record or Record(self._url)
+        return frozenset(mirrored.mark_of(checkpoint) for checkpoint in self._finished() if not record.holds(checkpoint))
 
     def _notify(self, doing: str, done_bytes: int, total_bytes: int) -> None:
         if self._ended.is_set():

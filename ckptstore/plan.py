@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from ckptstore import commit, probe, running
+from ckptstore import commit, mirrored, places, probe, running
 from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.backends import is_url, open_backend
@@ -16,7 +16,7 @@ from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import ResumePoint, Selection, resume_point
 from ckptstore.config import RunConfig
-from ckptstore.errors import AlreadyExistsError, BusyError, NotFoundError, RefusedError, UsageError
+from ckptstore.errors import AlreadyExistsError, BusyError, CkptStoreError, NotFoundError, RefusedError, UsageError
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.era import Era
 from ckptstore.frameworks.areal.era import of as era_of
@@ -71,6 +71,7 @@ class Plan:
     info: InfoPlan
     refusals: tuple[str, ...]  #: why setup would not do it; empty when it would
     nothing_to_do: str  #: why there is nothing to do; empty when there is
+    notes: tuple[str, ...]  #: what is in the way in the run, or left aside
     new_trial: str = ""  #: the folder of the trial to be made; empty when it is the run's own slot
 
     @property
@@ -136,8 +137,48 @@ def plan(
         info=info,
         refusals=() if nothing_to_do else tuple(_refusals(listing, slots, old, {} if in_slot else transfers, info, options)),
         nothing_to_do=nothing_to_do,
+        notes=(
+            *listing.notes,
+            *_newer_here(listing, selection, point),
+            *(() if options.new_trial else _newer_there(listing, found, selection, point)),
+        ),
         new_trial=trial_folder(listing, options) if options.new_trial else "",
     )
+
+
+def _newer_here(listing: Listing, selection: Selection, point: ResumePoint) -> list[str]:
+    """What a choice from a URL passes over on this machine: a disk that came back may hold what was never pushed."""
+    if not selection.url or selection.named:
+        return []
+    slot = listing.slot if listing.slot is not None and listing.slot.format in RESUMABLE else None
+    here = [c for c in (*listing.checkpoints, *listing.adopted, slot) if c is not None and c.status.usable]
+    bound = selection.bound
+    newer = [c.step for c in here if c.step > point.checkpoint.step and (bound is None or c.step <= bound)]
+    if not newer:
+        return []
+    return [
+        f"step {max(newer)} is here, and newer than all that qualifies in {selection.url}: without --from, those here count"
+    ]
+
+
+def _newer_there(listing: Listing, found: Listing, selection: Selection, point: ResumePoint) -> list[str]:
+    """That what is trained anew meets its own past in the store, which keeps what it has."""
+    try:
+        record = mirrored.read(places.side_of(listing.run.path))
+    except CkptStoreError as error:
+        return [str(error)]
+    if selection.url:
+        url, newest = selection.url, max((c.step for c in found.checkpoints if c.status is Status.COMMITTED), default=-1)
+    elif record is not None:
+        url, newest = record.url, record.newest_step
+    else:
+        return []
+    if newest <= point.checkpoint.step:
+        return []
+    return [
+        f"{url} holds steps up to {newest}: what training saves anew by their numbers is refused there, and the next machine "
+        "would resume from the old ones. Mirror to another URL from now on (or train as --new-trial, with its own)"
+    ]
 
 
 def _era(listing: Listing, options: Options, old: Checkpoint | None, chosen: Checkpoint) -> Era:

@@ -18,18 +18,19 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from ckptstore import choose, mirrored, node_sets, pins, places, steps, uploading, verify
+from ckptstore import choose, mirrored, node_sets, parallel, pins, places, steps, uploading, verify
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
 from ckptstore.errors import CkptStoreError, RefusedError, UsageError, from_os_error
-from ckptstore.frameworks.steps import folder_name, generations_in
+from ckptstore.frameworks.steps import Generation, folder_name, generations_in
 from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
-from ckptstore.model import Level, Status
+from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.parts import find_manifest, folder_of
 
 _NONE: Mapping[int, str] = {}
+_AT_ONCE = 16  #: requests to a store: one after the other, a thousand steps take minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,20 +261,31 @@ def _prune_there(backend: Backend, keep: Keep) -> list[Decision]:
     """`prune` at a URL: no lock, so that only what the listing showed is removed, and nothing that came since."""
     decisions = plan(backend, keep)
     doomed = {one.candidate.step: one.candidate.folder for one in decisions if not one.keep}
-    there = sorted(generations_in(backend.tree(max_depth=4))) if doomed else []
-    for step, folder in doomed.items():
-        counted = next((one.number for one in there if one.folder == folder), -1)
-        for one in there:  # older ones first, or they would count again; what is not committed is somebody's save
-            if one.step == step and one.number <= counted and (one.committed or one.folder == folder):
+    there: dict[int, list[Generation]] = {}
+    for found in sorted(generations_in(backend.tree(max_depth=4))) if doomed else ():
+        there.setdefault(found.step, []).append(found)
+
+    def remove(step: int, _: parallel.Stop) -> None:
+        counted = next((one.number for one in there.get(step, ()) if one.folder == doomed[step]), -1)
+        for one in there.get(step, ()):  # older ones first, or they would count again
+            if one.number <= counted and (one.committed or one.folder == doomed[step]):  # what is not is somebody's save
                 uploading.remove(backend, one.folder)
+
+    parallel.each(doomed, remove, threads=_AT_ONCE)
     return decisions
 
 
 def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
     bad = choose.gone_bad(listing.run.path, listing.checkpoints)
+    manifests: dict[int, Manifest | None] = {}
+
+    def read(checkpoint: Checkpoint, _: parallel.Stop) -> None:
+        manifests[checkpoint.step] = find_manifest(backend, folder_of(backend, checkpoint.parts[0]))
+
+    parallel.each(listing.checkpoints, read, threads=1 if backend.is_folder else _AT_ONCE)
     found = []
     for checkpoint in listing.checkpoints:
-        manifest = find_manifest(backend, folder_of(backend, checkpoint.parts[0]))
+        manifest = manifests[checkpoint.step]
         metrics = manifest.metrics if manifest is not None else {}
         found.append(
             Candidate(

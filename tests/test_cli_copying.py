@@ -189,15 +189,30 @@ def test_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str], clock: Clo
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "copying default: 1.0 GB of 10.0 GB, 0.10 GB/s, 90 s left",
-        "copying default: 2.0 GB of 10.0 GB, 0.10 GB/s, 80 s left",
+        "copying default: 1.0 GB of 10.0 GB, 100 MB/s, 90 s left",
+        "copying default: 2.0 GB of 10.0 GB, 100 MB/s, 80 s left",
     ]
 
 
 def test_what_was_staged_before_is_not_counted_as_speed(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     with Progress() as progress:
         report(progress, clock, seconds=10, start_bytes=8_000_000_000)
-    assert capsys.readouterr().err == "copying default: 9.0 GB of 10.0 GB, 0.10 GB/s, 10 s left\n"
+    assert capsys.readouterr().err == "copying default: 9.0 GB of 10.0 GB, 100 MB/s, 10 s left\n"
+
+
+def test_a_standstill_is_said(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    """All parts are on their way, and the store has stopped answering: neither a rate nor "0 s left"."""
+    with Progress() as progress:
+        report(progress, clock, seconds=5)
+        for _ in range(20):
+            progress.notify("copying default", 600_000_000, 10_000_000_000)
+            clock.now_s += 1
+        report(progress, clock, seconds=10, start_bytes=600_000_000)
+    assert [line.rpartition(", ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "3 min left",
+        "nothing moved for 14 s",
+        "4 min left",
+    ]
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:

@@ -231,3 +231,11 @@ def test_the_picture_is_of_this_version() -> None:
     assert "✗&#160;CORRUPT" in text
     assert re.findall(r"https?://[^\s\"<]+", text) == ["http://www.w3.org/2000/svg", "https://www.textualize.io"]
     assert "<script" not in text
+
+
+@pytest.mark.parametrize("name", cli_module.VERBS)
+def test_help_names_variables_as_they_are_set(name):
+    """A shell tells $CKPTSTORE_URL from $ckptstore_url."""
+    command = verb(name)
+    told = re.findall(r"\$(\w+)", command.get_help(click.Context(command, info_name=name)))
+    assert {*told} <= {"CKPTSTORE_URL", "CKPTSTORE_FILEROOT"}, told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from ckptstore import CheckpointStore, adopt, mirrored
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
-from ckptstore.errors import AlreadyExistsError, StorageError
+from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError
 from ckptstore.listing import mirror_of, scan
 from ckptstore.mirror import mirror
 from ckptstore.model import MANIFEST_NAME, Level, Status
@@ -99,6 +100,27 @@ def test_nothing_is_removed_here_before_it_is_safe_there(run, tmp_path, monkeypa
     assert {sent.step for sent in mirror(backend, url)} == {46, 150, 160}
     assert adopt.prune(backend, keep=1) == [150], "and now it may go"
     assert [checkpoint.step for checkpoint in scan(open_backend(url)).adopted] == [150, 160]
+
+
+def test_what_a_watch_left_does_not_wait_for_a_save(run, s3, tmp_path):
+    """A preempted watch has adopted step 150; the next one pushes it, and an export, although nothing new is saved."""
+    adopt.adopt(open_backend(run))
+    words = [*commands.COMMAND, "watch", "--run", str(run), "--to", s3]
+    watching = subprocess.Popen(words, env=os.environ.copy(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+
+    def arrived() -> list[int]:
+        try:
+            there = scan(open_backend(s3))
+        except NotFoundError:
+            return []
+        return [c.step for c in (*there.checkpoints, *there.adopted) if c.status is Status.COMMITTED]
+
+    while arrived() != [46, 150] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    watching.terminate()
+    _, said = watching.communicate(timeout=20)
+    assert (arrived(), watching.returncode) == ([46, 150], 0), said
 
 
 # --- exports, lag, retention ---------------------------------------------------------------------------------------
@@ -256,6 +278,33 @@ def test_an_outage_is_waited_out(tmp_path, monkeypatch, caplog):
         assert running.wait(20)
     assert "it is down" in caplog.text
     assert [checkpoint.step for checkpoint in scan(open_backend(url)).checkpoints] == [1, 2, 3]
+
+
+def test_what_is_refused_there_keeps_nobody_waiting(tmp_path, s3, monkeypatch, caplog):
+    """Two machines train one run by mistake. `wait` ends, the store is not asked without pause, and later steps go at once."""
+    from ckptstore import mirror as mirroring
+
+    passes = []
+    monkeypatch.setattr(mirroring, "POLL_S", 1.5)
+    monkeypatch.setattr(mirroring, "scan", lambda backend: (passes.append(backend.location), scan(backend))[1])
+    other = CheckpointStore(tmp_path / "other")
+    saved(other, 1, tmp_path / "state")
+    mirror(other.backend, s3)
+    store = CheckpointStore(tmp_path / "store")
+    saved(store, 1, tmp_path / "state")
+    with store.mirror(s3) as running:
+        began = time.monotonic()
+        assert not any(running.wait(15) for _ in range(3))
+        assert time.monotonic() - began < 12
+        assert passes.count(s3) <= 5
+        assert running.lag.waiting == 1
+        assert "with other bytes" in running.lag.problem
+        saved(store, 2, tmp_path / "state")
+        deadline = time.monotonic() + 7  # the pause is 12 s by now
+        while running.lag.newest_safe_step != 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (running.lag.newest_safe_step, running.lag.waiting) == (2, 1)
+    assert "Push to another URL" in caplog.text
 
 
 def test_closing_does_not_wait_for_a_long_push(tmp_path, s3):

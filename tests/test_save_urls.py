@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, claims, listing, native, uploading
+from ckptstore import CheckpointStore, claims, listing, native, retention, uploading
 from ckptstore import push as pushing
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
@@ -19,6 +20,7 @@ from ckptstore.errors import (
     CommitUncertain,
     IntegrityError,
     NotCommitted,
+    NotFoundError,
     NothingToResumeError,
     RefusedError,
     SourceChangedError,
@@ -314,6 +316,19 @@ def state_of(seed: int) -> dict[str, Any]:
     return {"model": model, "optimizer": {"m": torch.randn(11)}, "step": seed, "text": "ü"}
 
 
+def test_a_bucket_that_is_not_there_is_no_empty_store(s3: str) -> None:
+    """Whoever begins anew where nothing was saved must not do so for a misspelled name."""
+    from ckptstore.torch import resuming
+
+    there, misspelled = CheckpointStore(f"{s3}/nothing-yet"), CheckpointStore("s3://no-such-bucket/run")
+    assert resuming.held(there) == {}
+    with pytest.raises(NothingToResumeError, match="no whole step"):
+        ckpt.load(there)
+    for ask in (ckpt.load, resuming.held):
+        with pytest.raises(NotFoundError, match="there is no such bucket"):
+            ask(misspelled)
+
+
 def test_tensors(url: str) -> None:
     store = CheckpointStore(url)
     with pytest.raises(NothingToResumeError):
@@ -542,3 +557,26 @@ def test_a_rank_that_helps_a_push_deletes_nothing(s3: str, tmp_path: Path, monke
             open_backend(run), target, manifest, [name], folder=folder, base="", crew=1, progress=lambda done, total: None
         )
     assert {blob.key for blob in target.list(folder)} == before
+
+
+def test_a_prune_of_many_steps_does_not_ask_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand steps at a store that is far away: minutes, without a word."""
+    store = CheckpointStore(f"memory://many-{tmp_path.name}-{os.getpid()}")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/w").write_bytes(b"w")
+    for step in range(8):
+        store.save(step, tmp_path / "state")
+    together = threading.Barrier(4, timeout=20)
+
+    def meeting(work: Any) -> Any:
+        def met(*arguments: Any) -> Any:
+            together.wait()  # breaks where fewer than four are at work at once
+            return work(*arguments)
+
+        return met
+
+    monkeypatch.setattr("ckptstore.retention.find_manifest", meeting(retention.find_manifest))
+    assert [one.keep for one in store.prune(Keep(last=4), dry_run=True)] == [False] * 4 + [True] * 4
+    monkeypatch.setattr(uploading, "remove", meeting(uploading.remove))
+    store.prune(Keep(last=4))
+    assert [one.step for one in store] == [4, 5, 6, 7]

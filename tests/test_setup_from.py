@@ -13,6 +13,7 @@ from ckptstore import listing, staging
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import StorageError
+from ckptstore.mirror import mirror
 from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.push import push
 from ckptstore.store import CheckpointStore
@@ -209,6 +210,7 @@ def test_the_variable_counts_where_the_run_is_not_here(run, url, capfd, tmp_path
     monkeypatch.setenv("CKPTSTORE_URL", url)
     here = commands.invoke(capfd, "setup", "--run", run, "--dry-run", "--json", *OLD)
     assert here.json["checkpoint"]["step"] == 46
+    assert f"--from {url} takes" in here.err  # the bucket may have newer ones by another machine
     there = tmp_path / "fresh/checkpoints/alice/gsm8k-grpo/trial0"
     words = ("--run", there, "--yes", "--json", "--script", "train.py", "--config", yaml_of(run), *OLD)
     done = commands.invoke(capfd, "resume", *words, f"cluster.fileroot={tmp_path / 'fresh'}")
@@ -216,6 +218,65 @@ def test_the_variable_counts_where_the_run_is_not_here(run, url, capfd, tmp_path
     assert done.json["checkpoint"]["step"] == 140
     assert "CKPTSTORE_URL" in done.err
     assert "train.py" in done.json["command"]
+
+
+def test_what_is_newer_here_is_said(run, url, capfd, tmp_path):
+    """A disk that came back holds what was never pushed: --from passes over it, and not in silence."""
+    shutil.copytree(trees.checkpoint(tmp_path / "kept", 140), run / "default" / trees.folder_name(187))
+    trees.set_age(run, 3600)
+    words = ("setup", "--run", run, "--from", url, "--dry-run", "--json", *OLD)
+    done = commands.invoke(capfd, *words)
+    assert done.json["checkpoint"]["step"] == 140
+    assert [text for text in done.json["notes"] if "step 187 is here, and newer" in text], done.json["notes"]
+    shown = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--dry-run", *OLD)
+    assert "step 187 is here, and newer" in " ".join((shown.out + shown.err).split())
+    for bound in (("--max-step", 140), ("--step", 140)):  # whoever names one means it
+        assert "is here" not in str(commands.invoke(capfd, *words, *bound).json["notes"])
+
+
+def test_whoever_goes_back_is_told_of_the_mirror(run, url, capfd, tmp_path):
+    """Steps 93 and 140 are there, of the time that is left: trained anew they are refused; the old ones would be resumed."""
+    words = ("setup", "--run", run, "--dry-run", "--json", *OLD)
+    text = f"{url} holds steps up to 140"
+    assert text not in str(commands.invoke(capfd, *words, "--from", url).json["notes"])
+    back = commands.invoke(capfd, *words, "--from", url, "--before-step", 93)
+    assert back.json["checkpoint"]["step"] == 46
+    assert text in str(back.json["notes"])
+    assert text not in str(commands.invoke(capfd, *words).json["notes"])  # not mirrored by this machine
+    for step in (93, 140):
+        shutil.copytree(trees.checkpoint(tmp_path / "kept", step), run / "default" / trees.folder_name(step))
+    trees.set_age(run, 3600)
+    mirror(open_backend(run), url)
+    assert text not in str(commands.invoke(capfd, *words).json["notes"])
+    assert text in str(commands.invoke(capfd, *words, "--before-step", 93).json["notes"])
+    assert text not in str(commands.invoke(capfd, *words, "--before-step", 93, "--new-trial", "trial1").json["notes"])
+    (record,) = run.parent.rglob("mirror.json")
+    record.write_text("{")
+    torn = commands.invoke(capfd, *words)
+    assert torn.code == 0
+    assert "mirror.json is damaged" in str(torn.json["notes"])
+
+
+def test_a_new_box_is_told_what_to_say(url, run, capfd, tmp_path, monkeypatch):
+    """The README's command without the run's names: which run shall it be?"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CKPTSTORE_FILEROOT", raising=False)
+    done = commands.invoke(capfd, "setup", "--from", url)
+    assert done.code == 1
+    assert "--config run.yaml" in done.err
+    assert f"filled from {url}" in " ".join(done.err.split())
+
+
+def test_a_url_a_folder_too_high_or_too_low(run, url, capfd):
+    """It holds something, so nothing starts fresh; and the run's own URL is named."""
+    push(open_backend(run), CheckpointStore(run).get(46), open_backend(f"{url}/other/trial1"))
+    assert "\n\n\n" not in commands.invoke(capfd, "list", "--run", url).out
+    for said, meant in ((f"{url}/other", f"{url}/other/trial1"), (f"{url}/default", url)):
+        done = commands.invoke(capfd, "setup", "--run", run, "--from", said, "--dry-run", *OLD)
+        assert done.code == 4
+        assert f"a run lies at {meant}" in " ".join(done.err.split())
+        listed = commands.invoke(capfd, "list", "--run", said)
+        assert f"a run lies at {meant}" in " ".join(listed.err.split())
 
 
 def test_the_variable_still_counts_after_a_setup_that_failed(run, url, capfd, tmp_path, monkeypatch):

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
 from ckptstore import parallel
+from ckptstore.backends import waiting
 
 T = TypeVar("T")
 
@@ -25,8 +27,8 @@ TIDY_S = 0.75  #: see briefly()
 _limit_s: float | None = None  #: of the main thread's requests
 
 
-def result(request: Callable[[], T]) -> T:
-    """What `request` returns or raises."""
+def result(request: Callable[[], T], *, of: str) -> T:
+    """What `request` returns or raises. `of`: what it is about, to be named where it gets no answer for long."""
     if not _main():
         return request()
     answer: Future[T] = Future()
@@ -40,12 +42,16 @@ def result(request: Callable[[], T]) -> T:
                 raise
 
     parallel.start(threading.Thread(target=make, daemon=True, name="ckptstore-request"))
-    try:
-        return answer.result(_limit_s)
-    except TimeoutError:
-        if answer.done():
-            raise  # the request's own
-        raise KeyboardInterrupt from None  # that has been waited for long enough
+    begun_s = time.monotonic()
+    while True:
+        try:
+            return answer.result(_limit_s or waiting.NOTICE_S)
+        except TimeoutError:
+            if answer.done():
+                return answer.result()  # it came this moment, or the error is its own
+            if _limit_s:
+                raise KeyboardInterrupt from None  # that has been waited for long enough
+            waiting.notice(of, time.monotonic() - begun_s)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
-from ckptstore.backends import interruptible, profile, proxies
+from ckptstore.backends import interruptible, profile, proxies, waiting
 from ckptstore.backends.base import Backend, Blob
-from ckptstore.backends.wording import said
+from ckptstore.backends.wording import denied, said
 from ckptstore.errors import (
     AccessError,
     AlreadyExistsError,
@@ -112,17 +112,22 @@ class ObjectBackend(Backend):
         below = self.key_path(prefix) if prefix else self._prefix
         cut = len(self._prefix) + 1 if self._prefix else 0
         last: str | None = None
-        tries = Tries()
+        tries = Tries(self.location, from_now=True)
         while True:
             try:
-                for batch in _pages(self._obstore.list(self._store, prefix=below or None, offset=last, chunk_size=1000)):
+                for batch in self._pages(self._obstore.list(self._store, prefix=below or None, offset=last, chunk_size=1000)):
                     for meta in batch:
                         last = meta["path"]
                         yield Blob(last[cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
+                    tries = Tries(self.location, from_now=True)
                 return
             except self._failures as error:  # an answer that broke off is not asked for again by obstore
                 if not self._passing(error) or not tries.again():
                     self._raise(error, "listing", prefix)
+
+    def _pages(self, listing: Any) -> Iterator[Any]:
+        while (page := interruptible.result(lambda: next(listing, None), of=self.location)) is not None:
+            yield page
 
     def put(self, key: str, data: Buffer, *, if_absent: bool = False) -> None:
         """See Backend.put."""
@@ -147,7 +152,7 @@ class ObjectBackend(Backend):
         """
         kinds = self._obstore.exceptions
         path = self.key_path(key)
-        tries = Tries()
+        tries = Tries(self.location)
         lost = False
         while True:
             try:
@@ -190,7 +195,7 @@ class ObjectBackend(Backend):
 
     def _swap(self, key: str, data: Buffer, expected: bytes, version: str = "") -> bool:
         """Overwrite if it is `expected`, of this `version`; a lost answer is asked for again, as in _create."""
-        tries = Tries()
+        tries = Tries(self.location)
         while True:
             try:
                 found, meta = self._read(self.key_path(key))
@@ -239,7 +244,7 @@ class ObjectBackend(Backend):
     def delete(self, key: str) -> None:
         """See Backend.delete."""
         path = self.key_path(key)
-        tries = Tries()
+        tries = Tries(self.location)
         while True:
             try:
                 self._ask("delete", self._store, path)
@@ -272,7 +277,7 @@ class ObjectBackend(Backend):
 
     def _ask(self, name: str, *arguments: Any, **options: Any) -> Any:
         """What a function of the library answers."""
-        return interruptible.result(lambda: getattr(self._obstore, name)(*arguments, **options))
+        return interruptible.result(lambda: getattr(self._obstore, name)(*arguments, **options), of=self.location)
 
     def _read(self, path: str, options: Any = None) -> tuple[bytes, Any]:
         """A whole answer, and what the store says of the object."""
@@ -281,7 +286,7 @@ class ObjectBackend(Backend):
             found = self._obstore.get(self._store, path, options=options)
             return bytes(found.bytes()), found.meta
 
-        return interruptible.result(read)
+        return interruptible.result(read, of=self.location)
 
     def _raise(self, error: Exception, doing: str, key: str) -> NoReturn:
         kinds = self._obstore.exceptions
@@ -310,7 +315,7 @@ class ObjectBackend(Backend):
         if isinstance(error, (kinds.PermissionDeniedError, kinds.UnauthenticatedError)) or _DENIED.search(str(error)):
             raise AccessError(
                 f"{what}: {said(error)}",
-                hint="Are the credentials in the environment right, and not expired?" + self._whose(),
+                hint=denied(error) + self._whose(),
             ) from None
         if _UNKNOWN.search(str(error)):
             raise UnavailableError(
@@ -330,28 +335,25 @@ class ObjectBackend(Backend):
         return profile.whose() if self.location.startswith("s3://") else ""
 
 
-def _pages(listing: Any) -> Iterator[Any]:
-    """What a listing of the library yields."""
-    while True:
-        page = interruptible.result(lambda: next(listing, None))
-        if page is None:
-            return
-        yield page
-
-
 class Tries:
-    """A bounded number of tries, with growing pauses of random length between them, for a while from the first failure on."""
+    """A bounded number of tries, with growing pauses of random length between them, for a while from the first failure on.
 
-    def __init__(self) -> None:
+    With `from_now`, from now on: where the library itself has tried for as long. `of`: what is named where it takes long.
+    """
+
+    def __init__(self, of: str, *, from_now: bool = False) -> None:
         self.made = 0
-        self._deadline: float | None = None
+        self._of = of
+        self._begun_s = time.monotonic() if from_now else None
 
     def again(self, sleep: Callable[[float], object] = time.sleep) -> bool:
         """Wait a while; False when it is time to give up."""
-        if self._deadline is None:
-            self._deadline = time.monotonic() + RETRY_FOR.total_seconds()
-        if self.made >= TRIES or time.monotonic() > self._deadline:
+        now_s = time.monotonic()
+        if self._begun_s is None:
+            self._begun_s = now_s
+        if self.made >= TRIES or now_s - self._begun_s > RETRY_FOR.total_seconds():
             return False
+        waiting.notice(self._of, now_s - self._begun_s)
         sleep(min(0.1 * 2**self.made, 5) * random.uniform(0.5, 1))
         self.made += 1
         return True

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qs, quote, unquote_plus, urlencode, urlsplit
 from xml.etree import ElementTree
 
-from ckptstore.backends import connections, profile, proxies
+from ckptstore.backends import connections, profile, proxies, wording
 from ckptstore.backends import object as objects
 from ckptstore.backends.base import Backend
 from ckptstore.backends.connections import NOTHING, Body, Request, whole
@@ -178,7 +178,7 @@ class S3Control:
         `codes`: refusals that are no errors. `long`: it may take a while, as sending a large `body`
         does, which is sent again where it is damaged on its way.
         """
-        tries = objects.Tries()
+        tries = objects.Tries(self.backend.location)
         while True:
             request = self._signed(method, key, query=query or {}, headers=headers or {}, body=body)
             limit = objects.REQUEST if long else objects.STALL
@@ -257,7 +257,7 @@ class S3Control:
         if status == 404:
             raise NotFoundError(f"{what}: {said}")
         if status in (401, 403) or code in objects.EXPIRED:
-            raise AccessError(f"{what}: {said}", hint="Are the credentials in the environment right, and not expired?")
+            raise AccessError(f"{what}: {said}", hint=wording.denied(code))
         if status in (400, 405, 501):
             raise UnavailableError(f"{what}: {said}: it does not know this request")
         self._fail(doing, key, said)

@@ -311,14 +311,22 @@ def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only
     try:
         located, backend = open_run(where, as_json=as_json, read_only=read_only)
         url, said = ("", "") if selection.url or selection.checkpoint_path else said_url(where)
+        url = normal_url(url) if url else ""
         if url and _holds_nothing(backend):  # a setup that failed made its folder, or AReaL did while it looked
-            selection = dataclasses.replace(selection, url=normal_url(url))
-            note(f"the run here is empty: its checkpoints are taken from {said}, {selection.url}")
+            selection = dataclasses.replace(selection, url=url)
+            note(f"the run here is empty: its checkpoints are taken from {said}, {url}")
+        elif url:
+            note(f"the run is here: nobody looked whether {said} has newer checkpoints; --from {url} takes those")
         return located, backend, selection
     except NoRunError as error:
         url, said = said_url(where, selection.url)
         names = named_run(where)
         known = bool(where.run) or all((names.fileroot, names.experiment, names.trial))
+        if url and not known:
+            error.hint = (
+                "Say which run it shall be on this machine: --config run.yaml (the trainer's own; recover_info needs it, too), "
+                f"or --run DIR/checkpoints/USER/EXPERIMENT/TRIAL. Its folder is made, and filled from {normal_url(url)}."
+            )
         if not url or not known or os.path.lexists(names.path):
             raise
         if read_only:

@@ -117,12 +117,14 @@ def command(
     note_other_at_work(located)
     if not recover_info:
         _print_table(located, listing, shown, _within(before_step, max_step, step), bound, verdicts)
-    echo()
     there = is_url(located.run.path) and listing.slot is None and listing.recover_info is None  # where no trainer reads one
     if listing.framework != "steps" and not there:
+        echo()
         _print_slot(listing, verdicts)
         _print_info(listing.recover_info, full=recover_info)
     if not is_url(located.run.path) and (trip := halt.read(places.side_of(located.run.path))) is not None:
+        if listing.framework == "steps":
+            echo()
         field("breaker", f"TRIPPED at step {trip.step}: training does not start (`ckptstore status` says what starts it)")
     if not recover_info:
         _print_config(located)

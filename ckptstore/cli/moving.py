@@ -21,9 +21,7 @@ EVERYTHING = click.option("--all", "everything", is_flag=True, cls=WhichOption, 
 
 def url_option(name: str, what: str) -> Callable[[Any], Any]:
     """An option that names a run's URL, by default $CKPTSTORE_URL."""
-    return click.option(
-        name, "url", metavar="URL", envvar=URL_VARIABLE, default="", help=f"{what}. [${URL_VARIABLE}]".capitalize()
-    )
+    return click.option(name, "url", metavar="URL", envvar=URL_VARIABLE, default="", help=f"{what}. [${URL_VARIABLE}]")
 
 
 _RATE = re.compile(r"(?i)([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(i?)b?(?:/s)?")

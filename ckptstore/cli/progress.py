@@ -14,6 +14,7 @@ from ckptstore.cli.render import age, echo, safe
 from ckptstore.sizes import size
 
 LINE_EVERY_S = 10.0
+STILL_S = 10.0  #: without a byte, before that is said
 
 
 class Progress:
@@ -28,8 +29,8 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._doing = ""
-        self._started_s = self._line_s = time.monotonic()
-        self._base_bytes = 0
+        self._started_s = self._line_s = self._moved_s = time.monotonic()
+        self._base_bytes = self._done_bytes = 0
         self._before: Any = None
         # Found out now: one that has gone is no terminal any more.
         self._terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
@@ -66,6 +67,8 @@ class Progress:
         if not self._doing:
             self._started_s = self._line_s = time.monotonic()
             self._base_bytes = done_bytes  # staged by an earlier try: not copied at any rate
+        if not self._doing or done_bytes != self._done_bytes:
+            self._done_bytes, self._moved_s = done_bytes, time.monotonic()
         self._doing = doing = safe(doing)
         try:
             if self._terminal:
@@ -80,7 +83,13 @@ class Progress:
     def _print_line(self, doing: str, done_bytes: int, total_bytes: int) -> None:
         rate = (done_bytes - self._base_bytes) / max(self._line_s - self._started_s, 1e-9)
         left = f", {age((total_bytes - done_bytes) / rate)} left" if rate > 0 else ""
-        echo(f"{doing}: {size(done_bytes)} of {size(total_bytes)}, {rate / 1e9:.2f} GB/s{left}", err=True)
+        how = self._still() or f"{size(rate)}/s{left}"
+        echo(f"{doing}: {size(done_bytes)} of {size(total_bytes)}, {how}", err=True)
+
+    def _still(self) -> str:
+        """For how long nothing has moved, where that is long: a rate over all the time would hide it."""
+        still_s = time.monotonic() - self._moved_s
+        return f"nothing moved for {still_s:.0f} s" if still_s >= STILL_S else ""
 
     def _draw(self, doing: str, done_bytes: int, total_bytes: int) -> None:
         if self._bar is None:
@@ -101,4 +110,6 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(doing, total=total_bytes)
+        still = self._still()
+        doing = f"{doing} ({still})" if still else doing
         self._bar.update(self._task, description=doing, completed=done_bytes, total=total_bytes)

@@ -26,7 +26,7 @@ from ckptstore.sizes import size
 @LATEST
 @EVERYTHING
 @LOG_STEP
-@url_option("--from", "where the run is: its parts lie directly below")
+@url_option("--from", "Where the run is: its parts lie directly below")
 @click.option("--to", "run", metavar="DIR", required=True, help="The run's own folder here; made where it is missing.")
 @MAX_BANDWIDTH
 @click.option("--dry-run", is_flag=True, help="Say what would be fetched; nothing is written.")

@@ -30,7 +30,7 @@ from ckptstore.stalls import StallWatch
 @LATEST
 @EVERYTHING
 @LOG_STEP
-@url_option("--to", "where the run shall be: its parts lie directly below")
+@url_option("--to", "Where the run shall be: its parts lie directly below")
 @click.option("--replace", is_flag=True, help="Take the place of what is committed there with other bytes, in one act.")
 @MAX_BANDWIDTH
 @click.option("--dry-run", is_flag=True, help="Say what would be sent; nothing is written.")

@@ -21,7 +21,7 @@ from ckptstore.sizes import size
 
 @click.command("repair", cls=Verb, short_help="Fetch only what is damaged of a checkpoint from another place.")
 @LOG_STEP
-@url_option("--from", "the run at another place, a URL or a folder, that has the same checkpoint")
+@url_option("--from", "The run at another place, a URL or a folder, that has the same checkpoint")
 @click.option("--force", is_flag=True, help="Also files that were written after their manifest was made.")
 @click.option("--dry-run", is_flag=True, help="Say what is damaged, and why; nothing is written.")
 @JSON

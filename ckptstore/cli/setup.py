@@ -264,8 +264,8 @@ def _short(plan: Plan, path: str) -> str:
 
 
 def print_notes(plan: Plan) -> None:
-    """What is in the way in the run: stray slots, links, saves in progress."""
-    for text in plan.listing.notes[:8]:
+    """What is in the way in the run: stray slots, links, saves in progress; and what is left aside."""
+    for text in plan.notes[-8:]:
         note(text)
 
 
@@ -379,7 +379,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "lost": list(what.lost),
         "blockers": list(what.blockers),
         "needs": list(what.needs),
-        "notes": list(plan.listing.notes),
+        "notes": list(plan.notes),
     }
 
 

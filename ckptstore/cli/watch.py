@@ -6,6 +6,7 @@ import functools
 import json
 import signal
 import threading
+import time
 from types import FrameType
 
 import click
@@ -22,6 +23,8 @@ from ckptstore.places import side_of
 from ckptstore.push import Sent
 from ckptstore.sizes import size
 from ckptstore.stalls import StallWatch
+
+PUSH_EVERY_S, PUSH_AT_MOST_S = 60.0, 300.0  #: between two looks at what waits to be pushed; after failures in a row
 
 
 @click.command("watch", cls=Verb, short_help="Adopt each save that the trainer finishes.")
@@ -42,11 +45,13 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
 
     Nothing of the trainer's is touched; a save in progress is waited for. `setup` takes them like any other checkpoint; those
     that are kept elsewhere by --checkpoint-path DIR/EXPERIMENT/TRIAL/adopted/globalstepN, or by --from URL. With --to URL
-    finished exports are pushed too. What could not be pushed is pushed after the next save, and is not removed here before.
+    finished exports are pushed too, and what an earlier watch could not push. What fails is tried again within minutes, and is
+    not removed here before.
     """
     located, backend = open_run(where, as_json=as_json)
     stop = threading.Event()
     sending = False
+    pause_s, due_s = PUSH_EVERY_S, 0.0
 
     def end(number: int, frame: FrameType | None) -> None:
         stop.set()
@@ -68,20 +73,23 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
         def kept() -> None:
             if not url:
                 return
-            nonlocal sending
+            nonlocal sending, pause_s, due_s
             from ckptstore.mirror import mirror
 
             sent: list[Sent] = []
+            pause_s = min(pause_s * 2, PUSH_AT_MOST_S)
             try:
                 sending = True
                 with StallWatch():
                     sent = mirror(backend, url, bandwidth=bandwidth, notify=progress.notify)
+                pause_s = PUSH_EVERY_S
             except CkptStoreError as error:
-                note(f"not pushed to {url}, until the next save: {error}")
+                note(f"not pushed to {url}, tried again in {pause_s:.0f} s: {error}")
             except KeyboardInterrupt:
                 note(f"not pushed to {url}: stopped. The next push or watch goes on with what arrived.")
             finally:
                 sending = False
+                due_s = time.monotonic() + pause_s
             for step in sorted({one.step for one in sent}):
                 note(f"step {step} is committed in {url}")
 
@@ -90,6 +98,18 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
                 raise error
             note(f"not kept, and tried again: {error}{f' ({error.hint})' * bool(error.hint)}")
 
+        def wait(seconds: float) -> None:
+            """Until the next look; what waits to be pushed does not wait for a save."""
+            nonlocal due_s
+            if url and time.monotonic() >= due_s:
+                from ckptstore.mirror import is_safe
+
+                if is_safe(backend, url):
+                    due_s = time.monotonic() + PUSH_EVERY_S
+                else:
+                    kept()
+            stop.wait(seconds)
+
         watching = adopt.watch(
             backend,
             keep=keep,
@@ -97,7 +117,7 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
             kept=kept,
             problem=problem,
             stop=stop.is_set,
-            wait=stop.wait,
+            wait=wait,
             notify=progress.notify,
         )
         for checkpoint in watching:

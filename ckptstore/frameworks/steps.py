@@ -52,6 +52,11 @@ def plain_name(folder: str) -> str:
     return f"step-{match[1]}" if (match := _STEP.fullmatch(folder)) else folder
 
 
+def is_step(folder: str) -> bool:
+    """Whether a folder is named as a step's, or a generation's of one, is."""
+    return _STEP.fullmatch(folder) is not None
+
+
 class Generation(NamedTuple):
     """A folder of a step at the top of a tree. `number` 0: the plain folder, which is no generation."""
 

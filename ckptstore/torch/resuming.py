@@ -34,6 +34,7 @@ from ckptstore.model import Checkpoint, Level, NodeSet, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
 from ckptstore.prepared import Prepared
 from ckptstore.store import CheckpointStore
+from ckptstore.torch.simple import see_nothing
 from ckptstore.verify import verify
 
 _log = logging.getLogger("ckptstore")
@@ -66,7 +67,8 @@ def held(store: CheckpointStore) -> dict[int, tuple[str, NodeSet | None]]:
     """What is committed in a store, by step: its identity, and the set that it is of."""
     try:
         checkpoints = store.list()
-    except FileNotFoundError:  # nothing was saved there yet
+    except FileNotFoundError:
+        see_nothing(store)
         return {}
     found = {}
     for checkpoint in checkpoints:

@@ -127,7 +127,8 @@ def load(store: CheckpointStore, step: int | None = None, *, map_location: torch
 
     Without a step, those are passed over, with a warning, of which a breaker's metrics say that training had gone bad.
     Read once, in parallel, into the new tensors' memory (that of a GPU by pinned buffers, bounce.py), every digest checked:
-    DigestMismatchError for damage, NothingToResumeError where there is no step. What was not saved by `save` is UsageError.
+    DigestMismatchError for damage, NothingToResumeError where there is no step, and
+    NotFoundError where there is not even the bucket. What was not saved by `save` is UsageError.
     A step that another process saves again meanwhile, or removes while the newest is wanted, is no damage: it begins anew.
     """
     part, manifest = find(store, step)
@@ -195,11 +196,21 @@ def find(store: CheckpointStore, step: int | None) -> tuple[Part, Manifest]:
         ) from error
 
 
+def see_nothing(store: CheckpointStore) -> None:
+    """That nothing is saved there yet: no such folder, or nothing below the URL. NotFoundError where there is no such bucket.
+
+    A misspelled bucket must not look like an empty store: training would begin anew.
+    """
+    if not store.backend.is_folder:
+        next(iter(store.backend.list()), None)
+
+
 def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
     for tries_left in range(_TRIES - 1, -1, -1):
         try:
             whole = [one for one in store.list() if one.status.usable]
         except NotFoundError:  # no such folder, or nothing below the URL
+            see_nothing(store)
             whole = []
         bad = gone_bad(store.backend.location, whole)
         newest = next((one for one in reversed(whole) if one.step not in bad), None)

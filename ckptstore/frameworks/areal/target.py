@@ -98,7 +98,7 @@ def plan_info(
     try:
         made = resume_state.synthesize(numbers, config=config, stored=stored, now_s=time.time(), world_size=world_size)
     except RefusedError as error:
-        return InfoPlan("leave", {}, refusal=f"{error} ({error.hint})")
+        return InfoPlan("leave", {}, refusal=f"{error}. {error.hint}")
     files = dict(made.files)
     if own:  # only the frequencies are new; the trainer's data cursor is better than any of ours
         files |= {name: data for name, data in contents.items() if name not in recover_info.CONTROLS}
