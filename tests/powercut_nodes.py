@@ -198,7 +198,7 @@ class Node(Writer):
 
     def judge(self, folder: Path) -> str:
         store = folder / "store"
-        here = self.look(store)
+        here = look(store, self.id)
         self.shown[here] += 1
         if here != NEW and self.cut.cut >= self.said[self.done]:
             raise Wrong(f"it has told the others that it has published, and there is {here}")
@@ -210,7 +210,7 @@ class Node(Writer):
         if here == NEW or self.cut.returned:
             verdict = NEW
             self.resume(store, self.meanwhile, NEW)
-            if self.look(store) != NEW:
+            if look(store, self.id) != NEW:
                 raise Wrong("it is not there after it was resumed from")
             if kept := [*store.glob(".ckptstore/old-step-*")]:
                 raise Wrong(f"all nodes have it, and there is still {kept}")
@@ -218,20 +218,6 @@ class Node(Writer):
         if left := drafts(store):
             raise Wrong(f"the next save leaves {left}")
         return verdict
-
-    def look(self, store: Path) -> str:
-        """What lies there. Wrong for anything visible that is not whole, or if the step before is gone too soon."""
-        here = CheckpointStore(store)
-        found = NOTHING
-        steps_there = {checkpoint.step: checkpoint for checkpoint in here.list()}
-        for step, checkpoint in steps_there.items():
-            if checkpoint.status is not Status.COMMITTED or not (report := here.verify(step)).ok:
-                raise Wrong(f"step {step} is {checkpoint.status}: {report.findings}")
-            if set_of(store / f"step-{step}") == self.id:
-                found = NEW
-        if 1 not in steps_there or not set(steps_there) <= {1, 2}:
-            raise Wrong(f"there are {sorted(steps_there)}")
-        return PREPARED if found == NOTHING and self.id in drafts(store) else found
 
     def resume(self, store: Path, other: str, wanted: str) -> None:
         """Both resume, the other from one of its moments. NOTHING: of this save, and what is prepared stays."""
@@ -292,15 +278,30 @@ class Resume(Node):
 
     def judge(self, folder: Path) -> str:
         store = folder / "store"
-        here = self.look(store)
+        here = look(store, self.id)
         self.shown[here] += 1
         if here == NOTHING or (here != NEW and self.cut.returned):
             raise Wrong(f"there is {here}")
         self.resume(store, "published", NEW)
-        if self.look(store) != NEW:
+        if look(store, self.id) != NEW:
             raise Wrong("it is not there after it was resumed from")
         go_on(CheckpointStore(store), self.files)
         return NEW
+
+
+def look(store: Path, set_id: str) -> str:
+    """What lies there of a set. Wrong for anything visible that is not whole, or if the step before is gone too soon."""
+    here = CheckpointStore(store)
+    found = NOTHING
+    steps_there = {checkpoint.step: checkpoint for checkpoint in here.list()}
+    for step, checkpoint in steps_there.items():
+        if checkpoint.status is not Status.COMMITTED or not (report := here.verify(step)).ok:
+            raise Wrong(f"step {step} is {checkpoint.status}: {report.findings}")
+        if set_of(store / f"step-{step}") == set_id:
+            found = NEW
+    if 1 not in steps_there or not set(steps_there) <= {1, 2}:
+        raise Wrong(f"there are {sorted(steps_there)}")
+    return PREPARED if found == NOTHING and set_id in drafts(store) else found
 
 
 def set_of(folder: Path) -> str:
