@@ -51,30 +51,37 @@ class Word(NamedTuple):
     entries: int
 
 
-def noted(store: CheckpointStore, mesh: Any, work: Callable[..., Any], *more: Any) -> list[Word]:
-    """The work, and each word of this node: counted before it is told, and after it is heard."""
+def noted(store: CheckpointStore, mesh: Any, eager: bool, work: Callable[..., Any], *more: Any) -> list[Word]:
+    """The work, and each word of this node: counted before it is told, and after it is heard. `eager`: the kernel has just
+    written back what nobody had flushed.
+    """
     disk = Path(store.folder).parents[1]  # powercut.record mounts it there
     tell, told, gather = nodes.Channel.tell, nodes.Channel.told, resuming._gather
     words: list[Word] = []
     heard: set[str] = set()
     rounds = itertools.count()
 
+    def entries() -> int:
+        if eager:
+            powercut.run("sync", "-f", store.folder)
+        return powercut.written(disk)
+
     def telling(channel: nodes.Channel, key: str, document: Any) -> None:
-        words.append(Word(key, True, powercut.written(disk)))
+        words.append(Word(key, True, entries()))
         tell(channel, key, document)
 
     def hearing(channel: nodes.Channel, key: str) -> Any:
         found = told(channel, key)
         if found is not None and key not in heard:
             heard.add(key)
-            words.append(Word(key, False, powercut.written(disk)))
+            words.append(Word(key, False, entries()))
         return found
 
     def gathering(value: Any, group: Any) -> list[Any]:
         number, rank = next(rounds), dist.get_rank()
-        words.append(Word(f"{number} by {rank}", True, powercut.written(disk)))
+        words.append(Word(f"{number} by {rank}", True, entries()))
         found = gather(value, group)
-        words.append(Word(f"{number} by {1 - rank}", False, powercut.written(disk)))
+        words.append(Word(f"{number} by {1 - rank}", False, entries()))
         return found
 
     nodes.Channel.tell, nodes.Channel.told = telling, hearing  # type: ignore[method-assign]
@@ -172,11 +179,12 @@ class Both:
 
     name = "`dcp.save` by two nodes"
 
-    def __init__(self, place: Path, ranks: Pair, *, over: bool) -> None:
+    def __init__(self, place: Path, ranks: Pair, *, over: bool, eager: bool = False) -> None:
         self.ranks = ranks
+        self.eager = eager
         self.step = 1 if over else 2
         self.before = OLD if over else NOTHING
-        self.name = f"{self.name}, over a step" if over else self.name
+        self.name += ", over a step" * over + ", written back at once" * eager
         self.disks = [Disk(place / f"node{node}", node) for node in NODES]
         for disk in self.disks:
             disk.place.mkdir()
@@ -198,7 +206,7 @@ class Both:
         self.first = [content(store / "step-1") for store in stores]
 
     def act(self, stores: list[Path]) -> list[list[Word]]:
-        words: list[list[Word]] = self.both(noted, stores, save, self.step, SECOND)
+        words: list[list[Word]] = self.both(noted, stores, self.eager, save, self.step, SECOND)
         self.id = set_of(stores[0] / f"step-{self.step}")
         return words
 
@@ -294,7 +302,7 @@ class BothResume(Both):
         os.sync()
 
     def act(self, stores: list[Path]) -> list[list[Word]]:
-        words: list[list[Word]] = self.both(noted, stores, resume)
+        words: list[list[Word]] = self.both(noted, stores, self.eager, resume)
         return words
 
     def broken_word(self, node: int, cut: Cut) -> str:
@@ -305,11 +313,13 @@ class BothResume(Both):
         return True
 
 
-KINDS: dict[str, tuple[type[Both], bool]] = {
-    "save": (Both, False),
-    "save-over": (Both, True),
-    "resume": (BothResume, False),
-    "resume-over": (BothResume, True),
+KINDS: dict[str, tuple[type[Both], bool, bool]] = {
+    "save": (Both, False, False),
+    "save-over": (Both, True, False),
+    "save-over-eager": (Both, True, True),
+    "resume": (BothResume, False, False),
+    "resume-over": (BothResume, True, False),
+    "resume-over-eager": (BothResume, True, True),
 }
 
 
@@ -352,20 +362,21 @@ COLUMNS = (
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
-def both_campaign(kind: str, *, parts: int, rank: int = 0, each: int = 0, until_bad: bool = False) -> Result:
+def both_campaign(kind: str, *, parts: int, rank: int = 0, each: int = 0, until: str = "") -> Result:
     """`rank`: the node whose rank is in this process (bugs are planted here). `each`: so many pairs of contents are resumed
-    from, of those in which the disks hold the same (nothing, prepared, the step); 0 for all.
+    from, of those in which the disks hold the same (nothing, prepared, the step); 0 for all. `until`: the count
+    of bad ones that is enough of a planted bug.
     """
-    make, over = KINDS[kind]
+    make, over, eager = KINDS[kind]
     with room() as place, pair(rank) as ranks:
-        both = make(place, ranks, over=over)
+        both = make(place, ranks, over=over, eager=eager)
         both.record()
         for disk in both.disks:
             disk.replay(both.id, parts=parts)
-        return _judge_all(both, each=each, until_bad=until_bad)
+        return _judge_all(both, each=each, until=until)
 
 
-def _judge_all(both: Both, *, each: int, until_bad: bool) -> Result:
+def _judge_all(both: Both, *, each: int, until: str) -> Result:
     first, second = both.disks
     result = Result(both.name, (len(first.cuts), len(second.cuts)))
     contents: dict[tuple[str, str], list[tuple[Cut, Cut]]] = {}
@@ -385,7 +396,7 @@ def _judge_all(both: Both, *, each: int, until_bad: bool) -> Result:
         if not each or resumed[here] <= each:
             result.resumed += 1
             _resume(result, both, holds, of_these, here)
-        if until_bad and result.bad:
+        if until and getattr(result, until):
             break
     return result
 

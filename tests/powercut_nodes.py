@@ -295,7 +295,8 @@ def look(store: Path, set_id: str) -> str:
     found = NOTHING
     steps_there = {checkpoint.step: checkpoint for checkpoint in here.list()}
     for step, checkpoint in steps_there.items():
-        if checkpoint.status is not Status.COMMITTED or not (report := here.verify(step)).ok:
+        report = here.verify(step)
+        if checkpoint.status is not Status.COMMITTED or not report.ok:
             raise Wrong(f"step {step} is {checkpoint.status}: {report.findings}")
         if set_of(store / f"step-{step}") == set_id:
             found = NEW

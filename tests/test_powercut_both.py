@@ -123,7 +123,7 @@ def test_planted_published_before_all_are_prepared() -> None:
         (published_before_all_are_prepared, 0, "save-over", "wrong"),
         (published_before_it_is_told, 1, "save", "wrong"),
         (published_before_it_is_told, 1, "save-over", "wrong"),
-        (settled_before_all_have_it, 0, "save-over", "wrong"),
+        (settled_before_all_have_it, 0, "save-over-eager", "wrong"),
         (old_one_not_kept, 0, "save-over", "wrong"),
         (no_fsync_of_the_mark, 0, "save", "wrong"),
         (no_fsync_of_the_mark, 1, "save", "wrong"),
@@ -131,13 +131,13 @@ def test_planted_published_before_all_are_prepared() -> None:
         (no_fsync_of_files, 1, "save", "wrong"),
         (no_folder_fsync, 0, "save", "broken"),
         (no_folder_fsync, 1, "save", "wrong"),
-        (resume_settles_first, 0, "resume-over", "wrong"),
+        (resume_settles_first, 0, "resume-over-eager", "wrong"),
         (no_folder_fsync, 1, "resume-over", "wrong"),
     ],
 )
 def test_planted(bug: Any, rank: int, kind: str, seen: str) -> None:
     with planted(bug):
-        result = both_campaign(kind, parts=0, rank=rank, each=3)
+        result = both_campaign(kind, parts=0, rank=rank, until=seen)
     print(
         f"\n{bug.__name__} on node {rank}: {result.row()} {dict(result.whole)}\n{result.examples[:2]} … {result.examples[-1:]}"
     )
