@@ -26,6 +26,7 @@ torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 from ckptstore.torch import StoreWriter, nodes, resuming  # noqa: E402
 from tests import warm  # noqa: E402
+from tests.fusefs import fuse_mount  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -104,7 +105,17 @@ def test_a_leader_dies_in_the_commit(tmp_path: Path, who: int, where: str, first
 
 def test_drafts_that_a_crash_left(tmp_path: Path) -> None:
     """Published on the last node, too, where the others have it: of just this save, and sound in every byte."""
-    seen = run("finish", tmp_path)
+    finished(run("finish", tmp_path))
+
+
+@pytest.mark.root
+def test_drafts_that_a_crash_left_where_there_is_no_flock(tmp_path: Path) -> None:
+    """The same, though nothing tells whether their writers live: what was decided is right whoever publishes it."""
+    with fuse_mount(tmp_path, "noflock") as mount:
+        finished(run("finish", mount.path))
+
+
+def finished(seen: dict[str, Any]) -> None:
     for case in ("cut", "cut on the coordinator's"):
         assert seen.pop(case) == [6, [6], 0, 0], case
     assert seen.pop("between renames") == [6, [7], 0, 0]
