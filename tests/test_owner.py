@@ -85,7 +85,8 @@ def test_what_the_words_tell(tmp_path: Path, no_flock: None) -> None:
     assert owner.life(home_with(tmp_path / "mine")) is Life.ALIVE
     child = subprocess.Popen(["true"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    zombie = home_with(tmp_path / "zombie", pid=child.pid)
+    born = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
+    zombie = home_with(tmp_path / "zombie", pid=child.pid, started=born)
     assert owner.life(zombie) is Life.DEAD
     child.wait()
     assert owner.life(zombie) is Life.DEAD, "it is gone"
@@ -195,6 +196,11 @@ def test_a_writer_of_another_container(store: CheckpointStore, source: Path, cap
     would = commands.invoke(capfd, "clean", "--run", store.folder, "--older-than", "1h", "--dry-run", "--json").json
     assert [one["name"] for one in would["removed"]] == [draft.name]
     assert drafts(store) == [draft]
+    young = next(path for path in draft.glob("step/*") if path.is_file())
+    os.utime(young)
+    done = commands.invoke(capfd, "clean", "--run", store.folder, "--older-than", "1h", "--json").json
+    assert done["removed"] == [], "one file was written just now"
+    age(draft, 2 * HOUR_S)
     assert "removed 1" in commands.invoke(capfd, "clean", "--run", store.folder, "--older-than", "1h").out
     assert drafts(store) == []
 
