@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ckptstore import CheckpointStore, prepared, steps
+from ckptstore import CheckpointStore, owner, prepared, steps
 from ckptstore.model import MANIFEST_NAME, Status
 from ckptstore.torch import StoreReader, StoreWriter, nodes, resume_step, resuming
 from tests import powercut
@@ -319,7 +319,7 @@ def leave_draft(store: Path, name: str, files: Path) -> None:
     """As a node that was killed when it had prepared."""
     home = Path(steps.home_of(str(store), name))
     home.mkdir(0o700)
-    (home / prepared.OWNER).touch()
+    (home / owner.OWNER).touch()
     shutil.copytree(files, home / "step")
 
 
