@@ -42,6 +42,7 @@ from tests.test_steps import write
 PREPARED = "prepared"
 FIRST, SECOND = 1, 2  #: the numbers of the saves, and all their values
 END_S = 30.0
+START_S = 120.0
 
 
 # --- two ranks -----------------------------------------------------------------------------------------------------
@@ -104,6 +105,7 @@ def serve(asked: Connection, rank: int, port: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable()
+    asked.send("torch is imported")  # which takes longer than ranks wait for each other
     mesh = meet(rank, port)
     with contextlib.suppress(EOFError):
         while True:
@@ -126,6 +128,8 @@ def pair(rank: int) -> Iterator[Pair]:
     process.start()
     there.close()
     try:
+        assert here.poll(START_S), "the other rank does not start"
+        here.recv()
         mesh = meet(rank, port)
         try:
             yield Pair(rank, mesh, here)
