@@ -163,6 +163,9 @@ def busy(side: str) -> Holder | None:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return holder
+        except OSError as error:
+            if error.errno in NO_FLOCK and _alive_here(holder):
+                return holder
     return None
 
 
