@@ -36,7 +36,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[CheckpointStore]:
+def store(tmp_path: Path) -> Iterator[CheckpointStore]:
     """On a file system that has no flock."""
     with fuse_mount(tmp_path, "noflock") as mount:
         yield CheckpointStore(mount.path / "store")
@@ -238,3 +238,23 @@ def test_the_doctor_where_there_is_flock(tmp_path: Path, source: Path, capfd: py
     assert by_check["locks"]["severity"] == "ok"
     assert "dead writers left 0.3 MB" in by_check["leftovers"]["found"]
     assert set(by_check) == {"disk", "permissions", "space", "clock", "checkpoints", "locks", "leftovers"}
+
+
+def test_what_the_doctor_says_of_a_prepared_part(tmp_path: Path, no_flock: None, capfd: pytest.CaptureFixture[str]) -> None:
+    """Once, and that resume_step may publish it; with --old-slots it goes when it is old, as any other."""
+    from tests.test_store_nodes import a_draft
+
+    store = CheckpointStore(tmp_path / "store")
+    store.save(3, write(tmp_path / "files", "one", 1000))
+    draft = a_draft(store, 5)
+    (Path(draft.home) / owner.OWNER).write_bytes(b"{}")
+    said = commands.invoke(capfd, "doctor", "--run", store.folder, "--json").json["findings"]
+    (found,) = [one["found"] for one in said if one["check"] == "leftovers"]
+    assert "resume_step publishes it" in found
+    (note,) = commands.invoke(capfd, "list", "--run", store.folder, "--json").json["notes"]
+    assert note == found
+    words = ("clean", "--run", store.folder, "--old-slots", "--json")
+    assert "--older-than 1h" in commands.invoke(capfd, *words).json["notes"][0], "it is young"
+    age(Path(draft.home), 2 * HOUR_S)
+    assert commands.invoke(capfd, *words, "--older-than", "1h").json["removed"][0]["name"] == f"save-{draft.name}"
+    assert drafts(store) == []

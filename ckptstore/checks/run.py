@@ -225,10 +225,12 @@ def drafts(patient: Patient) -> Iterator[Diagnosis]:
     if gone:
         found = f"dead writers left {gigabytes(sum(map(side_folders.size_of, gone)))} in {patient.side}"
         yield warn("leftovers", found, "The next save removes it; `ckptstore clean` does now.")
+    ready = {one.name: one.note for one in prepared.waiting(patient.side)}
+    for note in ready.values():
+        yield warn("leftovers", note, "`ckptstore clean --old-slots` removes it, too.")
     for one in owner.unsure(patient.side):
-        yield warn("leftovers", one.found, one.remedy)
-    for ready in prepared.waiting(patient.side):
-        yield warn("leftovers", ready.note, "`ckptstore clean --old-slots` removes it, too.")
+        if one.name not in ready:
+            yield warn("leftovers", one.found, one.remedy)
 
 
 ALL = (halted, pending, alive, checkpoints, slot, ranks, strays, leftovers)
