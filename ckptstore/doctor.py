@@ -4,6 +4,8 @@ disk       fileroot, kind of disk, user, permissions, space, clock
 run        halted or interrupted, what is whole, the slot against recover_info, ranks, stray folders
 training   recover and saver settings, what a crash would cost, the logs
 saving     how often to save
+
+Of a store of steps: the disk, what is whole, and what is left of saves that were cut.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.listing import scan
 
 CHECKS = (*disk.ALL, *run.ALL, *training.ALL, *saving.ALL)
+CHECKS_OF_STEPS = (*disk.OF_STEPS, *run.OF_STEPS)  #: a store of steps has no slot, and no settings that we know
 _UNKNOWN = Installation("", "", "", "not looked for")
 
 
@@ -53,7 +56,7 @@ def examine(
         saves=saves,
         said_world_size=world_size,
     )
-    for check in CHECKS:
+    for check in CHECKS_OF_STEPS if listing is not None and listing.framework == "steps" else CHECKS:
         try:
             found.extend(check(patient))
         except (CkptStoreError, OSError) as error:

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ckptstore import damage, prepared
+from ckptstore import damage, owner, prepared
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
@@ -118,7 +118,9 @@ def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
     notes: tuple[str, ...] = ()
     if side := _side(backend):
         checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
-        notes = tuple(one.note for one in prepared.left(side))
+        ready = prepared.waiting(side)
+        known = {one.name for one in ready}
+        notes = (*(one.note for one in ready), *(one.note for one in owner.unsure(side) if one.name not in known))
     newest = (
         max(
             (file.mtime_ns, f"{folder_of(backend, part)}/{file.name}")

@@ -24,6 +24,7 @@ from ckptstore.untrusted import open_regular
 
 STALE_S = 120.0
 HEARTBEAT_S = 5.0
+NO_FLOCK = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  #: what flock says where a file system has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ class RunLock:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            if error.errno not in NO_FLOCK:
                 raise from_os_error(error, doing="locking", path=self._path) from error
             # No flock here: what the holder last said has to do.
             return holder is None or holder.pid == os.getpid() or not _alive_here(holder)
@@ -163,6 +164,22 @@ def busy(side: str) -> Holder | None:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return holder
+        except OSError as error:
+            if error.errno in NO_FLOCK and _alive_here(holder):
+                return holder
+    return None
+
+
+def has_flock(side: str) -> bool | None:
+    """Whether the file system of a side folder has flock; None where no lock file tells. Changes nothing."""
+    with contextlib.suppress(FileNotFoundError), _opened(os.path.join(side, "lock")) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            return None if error.errno not in NO_FLOCK else False
+        return True
     return None
 
 

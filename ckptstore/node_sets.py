@@ -7,13 +7,11 @@ what a step replaced is kept, as `old-step-STEP-SET`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
-import time
 
-from ckptstore import prepared, steps
+from ckptstore import owner, prepared, steps
 from ckptstore import side as side_folders
 from ckptstore.errors import BusyError, RefusedError, from_os_error
 from ckptstore.model import NodeSet
@@ -56,7 +54,7 @@ def discard_old(root: str, step: int) -> None:
     """Remove what was kept of a step that was replaced; not what is prepared, and has that name between two renames."""
     side = steps.side_of(os.path.realpath(root))
     ready = {one.name for one in prepared.found(side)}
-    for name in prepared.names_in(side):
+    for name in side_folders.names_in(side):
         if name.startswith(f"old-step-{step}-") and name not in ready:
             side_folders.discard(side, name)
 
@@ -82,7 +80,7 @@ def known_whole(root: str, step: int, group: NodeSet) -> bool:
 def forget_whole(root: str, step: int, *, but: str = "") -> None:
     """Remove what was noted of a step that is gone, or of those before it."""
     side = steps.side_of(os.path.realpath(root))
-    for name in prepared.names_in(side):
+    for name in side_folders.names_in(side):
         if name.startswith(f"whole-{step}-") and name != but:
             with contextlib.suppress(OSError):  # says nothing of any other step
                 os.unlink(os.path.join(side, name))
@@ -90,34 +88,22 @@ def forget_whole(root: str, step: int, *, but: str = "") -> None:
 
 def take_over(root: str, found: prepared.Prepared) -> steps.Draft:
     """Hold a draft that a dead writer left prepared. BusyError where somebody else has it by now."""
+    busy = f"{found.home} is held by another process"
+    hint = "Is another launch resuming from this store?"
     try:
         os.makedirs(found.home, 0o700, exist_ok=True)
-        descriptor = os.open(
-            os.path.join(found.home, prepared.OWNER), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
-        draft = steps.Draft(os.path.realpath(root), found.manifest.step, found.home, descriptor)
+        draft = steps.Draft(os.path.realpath(root), found.manifest.step, found.home, owner.take_over(found.home))
         try:
-            _hold(descriptor)
             if found.path != draft.path:
                 os.rename(found.path, draft.path)
+                if draft.path not in [one.path for one in prepared.found(steps.side_of(draft.root))]:
+                    os.rename(draft.path, found.path)  # no flock: its writer lived, and has published it since
+                    raise BusyError(busy, hint=hint)
         except BaseException:
             steps.leave(draft)
             raise
     except BlockingIOError as error:
-        raise BusyError(
-            f"{found.home} is held by another process", hint="Is another launch resuming from this store?"
-        ) from error
+        raise BusyError(busy, hint=hint) from error
     except OSError as error:
         raise from_os_error(error, doing="taking over", path=found.path) from error
     return draft
-
-
-def _hold(descriptor: int) -> None:
-    for patience in range(50, -1, -1):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:  # somebody may just be looking whether it is held
-            if not patience:
-                raise
-            time.sleep(0.02)

@@ -13,21 +13,19 @@ publishes it, or a save of that step or a later one is committed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
-import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ckptstore import manifest as manifests
+from ckptstore import owner
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
 from ckptstore.untrusted import open_regular
 
-OWNER = "owner"  #: beside a draft's files: locked while its writer lives
-_NEWBORN_S = 60.0  # what is younger may be alive though nothing is locked: a probe, a draft before its lock
 _PLACE = re.compile(r"(?:save|old-step-[0-9]+)-([0-9a-f]{32})")
 
 
@@ -57,52 +55,41 @@ class Prepared(NamedTuple):
 
 def found(side: str) -> list[Prepared]:
     """Those of the living too, in no order."""
-    return [one for name in names_in(side) if (match := _PLACE.fullmatch(name)) and (one := _read(side, name, match[1]))]
+    return [
+        one
+        for name in side_folders.names_in(side)
+        if (match := _PLACE.fullmatch(name)) and (one := _read(side, name, match[1]))
+    ]
 
 
-def left(side: str) -> list[Prepared]:
-    """Those of dead writers, the oldest first."""
-    dead = [one for one in found(side) if not os.path.lexists(one.home) or is_dead(one.home)]
-    return sorted(dead, key=lambda one: one.manifest_mtime_ns)
+def left(side: str, *, long_dead_s: float = owner.LONG_DEAD_S) -> list[Prepared]:
+    """Those of dead writers (owner.is_dead), the oldest first."""
+    return _sorted(one for one in found(side) if _is_free(one) or owner.is_dead(one.home, long_dead_s=long_dead_s))
+
+
+def waiting(side: str) -> list[Prepared]:
+    """Those that no living process is known to hold, the oldest first.
+
+    To publish one whose save is known to be decided, or to remove one that a save has outdated, this is enough: its writer,
+    if it lives, finds the step there, or that the draft is gone, and says so.
+    """
+    return _sorted(one for one in found(side) if _is_free(one) or owner.life(one.home) is not owner.Life.ALIVE)
 
 
 def discard(side: str, *, up_to: int) -> None:
     """Remove those of steps up to `up_to`, which was saved now: no resume needs them. What cannot be removed stays."""
-    for one in left(side):
+    for one in waiting(side):
         if one.manifest.step <= up_to:
             with contextlib.suppress(CkptStoreError):
                 side_folders.discard(side, one.name)
 
 
-def is_dead(home: str) -> bool:
-    """Whether nobody holds the draft in this folder."""
-    try:
-        descriptor = os.open(os.path.join(home, OWNER), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return is_settled(home)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+def _is_free(one: Prepared) -> bool:
+    return not os.path.lexists(one.home)  # between two renames
 
 
-def is_settled(path: str) -> bool:
-    """Whether it is too old for a writer that has not locked anything yet."""
-    try:
-        return time.time() - os.stat(path).st_mtime > _NEWBORN_S
-    except OSError:
-        return False  # gone, or not ours to judge
-
-
-def names_in(side: str) -> list[str]:
-    """What lies in a side folder, in order; nothing where it cannot be told."""
-    try:
-        return sorted(os.listdir(side))
-    except OSError:
-        return []
+def _sorted(some: Iterable[Prepared]) -> list[Prepared]:
+    return sorted(some, key=lambda one: one.manifest_mtime_ns)
 
 
 def _read(side: str, name: str, set_id: str) -> Prepared | None:

@@ -272,6 +272,14 @@ def _old_slots(side: str) -> Iterator[OldSlot]:
                     yield OldSlot(name, path, parts, size_of(path), os.stat(path).st_ctime)
 
 
+def names_in(side: str) -> list[str]:
+    """What lies in a side folder, in order; nothing where it cannot be told."""
+    try:
+        return sorted(os.listdir(side))
+    except OSError:
+        return []
+
+
 def size_of(path: str) -> int:
     """Bytes of all files below `path`; links not followed."""
     total = 0

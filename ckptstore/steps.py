@@ -1,6 +1,6 @@
 """Saves into a store of steps, so that a crash at any instant leaves each step as it was, or the new one, whole.
 
-    1  begin       {store}/.ckptstore/save-<random>/step/, 0700; `owner` beside it is locked while its writer lives
+    1  begin       {store}/.ckptstore/save-<random>/step/, 0700; `owner` beside it is held while its writer lives (owner.py)
     2  write       every file, digested on the way, fsynced (the engine; several ranks may write into one draft)
     3  manifest    written and fsynced, then every folder of the draft
     4  publish     one rename to step-N that replaces nothing; a step that is there already is exchanged for the new one,
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 import re
@@ -28,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ckptstore
-from ckptstore import native, places, prepared, probe
+from ckptstore import native, owner, places, prepared, probe
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import (
@@ -47,7 +46,6 @@ from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
 from ckptstore.names import check_names
-from ckptstore.prepared import OWNER, is_dead, is_settled, names_in
 from ckptstore.untrusted import open_regular
 
 PART = "default"
@@ -96,10 +94,7 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
     home, unborn = home_of(root, name), os.path.join(side, f"new-{name}")
     try:
         os.makedirs(os.path.join(unborn, "step"), 0o700)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(os.path.join(unborn, OWNER), flags, 0o600)
-        with contextlib.suppress(OSError):  # no flock on some network file systems: there none ever counts as left behind
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = owner.create(os.path.join(unborn, owner.OWNER))
         os.rename(unborn, home)  # from here on it is somebody's: whoever sweeps finds it locked
     except OSError as error:
         raise from_os_error(error, doing="beginning a save in", path=home) from error
@@ -205,7 +200,7 @@ def abandon(draft: Draft) -> None:
 def leave(draft: Draft) -> None:
     """Let go of a draft that is prepared: it stays as after a kill (prepared.py)."""
     if draft.descriptor >= 0 and draft.process == os.getpid():
-        os.close(draft.descriptor)
+        owner.let_go(draft.descriptor)
         draft.descriptor = -1
 
 
@@ -245,7 +240,7 @@ def locked(root: str, doing: str) -> Iterator[None]:
 def mend(root: str) -> None:
     """Finish a replacement that a crash cut between its two renames. The caller holds the lock."""
     side = side_of(root)
-    for name in names_in(side):
+    for name in side_folders.names_in(side):
         if (match := _ASIDE.fullmatch(name)) is None:
             continue
         target = os.path.join(root, layout.folder_name(int(match[1])))
@@ -261,19 +256,22 @@ def mend(root: str) -> None:
 
 def needs_mending(root: str) -> bool:
     """Whether a crash left a step aside."""
-    return any(_ASIDE.fullmatch(name) for name in names_in(side_of(root)))
+    return any(_ASIDE.fullmatch(name) for name in side_folders.names_in(side_of(root)))
 
 
-def leftovers(root: str) -> list[str]:
-    """Names in the side folder that dead writers left: drafts that nobody holds, and trash. The newest prepared one stays."""
+def leftovers(root: str, *, long_dead_s: float = owner.LONG_DEAD_S) -> list[str]:
+    """Names in the side folder that dead writers left: drafts that nobody holds, and trash. The newest prepared one stays.
+
+    `long_dead_s`: after so long without a write the writer of a draft counts as dead where nothing can be told of it.
+    """
     side = side_of(root)
-    kept = [one.name for one in prepared.left(side)[-1:]]
+    kept = [one.name for one in prepared.left(side, long_dead_s=long_dead_s)[-1:]]
     return [
         name
-        for name in names_in(side)
+        for name in side_folders.names_in(side)
         if name.startswith("trash-")
-        or (name.startswith(("probe-", "new-")) and is_settled(os.path.join(side, name)))
-        or (name.startswith("save-") and name not in kept and is_dead(os.path.join(side, name)))
+        or (name.startswith(("probe-", "new-")) and owner.is_settled(os.path.join(side, name)))
+        or (name.startswith("save-") and name not in kept and owner.is_dead(os.path.join(side, name), long_dead_s=long_dead_s))
     ]
 
 

@@ -70,7 +70,7 @@ def build() -> Path:
 def fuse_mount(folder: Path, *modes: str, delay_ms: int = 0) -> Iterator[Mount]:
     """A mount below `folder`, which must exist; skips the test where that is impossible.
 
-    Modes: refuse, lie, noreplace-lie, nodirect, nofallocate, nofsyncdir; none of them is an honest file
+    Modes: refuse, lie, noreplace-lie, nodirect, nofallocate, nofsyncdir, noflock; none of them is an honest file
     system.
     """
     if reason := why_not():

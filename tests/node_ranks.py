@@ -216,7 +216,7 @@ def finish(root: Path) -> dict[str, Any]:
     answers = together(NODES, work)
     assert answers[0] == answers[1], answers
     for case, answer in answers[0].items():
-        answer += [len(prepared.left(str(root / case / f"node{node}/.ckptstore"))) for node in range(NODES)]
+        answer += [len(prepared.waiting(str(root / case / f"node{node}/.ckptstore"))) for node in range(NODES)]
 
     def slowly(rank: int, mesh: Any) -> int:
         publish = steps.publish

@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ckptstore import CheckpointStore, prepared, steps
+from ckptstore import CheckpointStore, owner, prepared, steps
 from ckptstore.model import MANIFEST_NAME, Status
 from ckptstore.torch import StoreReader, StoreWriter, nodes, resume_step, resuming
 from tests import powercut
@@ -42,6 +42,7 @@ from tests.test_steps import write
 PREPARED = "prepared"
 FIRST, SECOND = 1, 2  #: the numbers of the saves, and all their values
 END_S = 30.0
+START_S = 120.0
 
 
 # --- two ranks -----------------------------------------------------------------------------------------------------
@@ -104,6 +105,7 @@ def serve(asked: Connection, rank: int, port: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable()
+    asked.send("torch is imported")  # which takes longer than ranks wait for each other
     mesh = meet(rank, port)
     with contextlib.suppress(EOFError):
         while True:
@@ -126,6 +128,8 @@ def pair(rank: int) -> Iterator[Pair]:
     process.start()
     there.close()
     try:
+        assert here.poll(START_S), "the other rank does not start"
+        here.recv()
         mesh = meet(rank, port)
         try:
             yield Pair(rank, mesh, here)
@@ -198,7 +202,7 @@ class Node(Writer):
 
     def judge(self, folder: Path) -> str:
         store = folder / "store"
-        here = self.look(store)
+        here = look(store, self.id)
         self.shown[here] += 1
         if here != NEW and self.cut.cut >= self.said[self.done]:
             raise Wrong(f"it has told the others that it has published, and there is {here}")
@@ -210,7 +214,7 @@ class Node(Writer):
         if here == NEW or self.cut.returned:
             verdict = NEW
             self.resume(store, self.meanwhile, NEW)
-            if self.look(store) != NEW:
+            if look(store, self.id) != NEW:
                 raise Wrong("it is not there after it was resumed from")
             if kept := [*store.glob(".ckptstore/old-step-*")]:
                 raise Wrong(f"all nodes have it, and there is still {kept}")
@@ -218,20 +222,6 @@ class Node(Writer):
         if left := drafts(store):
             raise Wrong(f"the next save leaves {left}")
         return verdict
-
-    def look(self, store: Path) -> str:
-        """What lies there. Wrong for anything visible that is not whole, or if the step before is gone too soon."""
-        here = CheckpointStore(store)
-        found = NOTHING
-        steps_there = {checkpoint.step: checkpoint for checkpoint in here.list()}
-        for step, checkpoint in steps_there.items():
-            if checkpoint.status is not Status.COMMITTED or not (report := here.verify(step)).ok:
-                raise Wrong(f"step {step} is {checkpoint.status}: {report.findings}")
-            if set_of(store / f"step-{step}") == self.id:
-                found = NEW
-        if 1 not in steps_there or not set(steps_there) <= {1, 2}:
-            raise Wrong(f"there are {sorted(steps_there)}")
-        return PREPARED if found == NOTHING and self.id in drafts(store) else found
 
     def resume(self, store: Path, other: str, wanted: str) -> None:
         """Both resume, the other from one of its moments. NOTHING: of this save, and what is prepared stays."""
@@ -292,15 +282,31 @@ class Resume(Node):
 
     def judge(self, folder: Path) -> str:
         store = folder / "store"
-        here = self.look(store)
+        here = look(store, self.id)
         self.shown[here] += 1
         if here == NOTHING or (here != NEW and self.cut.returned):
             raise Wrong(f"there is {here}")
         self.resume(store, "published", NEW)
-        if self.look(store) != NEW:
+        if look(store, self.id) != NEW:
             raise Wrong("it is not there after it was resumed from")
         go_on(CheckpointStore(store), self.files)
         return NEW
+
+
+def look(store: Path, set_id: str) -> str:
+    """What lies there of a set. Wrong for anything visible that is not whole, or if the step before is gone too soon."""
+    here = CheckpointStore(store)
+    found = NOTHING
+    steps_there = {checkpoint.step: checkpoint for checkpoint in here.list()}
+    for step, checkpoint in steps_there.items():
+        report = here.verify(step)
+        if checkpoint.status is not Status.COMMITTED or not report.ok:
+            raise Wrong(f"step {step} is {checkpoint.status}: {report.findings}")
+        if set_of(store / f"step-{step}") == set_id:
+            found = NEW
+    if 1 not in steps_there or not set(steps_there) <= {1, 2}:
+        raise Wrong(f"there are {sorted(steps_there)}")
+    return PREPARED if found == NOTHING and set_id in drafts(store) else found
 
 
 def set_of(folder: Path) -> str:
@@ -317,7 +323,7 @@ def leave_draft(store: Path, name: str, files: Path) -> None:
     """As a node that was killed when it had prepared."""
     home = Path(steps.home_of(str(store), name))
     home.mkdir(0o700)
-    (home / prepared.OWNER).touch()
+    (home / owner.OWNER).touch()
     shutil.copytree(files, home / "step")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import threading
 import time
@@ -122,6 +123,18 @@ def test_nodirect_nofallocate_nofsyncdir(tmp_path):
             os.fsync(opened.fileno())
         with pytest.raises(OSError, match="Invalid argument"):
             fsync_folder(mount.path)
+
+
+@pytest.mark.parametrize("mode", [(), ("noflock",)])
+def test_noflock(tmp_path, mode):
+    with fuse_mount(tmp_path, *mode) as mount, (mount.path / "file").open("wb") as file:
+        if mode:
+            with pytest.raises(OSError, match="Function not implemented"):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with (mount.path / "file").open("rb") as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def test_delay(tmp_path):

@@ -209,8 +209,10 @@ def test_without_flock_the_words_decide(tmp_path, monkeypatch, code):
     write_state(tmp_path, pid=os.getppid())
     with pytest.raises(BusyError):
         take(tmp_path)
+    assert busy(str(tmp_path)).pid == os.getppid()
     for dead in ({"pid": 999_999_999}, {"pid": os.getppid(), "heartbeat_at_s": time.time() - 2 * locks.STALE_S}):
         write_state(tmp_path, **dead)
+        assert busy(str(tmp_path)) is None
         take(tmp_path)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -26,6 +29,7 @@ torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
 from ckptstore.torch import StoreWriter, nodes, resuming  # noqa: E402
 from tests import warm  # noqa: E402
+from tests.fusefs import fuse_mount  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -104,7 +108,17 @@ def test_a_leader_dies_in_the_commit(tmp_path: Path, who: int, where: str, first
 
 def test_drafts_that_a_crash_left(tmp_path: Path) -> None:
     """Published on the last node, too, where the others have it: of just this save, and sound in every byte."""
-    seen = run("finish", tmp_path)
+    finished(run("finish", tmp_path))
+
+
+@pytest.mark.root
+def test_drafts_that_a_crash_left_where_there_is_no_flock(tmp_path: Path) -> None:
+    """The same, though nothing tells whether their writers live: what was decided is right whoever publishes it."""
+    with fuse_mount(tmp_path, "noflock") as mount:
+        finished(run("finish", mount.path))
+
+
+def finished(seen: dict[str, Any]) -> None:
     for case in ("cut", "cut on the coordinator's"):
         assert seen.pop(case) == [6, [6], 0, 0], case
     assert seen.pop("between renames") == [6, [7], 0, 0]
@@ -129,6 +143,15 @@ def test_ranks_and_nodes_killed_at_any_moment(tmp_path: Path, world: int, times:
     seen = run("kill", tmp_path, world, times, random.getrandbits(30), timeout_s=60 + 40 * times)
     print(f"\n{world} ranks on two nodes: {seen}")
     assert sum(seen["kills"].values()) == times
+
+
+@pytest.mark.root
+@pytest.mark.soak
+def test_killed_at_any_moment_where_there_is_no_flock(tmp_path: Path) -> None:
+    with fuse_mount(tmp_path, "noflock") as mount:
+        seen = run("kill", mount.path, 2, 30, random.getrandbits(30), timeout_s=1300)
+    print(f"\n2 ranks on two nodes without flock: {seen}")
+    assert sum(seen["kills"].values()) == 30
 
 
 # --- the pieces ----------------------------------------------------------------------------------------------------
@@ -295,6 +318,47 @@ def test_who_may_give_up_what_is_prepared(tmp_path: Path, monkeypatch: pytest.Mo
         place = _OnePlace(tmp_path / "the other", monkeypatch, step)
         place.commit()
         assert place.left() == left, "it goes with a step that is not older"
+
+
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("first", ["the writer", "resume_step"])
+def test_a_writer_that_lives_while_resume_step_publishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, over: bool
+) -> None:
+    """Where there is no flock that may be: the step is there, once and whole, and no more than uncertain to its writer."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    publish, seen = steps.publish, []
+    if over:
+        _OnePlace(tmp_path, monkeypatch).commit()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    place = _OnePlace(tmp_path, monkeypatch)
+    store = place.stores[1]
+
+    def racing(draft: steps.Draft, manifest: Manifest, **options: Any) -> None:
+        if seen or "node1" not in draft.root:
+            publish(draft, manifest, **options)
+            return
+        Path(draft.home, "owner").write_bytes(b"{}")  # nothing tells that it lives
+        seen.extend(prepared.waiting(steps.side_of(store.folder)))
+        if first == "the writer":
+            publish(draft, manifest, **options)
+            resuming._publish(store, seen[0])
+        else:
+            resuming._publish(store, seen[0])
+            publish(draft, manifest, **options)
+
+    monkeypatch.setattr(steps, "publish", racing)
+    with pytest.raises(errors.CommitUncertain) if first == "resume_step" else contextlib.nullcontext():
+        place.commit()
+    assert place.left() == [(1, 0), (1, 0)]
+    (one,) = seen
+    assert [resuming.held(each)[3][0] for each in place.stores] == [resuming.identity(one.manifest)] * 2
+    assert [each.status for each in store.list()] == [Status.COMMITTED]
+    kept = [name for name in os.listdir(steps.side_of(store.folder)) if name.startswith("old-step-3-")]
+    assert len(kept) == (over and first == "resume_step"), "what it replaced stays until all are known to have it"
 
 
 def test_one_unsound_part_keeps_the_others_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,3 +160,4 @@ def clock(patient: Patient) -> Iterator[Diagnosis]:
 
 
 ALL = (fileroot, disk, user, permissions, space, clock)
+OF_STEPS = (disk, permissions, space, clock)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from ckptstore import halt, running
+from ckptstore import halt, owner, prepared, probe, running, steps
 from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
@@ -15,7 +15,7 @@ from ckptstore.errors import CkptStoreError
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.era import of as era_of
 from ckptstore.listing import RESUMABLE
-from ckptstore.lock import busy
+from ckptstore.lock import busy, has_flock
 from ckptstore.model import FRESH_OPTIMIZER, Checkpoint, Status
 
 _SETUP = "`ckptstore setup` puts the newest good checkpoint there; --dry-run shows which."
@@ -202,4 +202,36 @@ def leftovers(patient: Patient) -> Iterator[Diagnosis]:
         yield ok("leftovers", f"{found} (`ckptstore clean --old-slots` removes them)")
 
 
+def locks(patient: Patient) -> Iterator[Diagnosis]:
+    """A store of steps: without flock nothing tells at once that a writer is dead."""
+    works = has_flock(patient.side)
+    if works is False:
+        found = (
+            f"{patient.side} is on a file system without flock ({probe.file_system(patient.side)}): what a crash leaves of a "
+            "save goes by itself where its process is known to be dead, on the same machine and in the same container"
+        )
+        remedy = (
+            "Mount it with flock, where it can (Lustre: -o flock); else look at `ckptstore list` after a crash: "
+            "`ckptstore clean --older-than 1h` removes the rest."
+        )
+        yield warn("locks", found, remedy)
+    elif works:
+        yield ok("locks", "flock works: a dead writer's drafts go by themselves")
+
+
+def drafts(patient: Patient) -> Iterator[Diagnosis]:
+    """A store of steps: what saves that were cut left there."""
+    gone = [os.path.join(patient.side, name) for name in steps.leftovers(patient.run.path)]
+    if gone:
+        found = f"dead writers left {gigabytes(sum(map(side_folders.size_of, gone)))} in {patient.side}"
+        yield warn("leftovers", found, "The next save removes it; `ckptstore clean` does now.")
+    ready = {one.name: one.note for one in prepared.waiting(patient.side)}
+    for note in ready.values():
+        yield warn("leftovers", note, "`ckptstore clean --old-slots` removes it, too.")
+    for one in owner.unsure(patient.side):
+        if one.name not in ready:
+            yield warn("leftovers", one.found, one.remedy)
+
+
 ALL = (halted, pending, alive, checkpoints, slot, ranks, strays, leftovers)
+OF_STEPS = (halted, checkpoints, locks, drafts)

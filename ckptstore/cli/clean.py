@@ -8,10 +8,10 @@ import time
 
 import click
 
-from ckptstore import prepared, steps
+from ckptstore import owner, prepared, steps
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend
-from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, is_steps, location_options, open_run
 from ckptstore.cli.render import done, echo, item, note, print_json
 from ckptstore.errors import UsageError
 from ckptstore.frameworks.areal import layout
@@ -35,7 +35,8 @@ _UNITS_S = {"m": 60, "h": 3600, "d": 86400}
     "--older-than",
     metavar="DURATION",
     default="",
-    help=f"Of a run at a URL: only where nothing was written for so long, such as 36h. [{LONG_DEAD}]",
+    help="Only where nothing was written for so long, such as 36h: of a run at a URL, and of a store of steps what is left of "
+    f"saves whose process may be alive, where the file system has no flock. [{LONG_DEAD}]",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @JSON
@@ -54,22 +55,25 @@ def command(where: Where, old_slots: bool, older_than: str, dry_run: bool, as_js
             raise UsageError("--old-slots is for a run of this machine: a URL has none")
         _clean_remote(backend, older_than_s, dry_run=dry_run, as_json=as_json)
         return
-    if older_than:
-        raise UsageError("--older-than is for a run at a URL", hint="Here a dead writer is told from a living one by its lock.")
+    if older_than and not is_steps(located.run.path):
+        raise UsageError(
+            "--older-than is for a run at a URL, and for a store of steps",
+            hint="Here a dead writer is told from a living one by its lock.",
+        )
     side = side_folders.side_folder(located.run.path, f"{located.run.path}/{layout.MAIN_PART}/{layout.SLOT}")
     found: list[tuple[str, int]] = []
-    kept = [] if old_slots else [one.note for one in prepared.left(side)]
     if os.path.isdir(side):
         if dry_run:
-            found = _find(side, old_slots=old_slots)
+            found = _find(side, old_slots=old_slots, older_than_s=older_than_s)
         else:
             with RunLock(side, "clean"):
-                found = _find(side, old_slots=old_slots)
+                found = _find(side, old_slots=old_slots, older_than_s=older_than_s)
                 for name, _count in found:
                     side_folders.discard(side, name)
+    kept = _kept(side, but={name for name, _count in found}, old_slots=old_slots)
     if as_json:
         removed = [{"name": name, "bytes": count} for name, count in found]
-        print_json({"done": not dry_run, "side": side, "removed": removed, "notes": kept})
+        print_json({"done": not dry_run, "side": side, "removed": removed, "notes": [text for text, _more in kept]})
         return
     echo()
     if not found:
@@ -79,16 +83,24 @@ def command(where: Where, old_slots: bool, older_than: str, dry_run: bool, as_js
     if found:
         total = size(sum(count for _, count in found))
         echo(f"{len(found)} of these, {total}, would be removed" if dry_run else f"removed {len(found)}: {total} freed")
-    for text in kept:
-        note(f"kept: {text}, and so does --old-slots")
+    for text, more in kept:
+        note(f"kept: {text}{more}")
 
 
-def _find(side: str, *, old_slots: bool) -> list[tuple[str, int]]:
-    names = sorted({*side_folders.leftovers(side), *steps.leftovers(os.path.dirname(side))})
+def _find(side: str, *, old_slots: bool, older_than_s: float) -> list[tuple[str, int]]:
+    names = sorted({*side_folders.leftovers(side), *steps.leftovers(os.path.dirname(side), long_dead_s=older_than_s)})
     if old_slots:
         names += [old.name for old in side_folders.old_slots(side)]
-        names += [one.name for one in prepared.left(side) if one.name not in names]
+        names += [one.name for one in prepared.left(side, long_dead_s=older_than_s) if one.name not in names]
     return [(name, side_folders.size_of(os.path.join(side, name))) for name in names]
+
+
+def _kept(side: str, *, but: set[str], old_slots: bool) -> list[tuple[str, str]]:
+    """What stays and might go, each with what else to say about it."""
+    kept = {} if old_slots else {one.name: (one.note, ", and so does --old-slots") for one in prepared.waiting(side)}
+    for one in owner.unsure(side):
+        kept.setdefault(one.name, (one.note, ""))
+    return [texts for name, texts in kept.items() if name not in but]
 
 
 def _clean_remote(backend: Backend, older_than_s: float, *, dry_run: bool, as_json: bool) -> None:

@@ -167,7 +167,7 @@ def _look(store: CheckpointStore, process_group: dist.ProcessGroup | None) -> li
 
 
 def _prepared(store: CheckpointStore) -> dict[_Save, Prepared]:
-    found = prepared.left(steps.side_of(os.path.realpath(store.folder)))
+    found = prepared.waiting(steps.side_of(os.path.realpath(store.folder)))
     return {_Save(one.manifest.step, identity(one.manifest)): one for one in found}
 
 

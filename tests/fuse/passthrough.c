@@ -11,6 +11,7 @@
 //   --nodirect       opening with O_DIRECT answers EINVAL
 //   --nofallocate    fallocate answers EOPNOTSUPP
 //   --nofsyncdir     fsync of a folder answers EINVAL
+//   --noflock        flock answers ENOSYS, as Lustre's does where it is mounted without
 //   --delay-ms=N     each read, write, fsync and rename takes N ms longer
 
 #define FUSE_USE_VERSION 31
@@ -31,7 +32,7 @@
 
 static struct {
   char* root;
-  int refuse, lie, noreplace_lie, nodirect, nofallocate, nofsyncdir;
+  int refuse, lie, noreplace_lie, nodirect, nofallocate, nofsyncdir, noflock;
   unsigned delay_ms;
 } opt;
 static int root_fd;
@@ -45,6 +46,7 @@ static const struct fuse_opt options[] = {
     FLAG("--nodirect", nodirect),
     FLAG("--nofallocate", nofallocate),
     FLAG("--nofsyncdir", nofsyncdir),
+    FLAG("--noflock", noflock),
     FLAG("--delay-ms=%u", delay_ms),
     FUSE_OPT_END,
 };
@@ -229,12 +231,19 @@ static int pt_fsyncdir(const char* path, int datasync, struct fuse_file_info* fi
   return opt.nofsyncdir ? -EINVAL : pt_fsync(path, datasync, fi);
 }
 
+static int pt_flock(const char* path, struct fuse_file_info* fi, int operation) {
+  (void)path;
+  (void)fi;
+  (void)operation;
+  return -ENOSYS;
+}
+
 static int pt_statfs(const char* path, struct statvfs* st) {
   (void)path;
   return done(fstatvfs(root_fd, st));
 }
 
-static const struct fuse_operations operations = {
+static struct fuse_operations operations = {
     .init = pt_init,
     .getattr = pt_getattr,
     .readlink = pt_readlink,
@@ -273,6 +282,7 @@ int main(int argc, char** argv) {
     perror(opt.root);
     return 1;
   }
+  if (opt.noflock) operations.flock = pt_flock;  // without one the kernel keeps locks itself
   umask(0);
   return fuse_main(args.argc, args.argv, &operations, NULL);
 }
