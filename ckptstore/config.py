@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptstore.errors import NotFoundError, UsageError, from_os_error
 
+if TYPE_CHECKING:
+    import yaml
+
 _REFERENCE = re.compile(r"\$\{([^${}]+)\}")
+_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)[eE][-+]?[0-9]+$")
 _MAX_BYTES = 256 << 10  # of a file that people write by hand; the parser takes seconds for each megabyte
 _MAX_CHARS = 1 << 16  #: of a value whose references are resolved: they may multiply it
 _MAX_REFERENCES = 8  #: in one value
@@ -42,6 +47,9 @@ class RunConfig:
             return value
         if depth > 5:
             return None
+        whole = _REFERENCE.fullmatch(value.strip())
+        if whole and ":" not in whole[1]:
+            return self._resolve(_lookup(self.values, whole[1].strip()), depth + 1)  # of the type that it has there
 
         def replace(match: re.Match[str]) -> str:
             name = match[1].strip()
@@ -65,6 +73,30 @@ def _lookup(values: Any, key: str) -> Any:
     return values
 
 
+@functools.cache
+def _loader() -> type[yaml.SafeLoader]:
+    """Scalars as OmegaConf, and so the trainer, types them: `1e-6` is a number, for YAML 1.1 it is text; a date is text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML's, but for these two."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in Loader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    return Loader
+
+
+def _parsed(text: str | bytes) -> Any:
+    loader = _loader()(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file. NotFoundError without one, UsageError for one that is not a mapping or an override without `=`."""
     import yaml  # 20 ms: only where a configuration is read
@@ -81,7 +113,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     if len(data) > _MAX_BYTES:
         raise UsageError(f"--config {path}: {len(data):,} bytes and more is no training configuration")
     try:
-        values = yaml.safe_load(data)
+        values = _parsed(data)
     except (yaml.YAMLError, *_NOT_YAML) as error:
         raise UsageError(f"--config {path} is not valid YAML: {_said(error)}") from error
     if values is None:
@@ -94,7 +126,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         if not equals or not key:
             raise UsageError(f"{override!r} is not an override of the form key=value")
         try:
-            value = yaml.safe_load(text)
+            value = _parsed(text)
         except (yaml.YAMLError, *_NOT_YAML) as error:
             raise UsageError(f"{override!r}: the value is not valid YAML: {_said(error)}") from error
         _store(values, key.split("."), value)

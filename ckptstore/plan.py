@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from ckptstore import commit, mirrored, places, probe, running
@@ -20,7 +20,7 @@ from ckptstore.errors import AlreadyExistsError, BusyError, CkptStoreError, NotF
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.era import Era
 from ckptstore.frameworks.areal.era import of as era_of
-from ckptstore.frameworks.areal.launch import Installation
+from ckptstore.frameworks.areal.launch import Installation, logged_config
 from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.frameworks.areal.resume_state import data_parallel_world
 from ckptstore.frameworks.areal.target import InfoPlan, Transfer, optimizer_in, plan_info, transfer
@@ -46,7 +46,7 @@ class Options:
     write_frequencies: bool = False  #: how often to save: the YAML's, even where the trainer's recover_info is kept
     steps_per_epoch: int = 0  #: 0: derived from the run
     world_size: int = 0  #: ranks of the trainer; 0: from the YAML where it tells
-    config: RunConfig | None = None  #: the run's YAML
+    config: RunConfig | None = None  #: the run's YAML; None: the one that the trainer kept with its logs
     installation: Installation | None = None  #: the AReaL that will train; None: judged by the present slot
 
 
@@ -90,6 +90,11 @@ def refuse_steps(listing: Listing) -> None:
         )
 
 
+def configured(options: Options, run: layout.RunRef) -> Options:
+    """`options` with the run's YAML, where the trainer has kept one."""
+    return options if options.config is not None else replace(options, config=logged_config(run))
+
+
 def plan(
     backend: Backend,
     selection: Selection = ANY,
@@ -101,6 +106,7 @@ def plan(
     """What `setup` would do now, and why. Writes nothing."""
     listing = scan(backend)
     refuse_steps(listing)
+    options = configured(options, listing.run)
     source, found = backend, listing
     if selection.url:
         source = open_backend(selection.url)
@@ -191,7 +197,15 @@ def _era(listing: Listing, options: Options, old: Checkpoint | None, chosen: Che
 def _transfer(part: Part, era: Era, options: Options) -> Transfer:
     if options.as_is or options.recover_dir:
         return Transfer("copy", optimizer_in(part.holds))
-    return transfer(part, era, world_size(options))
+    way = transfer(part, era, world_size(options))
+    if way.how != "copy" and way.optimizer == "zero" and not way.refusal:
+        from ckptstore.frameworks.areal import adamw  # where nothing is converted it costs nothing
+
+        try:
+            adamw.from_config(options.config, part.name, era.name)
+        except RefusedError as error:
+            return replace(way, refusal=f"{error} ({error.hint})")
+    return way
 
 
 def world_size(options: Options) -> int:

@@ -39,7 +39,7 @@ from ckptstore.listing import Listing, backend_for, scan
 from ckptstore.lock import RunLock
 from ckptstore.model import Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part, reader
-from ckptstore.plan import ANY, CAREFUL, Options, Plan, plan, stage_key, trial_folder
+from ckptstore.plan import ANY, CAREFUL, Options, Plan, configured, plan, stage_key, trial_folder
 from ckptstore.staging import BLOCKING, place_trial, stage_info, stage_part, write_info
 from ckptstore.verify import Notify
 
@@ -79,6 +79,7 @@ def setup(
     first = plan(backend, selection, options, ignore_pending=True)
     if first.refusals:
         raise RefusedError("; ".join(first.refusals))
+    options = configured(options, first.listing.run)
     try:
         side_folders.make_side(first.side)
     except NoSpaceError as error:

@@ -81,7 +81,7 @@ def stage_part(
                 target,
                 files,
                 optimizer="zero" if way.optimizer == "zero" else "none",
-                settings=adamw.from_config(options.config, part.name),
+                settings=adamw.from_config(options.config, part.name, plan.era.name) if way.optimizer == "zero" else None,
                 expected=expected,
                 chunk_bytes=chunk_bytes,
                 progress=progress,
@@ -123,7 +123,7 @@ def stage_part(
                 target,
                 files,
                 world_size=world_size(options),
-                settings=adamw.from_config(options.config, part.name),
+                settings=adamw.from_config(options.config, part.name, plan.era.name),
             )
     except (DigestMismatchError, SourceChangedError) as error:
         if source.is_folder and options.verify_after_write and _source_is_right(part, error.path, expected, chunk_bytes):

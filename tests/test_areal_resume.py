@@ -135,6 +135,8 @@ saver: {freq_epochs: 1, freq_steps: null, freq_secs: null}
 recover: {mode: auto, freq_epochs: null, freq_steps: 20, freq_secs: null}
 evaluator: {freq_epochs: 1}
 train_dataset: {batch_size: 8, num_workers: 0}
+actor: {optimizer: {type: adam, lr: 2e-6}}
+critic: {optimizer: {type: adam, lr: 3e-6}}
 allocation_mode: sglang:d1p1t1+d1p1t1
 """
 

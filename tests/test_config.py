@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ckptstore.config import RunConfig, load
-from ckptstore.errors import NotFoundError, UsageError
+from ckptstore.errors import NotFoundError, RefusedError, UsageError
+from ckptstore.frameworks.areal import adamw
 from ckptstore.frameworks.areal.saving import describe, first_saved, settings
 
 YAML = """\
@@ -164,3 +165,48 @@ def test_first_saved_step(path: Path, overrides: list[str], per_epoch: int, expe
 def test_first_saved_step_without_anything_known(path: Path) -> None:
     assert first_saved(None, 0, 9) == "saver.freq_steps=10 (or less) in the trainer's YAML would have saved one by then."
     assert "first saved" not in first_saved(load(str(path)), 0, 9)  # an epoch's length is not known
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6), ("5e-06", 5e-6), ("2E+3", 2e3), ("1.70e-5", 1.7e-5), ("-.5e1", -5.0), ("1_0e2", 1e3), ("7", 7),
+        ("'1e-6'", "1e-6"), ("e5", "e5"), ("1e", "1e"), ("1e5x", "1e5x"), ("2025-11-12", "2025-11-12"),
+        ("2025-11-12 10:00:00", "2025-11-12 10:00:00"), ("true", True), ("null", None),
+    ],
+)  # fmt: skip
+def test_scalars_are_what_the_trainer_takes_them_for(tmp_path: Path, text: str, value: object) -> None:
+    """PyYAML alone takes 1e-6 for text: a learning rate that was not seen."""
+    (tmp_path / "run.yaml").write_text(f"actor:\n  optimizer:\n    lr: {text}\nalias: ${{actor.optimizer.lr}}\n")
+    config = load(str(tmp_path / "run.yaml"), [f"other={text}"])
+    for key in ("actor.optimizer.lr", "alias", "other"):
+        found = config.get(key)
+        assert (type(found), found) == (type(value), value), key
+
+
+def test_the_learning_rate_is_the_runs_own(tmp_path: Path) -> None:
+    """What the slot says beats the YAML: AReaL's default, 1e-3, in place of a run's 1e-6 would wreck the model in one step."""
+
+    def made(text: str, era: str = "B", *overrides: str) -> adamw.AdamW:
+        (tmp_path / "run.yaml").write_text(f"base: 3e-6\nactor:\n  optimizer: {text}\n")
+        return adamw.from_config(load(str(tmp_path / "run.yaml"), overrides), "default", era)
+
+    assert made("{lr: 2e-6, eps: 1e-5}") == adamw.AdamW(lr=2e-6, eps=1e-5)
+    assert made("{lr: '2e-6'}").lr == 2e-6
+    assert made("{lr: ${base}}".replace("${base}", '"${base}"')).lr == 3e-6
+    assert made("{}", "B", "actor.optimizer.lr=4e-6").lr == 4e-6
+    assert made("{lr: 2e-6}", "A") == adamw.AdamW(lr=2e-6, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.05)
+    for text in (
+        "{}",
+        "{lr: null}",
+        "{lr: fast}",
+        "{lr: true}",
+        "{lr: -1e-6}",
+        "{lr: .nan}",
+        "{lr: [1]}",
+        "{lr: 2e-6, eps: x}",
+    ):
+        with pytest.raises(RefusedError, match=r"actor\.optimizer\."):
+            made(text)
+    with pytest.raises(RefusedError, match="nothing tells the learning rate"):
+        adamw.from_config(None, "default", "B")

@@ -332,7 +332,11 @@ def test_a_run_that_others_uploaded(run, capfd, tmp_path):
     source = tmp_path / "kept"
     upload(source, open_backend(url))
     there = tmp_path / "fresh/checkpoints/alice/gsm8k-grpo/trial0"
-    done = commands.invoke(capfd, "setup", "--run", there, "--from", url, "--step", 46, "--json", *OLD)
+    words = ("setup", "--run", there, "--from", url, "--step", 46, "--json", *OLD)
+    blind = commands.invoke(capfd, *words)
+    assert blind.code == 1
+    assert "nothing tells the learning rate" in blind.json["error"]
+    done = commands.invoke(capfd, *words, "--config", yaml_of(run))
     assert done.code == 0, done.out
     for name in ("step_info.json", "saver_info.json"):
         assert (there / "recover_info" / name).read_bytes() == (source / "recover_info" / name).read_bytes()

@@ -304,7 +304,7 @@ def write_logs(root: Path, *, user: str = "alice", experiment: str = "gsm8k-grpo
         f"cluster:\n  fileroot: {root}\n  n_nodes: 1\n  n_gpus_per_node: 1\n"
         "saver:\n  freq_epochs: 1\n  freq_steps: null\n  freq_secs: null\n"
         "recover:\n  mode: disabled\n  retries: 3\n  freq_epochs: 1\n  freq_steps: null\n  freq_secs: null\n"
-        "actor:\n  path: Qwen/Qwen2.5-1.5B-Instruct\n"
+        "actor:\n  path: Qwen/Qwen2.5-1.5B-Instruct\n  optimizer:\n    type: adam\n    lr: 2e-06\n"
     )
     return folder
 

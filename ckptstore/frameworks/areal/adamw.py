@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptstore.config import RunConfig
+from ckptstore.errors import RefusedError
 from ckptstore.formats.dcp_writer import Item, KeyPath, ObjectItem, TensorItem
 from ckptstore.formats.pickling import Value
 
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """The optimizer's settings: AReaL's defaults. What a checkpoint says of them beats the run's configuration."""
+    """The optimizer's settings: AReaL's defaults from v0.4.0 on. What a checkpoint says of them beats the run's YAML."""
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -40,26 +42,45 @@ class AdamW:
         }
 
 
-def from_config(config: RunConfig | None, part: str) -> AdamW:
-    """The settings that the run's YAML gives (`actor.optimizer:`, `critic.optimizer:`), AReaL's defaults for the rest.
+_ERA_A = AdamW(lr=2e-5, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.05)
 
-    They must come from there: what the slot says of the learning rate beats the YAML once it is loaded.
+
+def from_config(config: RunConfig | None, part: str, era: str) -> AdamW:
+    """The settings that the run's YAML gives (`actor.optimizer:`, `critic.optimizer:`), that era's defaults for the rest.
+
+    They must come from there: what the slot says beats the YAML once it is loaded, for the first step at least, and the
+    first step of a fresh Adam moves each weight by the whole learning rate. RefusedError where the YAML does not tell it.
     """
-    if config is None:
-        return AdamW()
     block = f"{'critic' if part == 'critic' else 'actor'}.optimizer"
-
-    def number(name: str, default: float) -> float:
-        value = config.get(f"{block}.{name}")
-        return float(value) if type(value) in (int, float) else default
-
-    default = AdamW()
+    default = _ERA_A if era == "A" else AdamW()
+    lr = config.get(f"{block}.lr") if config is not None else None
+    if config is None or lr is None:
+        raise RefusedError(
+            f"nothing tells the learning rate ({block}.lr) of the fresh optimizer, and AReaL takes it from the slot",
+            hint="Give the run's YAML with --config." if config is None else f"Say {block}.lr=…, as the trainer has it.",
+        )
     return AdamW(
-        lr=number("lr", default.lr),
-        betas=(number("beta1", default.betas[0]), number("beta2", default.betas[1])),
-        eps=number("eps", default.eps),
-        weight_decay=number("weight_decay", default.weight_decay),
+        lr=_number(lr, f"{block}.lr"),
+        betas=(
+            _number(config.get(f"{block}.beta1", default.betas[0]), f"{block}.beta1"),
+            _number(config.get(f"{block}.beta2", default.betas[1]), f"{block}.beta2"),
+        ),
+        eps=_number(config.get(f"{block}.eps", default.eps), f"{block}.eps"),
+        weight_decay=_number(config.get(f"{block}.weight_decay", default.weight_decay), f"{block}.weight_decay"),
     )
+
+
+def _number(value: object, key: str) -> float:
+    """A number, also one in quotes, as OmegaConf would convert it."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError
+        number = float(value)
+        if not 0 <= number < math.inf:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise RefusedError(f"{key} is {value!r:.40}, which is no such number", hint="Correct the YAML.") from None
+    return number
 
 
 def entries(settings: AdamW, parameters: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[tuple[KeyPath, Item]]:

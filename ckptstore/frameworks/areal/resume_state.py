@@ -88,7 +88,9 @@ def synthesize(
                 raise RefusedError(
                     f"nothing tells how often the run saves ({block}: in its YAML, or an older recover_info), and AReaL "
                     "takes the frequency from recover_info: without it the resumed run would never save again",
-                    hint="Give the run's YAML with --config.",
+                    hint="Give the run's YAML with --config."
+                    if config is None
+                    else f"Set one in the YAML or behind the command: {block}.freq_steps=100, say.",
                 )
             frequencies = old
         elif old is not None and old != frequencies:
