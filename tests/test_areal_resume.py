@@ -93,6 +93,7 @@ class Run:
         overrides = outcome.plan.restoration.overrides
         assert outcome.plan.restoration.blockers == ()
         assert set(overrides) <= {"recover.no_load_optim=true"}
+        assert all(any(word in need for need in outcome.plan.restoration.needs) for word in overrides)  # who starts it by hand
         return self.start(skip_optimizer=bool(overrides))
 
     def assert_resumes(self, result: Resumed | Fresh, step: int) -> Resumed:

@@ -71,6 +71,7 @@ def restoration(
     if overrides and not era.can_skip_optimizer:
         blockers.append("the DCP holds no optimizer state: only AReaL from v1.0.3 loads it (recover.no_load_optim=true)")
     needs = [*_needs(checkpoint, slot_format), *(note for note in planned.notes if not note.startswith("data order"))]
+    needs += [f"{word} in the command that resumes: no optimizer state is there to be loaded" for word in overrides]
     if not era.known:
         needs.append(f"{era.how}; say which with --areal-dir or --areal-version")
     return Restoration(tuple(restored), tuple(lost), tuple(blockers), tuple(needs), overrides)

@@ -217,9 +217,9 @@ def _dataloader(numbers: StepNumbers, config: RunConfig | None, world_size: int)
         ranks = 0  # tensor-parallel ranks share a batch: only a trainer that is data-parallel alone is sure
     if type(batch) is int and workers == 0 and ranks > 0 and batch % ranks == 0:
         cursor = _cursor(numbers.epoch_step + 1, batch // ranks)
-        return [
-            cursor for _ in range(ranks)
-        ], f"data order: goes on after batch {numbers.epoch_step + 1} of the epoch, on {ranks} ranks"
+        on = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        note = f"data order: goes on after batch {numbers.epoch_step + 1} of the epoch, on {on}"
+        return [cursor for _ in range(ranks)], note
     return {}, f"data order: starts again at the beginning of epoch {numbers.epoch} (its cursor cannot be made from the YAML)"
 
 
