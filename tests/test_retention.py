@@ -325,11 +325,11 @@ def test_prune_by_hours_and_by_the_configuration(room: Path, cli: Callable[..., 
     words = ("prune", "--run", store.folder, "--dry-run", "--json")
     assert [one["keep"] for one in cli(*words, "--keep-every-hours", "0.5").json["steps"]] == [True, False, True]
     config = room / "run.yaml"
-    config.write_text("n: 2\nretention: {last: '${n}', every_hours: 12, best: null}\n")
-    # An interpolated number comes as text: said, not guessed.
+    config.write_text("n: 2\nretention: {last: '${n}0', every_hours: 12, best: null}\n")
+    # What is put together of text is text: said, not guessed.
     refused = cli(*words, "--config", config)
-    assert (refused.code, "last is '2', and must be a whole number" in refused.err + refused.out) == (2, True)
-    config.write_text("retention: {last: 2}\n")
+    assert (refused.code, "last is '20', and must be a whole number" in refused.err + refused.out) == (2, True)
+    config.write_text("n: 2\nretention: {last: '${n}'}\n")
     assert [one["keep"] for one in cli(*words, "--config", config).json["steps"]] == [False, True, True]
     assert [one["keep"] for one in cli(*words, "--config", config, "retention.last=1").json["steps"]] == [False, False, True]
     assert [one["keep"] for one in cli(*words, "--config", config, "--keep-every", "2").json["steps"]] == [False, True, True]

@@ -128,7 +128,9 @@ def test_frequencies_that_make_no_sense(wrong: dict[str, Any]) -> None:
 
 
 def test_from_the_trainers_yaml() -> None:
-    config = RunConfig("run.yaml", {"saver": {"freq_epochs": 1, "freq_steps": None}, "recover": {"freq_secs": "${x}"}, "x": 3})
+    config = RunConfig(
+        "run.yaml", {"saver": {"freq_epochs": 1, "freq_steps": None}, "recover": {"freq_secs": "${x}"}, "x": "3"}
+    )
     assert SaveSchedule.from_config(config).freq_epochs == 1
     assert saves(SaveSchedule.from_config(RunConfig("", {})), 99) == []
     with pytest.raises(UsageError, match=r"recover: freq_secs is '3'"):

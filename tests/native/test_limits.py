@@ -103,7 +103,7 @@ def test_out_of_memory_in_a_worker(roots):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] in ("MemoryError", "copied")
     make_tree(roots[0], {"f": b"x"})
-    done = run_python(COPY.replace("1 << 20", "1 << 33"), *roots, 1, 1, 1 << 33, prefix=["prlimit", "--as=400000000"])
+    done = run_python(COPY.replace("1 << 20", "1 << 30"), *roots, 1, 1, 1 << 30, prefix=["prlimit", "--as=400000000"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "MemoryError"
 
