@@ -22,7 +22,7 @@ from ckptstore import side as side_folders
 from ckptstore.errors import TrainingHalted, from_os_error
 from ckptstore.places import ledger_in
 from ckptstore.places import trip_in as path_in
-from ckptstore.untrusted import MOST, open_regular
+from ckptstore.untrusted import OUT_OF_RANGE, open_regular
 
 MAX_BYTES = 1 << 20
 
@@ -120,7 +120,7 @@ def read(side: str) -> Trip | None:
     for item in fields(Trip):
         value, usual = document.get(item.name), getattr(blank, item.name)
         kinds = (dict,) if usual is None else (int, float) if isinstance(usual, float) else (type(usual),)
-        if type(value) in kinds and not (isinstance(value, (int, float)) and not abs(value) < MOST):
+        if type(value) in kinds and not (isinstance(value, (int, float)) and not abs(value) < OUT_OF_RANGE):
             known[item.name] = value
     return Trip(**known)
 

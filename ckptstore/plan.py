@@ -197,15 +197,7 @@ def _era(listing: Listing, options: Options, old: Checkpoint | None, chosen: Che
 def _transfer(part: Part, era: Era, options: Options) -> Transfer:
     if options.as_is or options.recover_dir:
         return Transfer("copy", optimizer_in(part.holds))
-    way = transfer(part, era, world_size(options))
-    if way.how != "copy" and way.optimizer == "zero" and not way.refusal:
-        from ckptstore.frameworks.areal import adamw  # where nothing is converted it costs nothing
-
-        try:
-            adamw.from_config(options.config, part.name, era.name)
-        except RefusedError as error:
-            return replace(way, refusal=f"{error} ({error.hint})")
-    return way
+    return transfer(part, era, world_size(options), options.config)
 
 
 def world_size(options: Options) -> int:

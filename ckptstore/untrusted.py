@@ -7,7 +7,7 @@ import os
 import stat
 from typing import Any, BinaryIO
 
-MOST = 1 << 63  #: no step, size or time reaches it; what is larger may be too long to be printed
+OUT_OF_RANGE = 1 << 63  #: no step, size or time reaches it; what does may be too long to be printed
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -24,13 +24,13 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 def whole(value: Any, *, low: int = -1) -> int:
     """`value` if it is a whole number from `low` that something can be counted with; ValueError otherwise."""
-    if type(value) is not int or not low <= value < MOST:
+    if type(value) is not int or not low <= value < OUT_OF_RANGE:
         raise ValueError(f"{value!r:.40} is no whole number from {low}")
     return value
 
 
 def number(value: Any) -> float:
     """`value` as a finite float; ValueError for what is none."""
-    if type(value) not in (int, float) or not abs(value) < MOST:  # which NaN is not either
+    if type(value) not in (int, float) or not abs(value) < OUT_OF_RANGE:  # which NaN is not either
         raise ValueError(f"{value!r:.40} is no number")
     return float(value)

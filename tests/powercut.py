@@ -7,7 +7,9 @@ qemu-storage-daemon logs the writes (the format of dm-log-writes) below a loop d
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import logging
 import os
 import random
 import select
@@ -15,10 +17,14 @@ import shutil
 import signal
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pytest
 
 SECTOR_BYTES = 512
 PIECE_BYTES = 4096  # a write larger than that may be torn
@@ -36,6 +42,32 @@ def why_not() -> str:
         return "no /dev/fuse or no /dev/loop-control"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     return f"missing {', '.join(missing)} (apt-get install qemu-system-common e2fsprogs)" if missing else ""
+
+
+#: Of a module of tests that replay power cuts.
+MARKS = [
+    pytest.mark.root,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+]
+
+
+def measure(about: str, head: str, names: Sequence[str], campaign: Callable[[str, int], tuple[Any, Mapping[str, int]]]) -> int:
+    """The command line of a table: `campaign` gives a name's result, with so many random parts, and what was seen how often."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--parts", type=int, default=3, help="random parts of what was not flushed, after each write")
+    parser.add_argument("names", nargs="*", choices=[*names, []], help="all by default")
+    options = parser.parse_args()
+    if reason := why_not():
+        sys.exit(reason)
+    warnings.simplefilter("ignore")
+    logging.disable()  # torch logs each load that fails
+    print(head, flush=True)
+    for name in options.names or names:
+        result, seen = campaign(name, options.parts)
+        print(result.row(), flush=True)
+        print(f"{name}: {dict(seen)}; {result.examples[:3]}", file=sys.stderr)
+    return 0
 
 
 class Write(NamedTuple):

@@ -10,18 +10,15 @@ names, bytes and times on a disk are one content; each pair of contents that can
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import hashlib
 import itertools
-import logging
 import os
 import random
 import shutil
 import stat
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -416,22 +413,10 @@ def _resume(result: Result, both: Both, holds: tuple[str, str], of_these: list[t
         result.examples.append(f"{where}: it was decided, and there is {verdict}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", type=int, default=3, help="random parts of what was not flushed, after each write")
-    parser.add_argument("names", nargs="*", choices=[*KINDS, []], help="all by default")
-    options = parser.parse_args()
-    if reason := powercut.why_not():
-        sys.exit(reason)
-    warnings.simplefilter("ignore")
-    logging.disable()
-    print(HEAD, flush=True)
-    for kind in options.names or KINDS:
-        result = both_campaign(kind, parts=options.parts)
-        print(result.row(), flush=True)
-        print(f"{kind}: {dict(result.whole)}; {result.examples[:3]}", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+
+    def measured(kind: str, parts: int) -> tuple[Result, dict[str, int]]:
+        result = both_campaign(kind, parts=parts)
+        return result, result.whole
+
+    sys.exit(powercut.measure(__doc__, HEAD, KINDS, measured))

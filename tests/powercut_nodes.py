@@ -9,7 +9,6 @@ resume, over gloo; the other one's store is what it may have been at that moment
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
@@ -350,22 +349,5 @@ def node_campaign(kind: str, *, parts: int, until_bad: bool = False) -> tuple[Re
         return campaign(writer, parts=parts, until_bad=until_bad), made[0].shown
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", type=int, default=3, help="random parts of what was not flushed, after each write")
-    parser.add_argument("names", nargs="*", choices=[*KINDS, []], help="all by default")
-    options = parser.parse_args()
-    if reason := powercut.why_not():
-        sys.exit(reason)
-    warnings.simplefilter("ignore")
-    logging.disable()
-    print(HEAD, flush=True)
-    for kind in options.names or KINDS:
-        result, shown = node_campaign(kind, parts=options.parts)
-        print(result.row(), flush=True)
-        print(f"{kind}: {dict(shown)}; {result.examples[:3]}", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(powercut.measure(__doc__, HEAD, KINDS, lambda kind, parts: node_campaign(kind, parts=parts)))

@@ -5,17 +5,14 @@ python -m tests.powercut_writers [--parts N] [NAME…]      prints the table of 
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import io
-import logging
 import os
 import random
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -454,22 +451,10 @@ def room() -> Iterator[Path]:
         shutil.rmtree(place)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", type=int, default=3, help="random parts of what was not flushed, after each write")
-    parser.add_argument("names", nargs="*", choices=[*OURS, *OTHERS, []], help="all by default")
-    options = parser.parse_args()
-    if reason := powercut.why_not():
-        sys.exit(reason)
-    warnings.simplefilter("ignore")
-    logging.disable()  # torch logs each load that fails
-    print(HEAD, flush=True)
-    for name in options.names or [*OTHERS, *OURS]:
-        result = campaign((OURS | OTHERS)[name], parts=options.parts)
-        print(result.row(), flush=True)
-        print(f"{name}: whole {dict(result.whole)}; {result.examples[:3]}", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+
+    def measured(name: str, parts: int) -> tuple[Result, dict[str, int]]:
+        result = campaign((OURS | OTHERS)[name], parts=parts)
+        return result, result.whole
+
+    sys.exit(powercut.measure(__doc__, HEAD, [*OTHERS, *OURS], measured))

@@ -17,11 +17,7 @@ from ckptstore import side as side_folders
 from tests import powercut
 from tests.powercut_writers import NEW, OTHERS, OURS, Prune, Resave, Result, Save, campaign
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(bool(powercut.why_not()), reason=powercut.why_not()),
-]
+pytestmark = powercut.MARKS
 
 
 def test_save_and_power_cuts() -> None:

@@ -19,11 +19,7 @@ from tests.powercut_writers import NEW, NOTHING, OLD
 from tests.test_powercut import no_folder_fsync, planted
 from tests.test_powercut_nodes import no_fsync_of_files, no_fsync_of_the_mark
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(bool(powercut.why_not()), reason=powercut.why_not()),
-]
+pytestmark = powercut.MARKS
 
 SAVED = {
     f"{NOTHING} beside {NOTHING}": OLD,
@@ -64,14 +60,19 @@ def test_no_bad_pair(kind: str) -> None:
 # --- planted bugs: each must be caught ------------------------------------------------------------------------------
 
 
-def published_before_all_are_prepared(patch: pytest.MonkeyPatch) -> None:
+def not_waiting_for(patch: pytest.MonkeyPatch, ignored: str) -> None:
+    """The coordinator does not wait until all say this word."""
     await_all = nodes._await
 
     def hasty(channel: nodes.Channel, word: str, *more: Any) -> None:
-        if word != "prepared":
+        if word != ignored:
             await_all(channel, word, *more)
 
     patch.setattr(nodes, "_await", hasty)
+
+
+def published_before_all_are_prepared(patch: pytest.MonkeyPatch) -> None:
+    not_waiting_for(patch, "prepared")
 
 
 def published_before_it_is_told(patch: pytest.MonkeyPatch) -> None:
@@ -82,13 +83,7 @@ def published_before_it_is_told(patch: pytest.MonkeyPatch) -> None:
 
 def settled_before_all_have_it(patch: pytest.MonkeyPatch) -> None:
     """The old one goes while another node has not published."""
-    await_all = nodes._await
-
-    def hasty(channel: nodes.Channel, word: str, *more: Any) -> None:
-        if word != "committed":
-            await_all(channel, word, *more)
-
-    patch.setattr(nodes, "_await", hasty)
+    not_waiting_for(patch, "committed")
 
 
 def old_one_not_kept(patch: pytest.MonkeyPatch) -> None:

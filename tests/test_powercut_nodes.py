@@ -20,11 +20,7 @@ from tests.powercut_nodes import KINDS, PREPARED, node_campaign
 from tests.powercut_writers import NEW, NOTHING
 from tests.test_powercut import no_folder_fsync, not_durable, planted
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(bool(powercut.why_not()), reason=powercut.why_not()),
-]
+pytestmark = powercut.MARKS
 
 
 def test_a_node_and_power_cuts() -> None:

@@ -367,12 +367,15 @@ ERAS = {name: era.of(Installation("", version, "", "")) for name, version in {"A
     ],
 )
 def test_a_transfer(source: Part, name: str, ranks: int, how: str, optimizer: str) -> None:
-    assert target.transfer(source, ERAS[name], ranks) == target.Transfer(how, optimizer)
+    told = config(actor={"optimizer": {"lr": 2e-6}})
+    assert target.transfer(source, ERAS[name], ranks, told) == target.Transfer(how, optimizer)
 
 
 @pytest.mark.parametrize(
     ("source", "name", "ranks", "why"),
     [
+        (part("hf", "weights"), "A", 2, "nothing tells the learning rate"),
+        (part("hf-sharded", "weights"), "B", 0, "nothing tells the learning rate"),
         (part("hf", "weights"), "A", 0, "--world-size"),
         (part("lora", "weights"), "B", 0, "LoRA"),
         (part("lora", "weights"), "A", 2, "LoRA"),
@@ -383,7 +386,7 @@ def test_a_transfer(source: Part, name: str, ranks: int, how: str, optimizer: st
     ],
 )
 def test_a_transfer_that_cannot_resume(source: Part, name: str, ranks: int, why: str) -> None:
-    assert why in target.transfer(source, ERAS[name], ranks).refusal
+    assert why in target.transfer(source, ERAS[name], ranks, None).refusal
 
 
 def test_a_checkpoint_of_unknown_step_gets_no_recover_info(tmp_path: Path) -> None:

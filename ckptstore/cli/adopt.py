@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ckptstore.adopt import adopt
-from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
+from ckptstore.cli.opening import open_run
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import checkpoint_json, done, echo, print_json, state, steps
 from ckptstore.locate import Where

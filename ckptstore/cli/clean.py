@@ -11,7 +11,8 @@ import click
 from ckptstore import owner, prepared, steps
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend
-from ckptstore.cli.common import JSON, OVERRIDES, Verb, is_steps, location_options, open_run
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
+from ckptstore.cli.opening import is_steps, open_run
 from ckptstore.cli.render import done, echo, item, note, print_json
 from ckptstore.errors import UsageError
 from ckptstore.frameworks.areal import layout

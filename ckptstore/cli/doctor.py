@@ -9,7 +9,8 @@ import click
 
 from ckptstore import doctor
 from ckptstore.checks import Diagnosis, Severity
-from ckptstore.cli.common import JSON, OVERRIDES, TrainerOption, Verb, find_run, location_options
+from ckptstore.cli.common import JSON, OVERRIDES, TrainerOption, Verb, location_options
+from ckptstore.cli.opening import find_run
 from ckptstore.cli.render import done, echo, field, item, print_json, run_json
 from ckptstore.config import load
 from ckptstore.frameworks.areal.launch import find_installation

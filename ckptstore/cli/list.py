@@ -10,17 +10,8 @@ import click
 
 from ckptstore import halt, places
 from ckptstore.backends import is_url
-from ckptstore.cli.common import (
-    JSON,
-    OVERRIDES,
-    Verb,
-    WhichOption,
-    from_log_step,
-    gap,
-    location_options,
-    note_other_at_work,
-    open_run,
-)
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, WhichOption, from_log_step, location_options
+from ckptstore.cli.opening import gap, note_other_at_work, open_run
 from ckptstore.cli.render import (
     age,
     checkpoint_json,

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ckptstore.backends import Bandwidth, is_url
-from ckptstore.cli.common import WhichOption, pick
+from ckptstore.cli.common import WhichOption
+from ckptstore.cli.opening import pick
 from ckptstore.cli.urls import URL_VARIABLE
 from ckptstore.errors import NothingToResumeError, UsageError
 from ckptstore.listing import Listing

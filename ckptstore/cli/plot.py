@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ckptstore.cli import condition
-from ckptstore.cli.common import OVERRIDES, Verb, location_options, open_run
+from ckptstore.cli.common import OVERRIDES, Verb, location_options
+from ckptstore.cli.opening import open_run
 from ckptstore.cli.render import done, echo, item, width
 from ckptstore.drawing import MARKS, draw, text_chart
 from ckptstore.health import Health

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ckptstore import retention
-from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
+from ckptstore.cli.opening import open_run
 from ckptstore.cli.render import columns, done, echo, print_json, safe
 from ckptstore.errors import UsageError
 from ckptstore.locate import Where

@@ -10,8 +10,9 @@ import click
 
 from ckptstore import gathering
 from ckptstore.backends import Backend, open_backend
-from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, read_words
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, read_words
 from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
+from ckptstore.cli.opening import open_run
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row
 from ckptstore.cli.urls import said_url

@@ -8,8 +8,9 @@ import time
 import click
 
 from ckptstore.backends import is_url, open_backend
-from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, open_run, pick, read_words
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, read_words
 from ckptstore.cli.moving import url_option
+from ckptstore.cli.opening import open_run, pick
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, findings, item, note, print_json, safe
 from ckptstore.errors import UsageError

@@ -16,17 +16,8 @@ import click
 
 from ckptstore.backends import normal_url, open_backend
 from ckptstore.choose import Selection
-from ckptstore.cli.common import (
-    JSON,
-    Trainer,
-    Verb,
-    explaining_gaps,
-    is_interactive,
-    location_options,
-    open_run_for,
-    selection_options,
-    trainer_options,
-)
+from ckptstore.cli.common import JSON, Trainer, Verb, location_options, selection_options, trainer_options
+from ckptstore.cli.opening import explaining_gaps, is_interactive, open_run_for
 from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
 from ckptstore.cli.setup import (
     do_setup,

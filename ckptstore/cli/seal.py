@@ -7,7 +7,8 @@ from typing import NamedTuple
 import click
 
 from ckptstore.backends import Backend
-from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, read_words
+from ckptstore.cli.opening import open_run, pick
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import echo, item, print_json
 from ckptstore.errors import CkptStoreError, NothingToResumeError, UsageError

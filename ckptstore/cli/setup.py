@@ -13,19 +13,8 @@ from ckptstore import halt, places, recovery, room
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend
 from ckptstore.choose import Selection
-from ckptstore.cli.common import (
-    JSON,
-    OVERRIDES,
-    Trainer,
-    Verb,
-    explaining_gaps,
-    is_interactive,
-    location_options,
-    open_run,
-    open_run_for,
-    selection_options,
-    trainer_options,
-)
+from ckptstore.cli.common import JSON, OVERRIDES, Trainer, Verb, location_options, selection_options, trainer_options
+from ckptstore.cli.opening import explaining_gaps, is_interactive, open_run, open_run_for
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import (
     MARKS,

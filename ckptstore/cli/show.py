@@ -6,7 +6,8 @@ import dataclasses
 
 import click
 
-from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, read_words
+from ckptstore.cli.opening import open_run, pick
 from ckptstore.cli.render import (
     age,
     checkpoint_json,

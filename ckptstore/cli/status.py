@@ -12,7 +12,8 @@ from ckptstore import halt, health, importing, mirrored, pins
 from ckptstore import ledger as ledgers
 from ckptstore import side as side_folders
 from ckptstore.cli import condition
-from ckptstore.cli.common import JSON, OVERRIDES, Verb, WhichOption, location_options, open_run
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, WhichOption, location_options
+from ckptstore.cli.opening import open_run
 from ckptstore.cli.render import age, done, echo, field, item, note, print_json, run_json
 from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.health import Health

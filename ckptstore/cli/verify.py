@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, open_run, pick, read_words
+from ckptstore.cli.common import JSON, LOG_STEP, Verb, WhichOption, location_options, read_words
+from ckptstore.cli.opening import open_run, pick
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, finding_json, findings, item, print_json, rate, safe, status
 from ckptstore.cli.weights import print_sanity, sanity_json, weigh

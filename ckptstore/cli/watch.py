@@ -13,8 +13,9 @@ import click
 
 from ckptstore import adopt, mirrored
 from ckptstore.backends import is_url, normal_url
-from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options, open_run
+from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
 from ckptstore.cli.moving import MAX_BANDWIDTH, bounded
+from ckptstore.cli.opening import open_run
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import checkpoint_json, done, echo, note, steps
 from ckptstore.errors import CkptStoreError

@@ -59,14 +59,15 @@ def from_config(config: RunConfig | None, part: str, era: str) -> AdamW:
             f"nothing tells the learning rate ({block}.lr) of the fresh optimizer, and AReaL takes it from the slot",
             hint="Give the run's YAML with --config." if config is None else f"Say {block}.lr=…, as the trainer has it.",
         )
+
+    def number(name: str, default: float) -> float:
+        return _number(config.get(f"{block}.{name}", default), f"{block}.{name}")
+
     return AdamW(
         lr=_number(lr, f"{block}.lr"),
-        betas=(
-            _number(config.get(f"{block}.beta1", default.betas[0]), f"{block}.beta1"),
-            _number(config.get(f"{block}.beta2", default.betas[1]), f"{block}.beta2"),
-        ),
-        eps=_number(config.get(f"{block}.eps", default.eps), f"{block}.eps"),
-        weight_decay=_number(config.get(f"{block}.weight_decay", default.weight_decay), f"{block}.weight_decay"),
+        betas=(number("beta1", default.betas[0]), number("beta2", default.betas[1])),
+        eps=number("eps", default.eps),
+        weight_decay=number("weight_decay", default.weight_decay),
     )
 
 
@@ -79,7 +80,7 @@ def _number(value: object, key: str) -> float:
         if not 0 <= number < math.inf:
             raise ValueError
     except (ValueError, OverflowError):
-        raise RefusedError(f"{key} is {value!r:.40}, which is no such number", hint="Correct the YAML.") from None
+        raise RefusedError(f"{key} is {value!r:.40}, which is no number from 0", hint="Correct the YAML.") from None
     return number
 
 

@@ -15,7 +15,7 @@ from ckptstore.errors import CkptStoreError, NotFoundError
 from ckptstore.formats import FormatError, inert
 from ckptstore.frameworks.areal.layout import RECOVER_INFO
 from ckptstore.native import Folder
-from ckptstore.untrusted import MOST
+from ckptstore.untrusted import OUT_OF_RANGE
 
 STEP_INFO = "step_info.json"
 STEP_FIELDS = ("epoch", "epoch_step", "global_step", "steps_per_epoch")
@@ -69,7 +69,7 @@ def read(backend: Backend, folder: Folder | None) -> RecoverInfo | None:
             else:
                 documents[name] = document
     step = documents.get(STEP_INFO, {})
-    numbers = {key: value for key in STEP_FIELDS if type(value := step.get(key)) is int and 0 <= value < MOST}
+    numbers = {key: value for key in STEP_FIELDS if type(value := step.get(key)) is int and 0 <= value < OUT_OF_RANGE}
     if STEP_INFO in documents and set(step) != set(STEP_FIELDS):
         problems.append(f"{STEP_INFO} has the fields {sorted(step)}, and AReaL accepts exactly {sorted(STEP_FIELDS)}")
     elif STEP_INFO in documents and len(numbers) != len(STEP_FIELDS):

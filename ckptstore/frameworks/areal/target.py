@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError
-from ckptstore.frameworks.areal import pickled, recover_info, resume_state
+from ckptstore.frameworks.areal import adamw, pickled, recover_info, resume_state
 from ckptstore.frameworks.areal.era import Era
 from ckptstore.frameworks.areal.layout import optimizer_ranks
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
@@ -43,8 +43,8 @@ def optimizer_in(holds: Sequence[str]) -> str:
     return "kept" if "optimizer" in holds else "zero" if FRESH_OPTIMIZER in holds else "none"
 
 
-def transfer(part: Part, era: Era, world_size: int) -> Transfer:
-    """How `part` becomes what `era` reads."""
+def transfer(part: Part, era: Era, world_size: int, config: RunConfig | None) -> Transfer:
+    """How `part` becomes what `era` reads. `config`, the run's YAML, is needed where an optimizer is made."""
     if part.format == era.slot_format:
         saved = optimizer_ranks(part)
         if world_size and saved and saved != world_size:
@@ -55,11 +55,16 @@ def transfer(part: Part, era: Era, world_size: int) -> Transfer:
         return Transfer("copy", "none", "a LoRA adapter cannot become the training engine's own state")
     if part.format not in EXPORTS:
         return Transfer("copy", "kept", f"AReaL reads {era.slot_format} from the slot ({era.how}), and this is {part.format}")
-    if era.slot_format == "dcp":
-        return Transfer("dcp", "none" if era.can_skip_optimizer else "zero")
-    if world_size < 1:
-        return Transfer("era-a", "zero", "AReaL up to v0.3 wants one optimizer shard a rank: say how many with --world-size")
-    return Transfer("era-a", "zero")
+    if era.can_skip_optimizer:
+        return Transfer("dcp", "none")
+    how = "dcp" if era.slot_format == "dcp" else "era-a"
+    if how == "era-a" and world_size < 1:
+        return Transfer(how, "zero", "AReaL up to v0.3 wants one optimizer shard a rank: say how many with --world-size")
+    try:
+        adamw.from_config(config, part.name, era.name)
+    except RefusedError as error:
+        return Transfer(how, "zero", f"{error}. {error.hint}")
+    return Transfer(how, "zero")
 
 
 def plan_info(
