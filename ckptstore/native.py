@@ -173,12 +173,12 @@ def _run_copy(
     if options.strategy not in _native.STRATEGIES:
         raise UsageError(f"no copy strategy {options.strategy!r}; there are {', '.join(_native.STRATEGIES)}")
     if min(options.threads, options.block_bytes, options.nice) < 0 or options.block_bytes > _MOST_BLOCK_BYTES:
-        raise UsageError(f"threads, block_bytes (up to {_MOST_BLOCK_BYTES}) and nice must not be negative")
+        raise UsageError(f"threads, block_bytes and nice must not be negative, and block_bytes at most {_MOST_BLOCK_BYTES}")
     start = time.monotonic()
     try:
         digests, copied, reused, by_strategy = _native.copy_files(
-            _root(source),
-            _root(destination),
+            _encoded(source),
+            _encoded(destination),
             specs,
             threads=_threads(options.threads),
             block_bytes=_whole_pages(options.block_bytes),
@@ -220,7 +220,7 @@ def digest_files(
     specs = [_plain(spec, chunk_bytes) for spec in _unique(files)]
     try:
         outcomes = _native.digest_files(
-            _root(root),
+            _encoded(root),
             specs,
             threads=_threads(threads),
             chunk_bytes=chunk_bytes,
@@ -264,7 +264,7 @@ def read_files(
         wanted.append(ordered)
     try:
         outcomes = _native.read_files(
-            _root(root), specs, wanted, threads=_threads(threads), chunk_bytes=chunk_bytes, progress=progress
+            _encoded(root), specs, wanted, threads=_threads(threads), chunk_bytes=chunk_bytes, progress=progress
         )
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
@@ -284,7 +284,7 @@ def scan_tree(
     """
     try:
         return _native.scan_tree(
-            _root(root),
+            _encoded(root),
             max_depth=max_depth,
             wanted=os.fsencode(wanted),
             wanted_bytes=wanted_bytes,
@@ -342,7 +342,7 @@ def write_range(folder: Path, name: str, offset_bytes: int, data: Buffer) -> Non
     """
     encoded, *_ = _plain(FileSpec(name, 0), CHUNK_BYTES)
     try:
-        _native.write_range(_root(folder), encoded, data, offset_bytes)
+        _native.write_range(_encoded(folder), encoded, data, offset_bytes)
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
 
@@ -353,7 +353,7 @@ def allocate(fd: int, size_bytes: int, path: Path) -> None:
     `path` is for errors.
     """
     try:
-        _native.allocate(fd, size_bytes, _root(path))
+        _native.allocate(fd, size_bytes, _encoded(path))
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
 
@@ -376,7 +376,7 @@ def rename_noreplace(a: Path, b: Path) -> None:
 def fsync_path(path: Path) -> None:
     """Make a file's content, or a folder's names, durable. Plain OSError, which is final: never retry an fsync."""
     try:
-        _native.sync_path(_root(path))
+        _native.sync_path(_encoded(path))
     except _native.NativeError as error:
         _raise_os_error(error)
 
@@ -384,14 +384,14 @@ def fsync_path(path: Path) -> None:
 def supports_direct(folder: Path) -> bool:
     """Whether files in this folder take O_DIRECT, by trying it on a scratch file. Plain OSError if it can't be made."""
     try:
-        return _native.supports_direct(_root(folder))
+        return _native.supports_direct(_encoded(folder))
     except _native.NativeError as error:
         _raise_os_error(error)
 
 
 def _rename(a: Path, b: Path, flags: int) -> None:
     try:
-        _native.rename_with(_root(a), _root(b), flags)
+        _native.rename_with(_encoded(a), _encoded(b), flags)
     except _native.NativeError as error:
         _raise_os_error(error, os.fspath(b))
 
@@ -426,7 +426,7 @@ def _error_of(kind: str, what: str, path: bytes, number: int) -> CkptStoreError:
             return from_os_error(OSError(number, os.strerror(number)), doing=what, path=name)
 
 
-def _root(path: Path) -> bytes:
+def _encoded(path: Path) -> bytes:
     encoded = os.fsencode(path)
     if b"\0" in encoded:  # C would take what is before it for the path
         raise UsageError(f"not a path: {path!r}")
@@ -517,7 +517,7 @@ def scan_weights(
         name, *_ = _plain(FileSpec(region.name, 0), CHUNK_BYTES)
         plain.append((name, region.offset, region.length, kinds.index(region.dtype)))
     try:
-        found = _native.scan_weights(_root(root), plain, threads=_threads(threads), progress=progress)
+        found = _native.scan_weights(_encoded(root), plain, threads=_threads(threads), progress=progress)
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
     return [WeightStats(*item) if len(item) == 10 else _error_of(*item) for item in found]
