@@ -55,15 +55,19 @@ def test_a_store_that_gives_no_answer(endpoint, caplog):
     assert "hush" not in said + str(raised.value)
 
 
-def test_in_a_thread_too(endpoint, caplog):
+def test_in_a_thread_too(endpoint, caplog, monkeypatch):
     """Of a trainer's mirror, say: there the pauses between the tries are where it is said."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     endpoint(port)
+    ours = object_backend.RETRY_FOR
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))  # the library's tries have pauses of random length,
+    backend = open_backend(PLACE)
+    monkeypatch.setattr(object_backend, "RETRY_FOR", ours)  # which must leave time for ours
 
     def ask() -> None:
         with contextlib.suppress(StorageError):
-            list(open_backend(PLACE).list())
+            list(backend.list())
 
     thread = threading.Thread(target=ask)
     thread.start()
