@@ -75,7 +75,7 @@ class CheckpointStore:
         A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
         retention (best K): numbers of any kind; those that are not finite are left out. `keep` prunes afterwards. Errors:
         NotCommitted and CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
-        SourceChangedError. At a URL it is sent there, as docs/object-stores.md says.
+        SourceChangedError. At a URL it is sent there, as docs/saving.md says.
         """
         source = os.path.abspath(directory)
         numbers = saving.numbers_of(metrics)

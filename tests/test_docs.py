@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -16,7 +16,6 @@ import pytest
 
 from ckptstore import cli as cli_module
 from ckptstore.cli import cli
-from ckptstore.frameworks.areal import launch
 from tests import commands, trees
 
 ROOT = Path(__file__).parent.parent
@@ -73,19 +72,21 @@ def test_commands_can_be_typed(page: Path) -> None:
                 )
 
 
-def test_every_verb_and_option_is_in_the_command_line_page() -> None:
-    text = (ROOT / "docs/cli.md").read_text()
-    for name in cli_module.VERBS:
-        assert f"| `{name}" in text or f"`{name}`" in text, name
-        missing = {option for option in options_of(name) if option.startswith("--") and option not in text}
-        assert missing <= {"--help"}, f"{name}: {missing}"
+def anchors(page: Path) -> set[str]:
+    """What `#…` can name on a page: its headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
     for target in _LINK.findall(_FENCE.sub("", page.read_text())):
-        if "://" not in target and not target.startswith("#"):
-            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name}: {target}: {there.name} has no such heading"
 
 
 @each_page
@@ -113,87 +114,6 @@ def test_json_blocks_are_json() -> None:
     for page in PAGES:
         for block in blocks(page, "json"):
             json.loads(block)
-
-
-# --- JSON fields --------------------------------------------------------------------------------------------------
-
-TRAINER = ("--areal-version", "0.3.4", "--world-size", "2")
-
-
-@pytest.fixture
-def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    commands.isolate(monkeypatch, tmp_path)
-    monkeypatch.setattr(launch, "_package_of_python_on_path", lambda: "")
-    monkeypatch.setenv("CKPTSTORE_FILEROOT", str(tmp_path))
-    run = trees.make_run(tmp_path, experiment="docs-grpo", steps=[46, 93, 140], slot="era_a", slot_step=140, recover_info=140)
-    trees.zero_length(trees.checkpoint(run, 140) / "config.json")
-    trees.set_age(trees.checkpoint(run, 140), 3600)
-    trees.set_age(tmp_path / "logs", 3600)
-    return run
-
-
-def keys(document: object) -> Iterator[str]:
-    """The names of all fields; what is below `slots`, `strategies` and the like is data."""
-    if isinstance(document, dict):
-        for key, value in document.items():
-            yield key
-            if key not in ("slots", "strategies", "manifest_sha256", "saver", "recover"):
-                yield from keys(value)
-    elif isinstance(document, list):
-        for item in document:
-            yield from keys(item)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["list"],
-        ["show", "46"],
-        ["verify"],
-        ["seal", "--all"],
-        ["setup", "--dry-run", "--step", "93", *TRAINER],
-        ["setup", "--step", "93", *TRAINER],
-        ["resume", "--step", "93", *TRAINER],
-        ["adopt"],
-        ["push", "--latest", "--to", "memory://docs/run"],
-        ["doctor"],
-        ["clean", "--dry-run"],
-        ["show", "1"],
-    ],
-    ids=" ".join,
-)
-def test_every_json_field_is_documented(sample: Path, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
-    result = commands.invoke(capfd, *words, "--json")
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/cli.md").read_text())) | {"error", "facts", "hint", "exit_code"}
-    assert set(keys(result.json)) - documented == set()
-
-
-def test_every_json_field_of_a_pull_is_documented(sample: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    url = "memory://docs-pull/run"
-    assert commands.invoke(capfd, "push", "46", "--to", url).code == 0
-    result = commands.invoke(capfd, "pull", "46", "--from", url, "--to", tmp_path / "there", "--json")
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/cli.md").read_text()))
-    assert result.json["done"] is True
-    assert set(keys(result.json)) - documented == set()
-
-
-def test_every_json_field_of_a_remote_clean_is_documented(sample: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    url = "memory://docs-clean/run"
-    assert commands.invoke(capfd, "push", "46", "--to", url).code == 0
-    result = commands.invoke(capfd, "clean", "--run", url, "--dry-run", "--json")
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/cli.md").read_text()))
-    assert set(keys(result.json)) - documented == set()
-
-
-def test_undo_and_errors_are_documented(sample: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run: Callable[..., commands.Result] = functools.partial(commands.invoke, capfd)
-    assert run("setup", "--step", "93", *TRAINER).code == 0
-    document = run("setup", "--undo", "--json").json
-    text = (ROOT / "docs/cli.md").read_text()
-    row = next(line for line in text.splitlines() if line.startswith("| `setup --undo`"))
-    assert set(document) == set(re.findall(r"`(\w+)`", row.partition("|")[2].partition("|")[2]))
-    error = next(line for line in text.splitlines() if line.startswith("An error:"))
-    assert set(run("show", "1", "--json").json) == set(re.findall(r'"(\w+)"', error))
 
 
 # --- nothing of the place where this was written -----------------------------------------------------------------

@@ -83,9 +83,9 @@ class StoreWriter(StorageWriter):
     """A storage writer for `dcp.save` and `dcp.async_save`: saves `step` into the store, visible only when all ranks are done.
 
     Construct it on every rank, with its store and the same step. Ranks that see the same folder, or URL, save one checkpoint
-    there; where nodes have a disk each, it is found out, and each node gets the files of its own ranks (docs/saving.md). One
-    save each. A rank that fails or dies means an error on the others (at the latest after the process group's timeout) and no
-    commit.
+    there; where nodes have a disk each, it is found out, and each node gets the files of its own ranks
+    (docs/distributed.md). One save each. A rank that fails or dies means an error on the others (at the latest after the
+    process group's timeout) and no commit.
     `metrics` are recorded by the coordinator. `nice` lowers the priority of the writing threads. After the save, `manifest`
     is the coordinator's. Not thread-safe.
     """
