@@ -144,7 +144,7 @@ def in_short(tables: dict[str, list[Row]]) -> str:
         against = [f"{rows[ours].speed / rows[peer].speed:.2f}× {peer}" for peer in peers if peer in rows]
         what = f"{group[0].upper()}{group[1:]}" + ("" if ours == "ckptstore" else f", {ours}")
         lines.append(f"- **{what}** ({kind}): {rows[ours].speed:.2f} GB/s. " + " · ".join(against))
-    return "\n".join(lines) + "\n\n" if lines else ""
+    return "In short (1.17× X: 1.17 times as fast as X):\n\n" + "\n".join(lines) + "\n\n" if lines else ""
 
 
 def machine(runs: list[dict]) -> str:

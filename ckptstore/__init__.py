@@ -51,6 +51,7 @@ _HOMES = {
     "TrainingHalted": "ckptstore.errors",
     "IntegrityError": "ckptstore.errors",
     "ManifestError": "ckptstore.errors",
+    "NotWholeError": "ckptstore.errors",
     "DigestMismatchError": "ckptstore.errors",
     "SourceChangedError": "ckptstore.errors",
     "CommitError": "ckptstore.errors",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from ckptstore.errors import NotCommitted as NotCommitted
     from ckptstore.errors import NotFoundError as NotFoundError
     from ckptstore.errors import NothingToResumeError as NothingToResumeError
+    from ckptstore.errors import NotWholeError as NotWholeError
     from ckptstore.errors import RankError as RankError
     from ckptstore.errors import RefusedError as RefusedError
     from ckptstore.errors import SourceChangedError as SourceChangedError

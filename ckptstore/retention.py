@@ -57,7 +57,10 @@ class Keep:
         if not isinstance(hours, (int, float)) or isinstance(hours, bool) or not 0 <= hours < math.inf:
             raise UsageError(f"every_hours is {hours!r:.40}, and must be a number, 0 or more")
         if not (self.last or self.every or self.best or self.every_hours):
-            raise UsageError("say what to keep: the last N, every N steps, every T hours, or the best K by a metric")
+            raise UsageError(
+                "say what to keep: the last N, every N steps, every T hours, or the best K by a metric",
+                hint="`--keep-last 3`, say, in Python Keep(last=3); with --dry-run nothing is deleted.",
+            )
         if bool(self.best) != bool(self.metric):
             raise UsageError("the best K are the best by a metric: give both")
         if self.mode not in ("max", "min"):

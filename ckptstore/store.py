@@ -211,7 +211,7 @@ class CheckpointStore:
         if not self.backend.is_folder:
             raise UsageError(
                 f"{self.backend.location} is no folder of this machine",
-                hint="Pull from it (ckptstore.pull), or set up from it.",
+                hint="`ckptstore pull` brings its checkpoints to a folder; setup takes them from it by Selection(url=…).",
             )
 
     def restore(

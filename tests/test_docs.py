@@ -14,6 +14,8 @@ from pathlib import Path
 import click
 import pytest
 
+import ckptstore
+import ckptstore.torch
 from ckptstore import cli as cli_module
 from ckptstore.cli import cli
 from tests import commands, trees
@@ -93,6 +95,68 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"`((?:tests|benchmarks|examples|csrc|ckptstore|docs)/[\w./-]+\.\w+)`", page.read_text()):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_every_public_name_has_its_place() -> None:
+    text = (ROOT / "docs/python.md").read_text()
+    for module in (ckptstore, ckptstore.torch):
+        for name in {*module.__all__} - {"__version__"}:
+            assert re.search(rf"`{name}[`(]", text), f"docs/python.md does not name {module.__name__}.{name}"
+    methods = {name for name in vars(ckptstore.CheckpointStore) if not name.startswith("_")} - {"folder"}
+    assert {name for name in methods if f"`{name}(" not in text} == set()
+
+
+def test_every_module_has_its_room() -> None:
+    text = (ROOT / "docs/design.md").read_text()
+    rooms = text[text.index("## Rooms") : text.index("## Flows")]
+    named = {*re.findall(r"`([a-z_]+)/?`", rooms)} - {"csrc", "ckptstore"}
+    there = {path.stem for path in (ROOT / "ckptstore").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert named == {name for name in there if not name.startswith("_")} - {"frameworks"}
+
+
+def test_errors_are_those_of_the_page() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", (ROOT / "docs/python.md").read_text(), re.MULTILINE)
+    public = {name: getattr(ckptstore, name) for name in ckptstore.__all__}
+    errors = {name: kind for name, kind in public.items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert {name: int(code) for name, code in rows} == {name: kind.exit_code for name, kind in errors.items()}
+
+
+#: What the README calls a contender → how its row of the performance page begins.
+CONTENDERS = {
+    **{
+        name: name
+        for name in ("fio", "rclone", "rsync", "cat", "DCP", "safetensors", "torch.save", "dcp.load", "s5cmd", "boto3")
+    },
+    **{
+        "cp": "cp -r",
+        "dcp.save": "DCP",
+        "dcp.async_save": "dcp.async_save",
+        "memcpy": "one memcpy",
+        "aws": "aws",
+        "s3fs": "s3fs",
+    },
+    **{"b3sum": "", "sha256sum": ""},
+}
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    text, measured = (ROOT / "README.md").read_text(), (ROOT / "docs/performance.md").read_text()
+    table = text[text.index("## How fast") : text.index("All tables")]
+    ours = re.findall(r"\| \*\*(\d+\.\d\d)\*\* \|", table)
+    assert len(ours) > 7
+    rows = [("**", figure) for figure in ours]
+    for who, figure in re.findall(r"([^\d|·][^|·]*?) (\d+\.\d\d)", re.sub(r"\*\*.*?\*\*", "", table)):
+        named = [name for name in re.findall(r"[\w.]+", who) if name in CONTENDERS]
+        assert named, who
+        rows.append((CONTENDERS[named[0]], figure))
+    assert len(rows) > 35
+    for begin, figure in [*rows, *(("", figure) for figure in re.findall(r"(\d+\.\d\d) GB/s", text))]:
+        assert re.search(rf"^\| {re.escape(begin)}[^|]*\| {figure} \(", measured, re.MULTILINE), f"{begin} {figure}"
+    cuts = (ROOT / "docs/reliability.md").read_text()
+    shares = re.findall(r"(\d+) of (\d+)", text[: text.index("## Two commands")])
+    assert len(shares) == 4
+    for wrong, states in shares:
+        assert re.search(rf"\| {states} \|.* {wrong} \|", cuts), f"{wrong} of {states}"
 
 
 @each_page

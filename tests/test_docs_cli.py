@@ -74,6 +74,41 @@ def test_exit_codes() -> None:
     assert EPILOG.removeprefix("Exit codes: ").rstrip(".").replace(", ", " · ") in readme.replace("\n", " ")
 
 
+# --- what works where ---------------------------------------------------------------------------------------------
+
+ARGUMENTS = {
+    "show": ("1",),
+    "seal": ("--all",),
+    "repair": ("1", "--from", "."),
+    "push": ("--all", "--to", "memory://docs-where/there"),
+    "prune": ("--keep-last", "1"),
+}
+
+
+def promised(words: str) -> set[str]:
+    """The verbs in the paragraph that begins so, up to the end of its first sentence."""
+    (paragraph,) = (one for one in section("Where the run is").split("\n\n") if one.startswith(words))
+    return {*_NAME.findall(paragraph.partition(";" if ";" in paragraph else ". ")[0])} & {*VERBS}
+
+
+@pytest.mark.parametrize("verb", sorted({*VERBS} - {"pull"}))
+def test_each_verb_works_on_a_store_of_steps_as_the_page_says(verb: str, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/weights.bin").write_bytes(b"1234")
+    CheckpointStore(tmp_path / "steps").save(1, tmp_path / "out")
+    result = cli(verb, *ARGUMENTS.get(verb, ()), "--run", tmp_path / "steps")
+    refused = result.code == 2 and "is a store of steps" in result.out + result.err
+    assert refused != (verb in promised("**In a store of steps**")), result
+    if refused and "know it" in result.err:
+        assert promised("**In a store of steps**") == {*re.findall(r"\w+", result.err.split("try:")[1])} & {*VERBS}
+
+
+@pytest.mark.parametrize("verb", sorted({*VERBS} - {"pull"}))
+def test_each_verb_takes_a_url_as_the_page_says(verb: str, cli: Cli) -> None:
+    result = cli(verb, *ARGUMENTS.get(verb, ()), "--run", "memory://docs-where/here")  # nothing is there
+    assert (verb in promised("**At a URL.**")) != (result.code == 2), result
+
+
 # --- JSON fields --------------------------------------------------------------------------------------------------
 
 DOCUMENTS, FIELDS = rows("Documents"), rows("What several documents hold")
@@ -142,13 +177,15 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.delenv("CKPTSTORE_URL", raising=False)
     monkeypatch.setattr(launch, "_package_of_python_on_path", lambda: "")
     monkeypatch.setenv("CKPTSTORE_FILEROOT", str(tmp_path))
-    return lambda *words: commands.invoke(capfd, *words, "--json")
+    return lambda *words: commands.invoke(capfd, *words, *(["--json"] if words[0] != "plot" else []))
 
 
 @pytest.fixture
 def sample(tmp_path: Path, cli: Cli) -> Path:
     """Three good checkpoints, one with a file cut to nothing, a slot, recover_info and logs."""
-    run = trees.make_run(tmp_path, experiment="docs-grpo", steps=[46, 93, 140, 187], slot="era_a", slot_step=140, recover_info=140)
+    run = trees.make_run(
+        tmp_path, experiment="docs-grpo", steps=[46, 93, 140, 187], slot="era_a", slot_step=140, recover_info=140
+    )
     trees.zero_length(trees.checkpoint(run, 187) / "config.json")
     trees.set_age(trees.checkpoint(run, 187), 3600)
     trees.set_age(tmp_path / "logs", 3600)
@@ -204,9 +241,10 @@ def test_errors(sample: Path, cli: Cli) -> None:
 
 def test_the_state_of_a_run(sample: Path, cli: Cli) -> None:
     breaker = CircuitBreaker(sample)
+    for step in range(129):
+        breaker.observe({REWARD: 0.75 if step < 120 else 0.0}, step)
     with pytest.raises(TrainingHalted):
-        for step in range(200):
-            breaker.observe({REWARD: 0.75 if step < 120 else 0.0}, step)
+        breaker.observe({REWARD: 0.0}, 129)
     mirror(open_backend(sample), "memory://docs-status/run")
     document = cli("status").json
     assert document["trip"]

@@ -47,7 +47,7 @@ def open_run(
         if not steps_too:
             raise UsageError(
                 f"{located.run.path} is a store of steps: this verb is for AReaL's runs",
-                hint="list, show, verify, status, plot, doctor, push, prune and clean know it; training loads it by itself.",
+                hint="list, show, verify, status, plot, doctor, push, repair, prune and clean know it; training loads from it.",
             )
         if not read_only and steps.needs_mending(located.run.path):
             with steps.locked(located.run.path, "mending"):
