@@ -127,15 +127,14 @@ CONTENDERS = {
         name: name
         for name in ("fio", "rclone", "rsync", "cat", "DCP", "safetensors", "torch.save", "dcp.load", "s5cmd", "boto3")
     },
-    **{
-        "cp": "cp -r",
-        "dcp.save": "DCP",
-        "dcp.async_save": "dcp.async_save",
-        "memcpy": "one memcpy",
-        "aws": "aws",
-        "s3fs": "s3fs",
-    },
-    **{"b3sum": "", "sha256sum": ""},
+    "cp": "cp -r",
+    "dcp.save": "DCP",
+    "dcp.async_save": "dcp.async_save",
+    "memcpy": "one memcpy",
+    "aws": "aws",
+    "s3fs": "s3fs",
+    "b3sum": "",
+    "sha256sum": "",
 }
 
 
