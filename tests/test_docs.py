@@ -13,10 +13,12 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 import ckptstore
 import ckptstore.torch
 from ckptstore import cli as cli_module
+from ckptstore.breaker_config import BreakerConfig
 from ckptstore.cli import cli
 from tests import commands, trees
 
@@ -169,6 +171,31 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     trees.set_age(tmp_path / "outputs/grpo/logs", 3600)
     for number, block in enumerate(found, 1):
         exec(compile(block, f"{page.name}, python block {number}", "exec"), {"__name__": "__main__"})
+
+
+@each_page
+def test_tables_have_as_many_cells_in_each_row(page: Path) -> None:
+    """A `|` ends a cell in code, too: only `\\|` does not."""
+    width = 0
+    for number, line in enumerate(_FENCE.sub(lambda block: "\n" * block[0].count("\n"), page.read_text()).splitlines(), 1):
+        cells = len(re.findall(r"(?<!\\)\|", line)) - 1 if line.startswith("|") else 0
+        assert not cells or not width or cells == width, f"{page.name}:{number}: {line}"
+        width = cells
+
+
+@each_page
+def test_prose_is_no_wider_than_code(page: Path) -> None:
+    prose = _FENCE.sub(lambda block: "\n" * block[0].count("\n"), page.read_text()).splitlines()
+    wide = [number for number, line in enumerate(prose, 1) if len(line) > 128 and not line.startswith(("|", "- **"))]
+    assert not wide, f"{page.name}: lines {wide}"
+
+
+@each_page
+def test_yaml_blocks_are_what_is_read(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        found = yaml.safe_load(block)
+        assert isinstance(found, dict), block
+        BreakerConfig.of_block(found.get("circuit_breaker"))
 
 
 def test_json_blocks_are_json() -> None:
