@@ -926,6 +926,35 @@ def test_a_table_fits_a_common_terminal(run: Path) -> None:
     assert max(map(len, table)) <= 80
 
 
+def test_what_the_doctor_finds_stands_below_itself(run: Path) -> None:
+    words = [sys.executable, "-m", "ckptstore.recover", "doctor", "--run", run]
+    with commands.Terminal(words, columns=80) as terminal:
+        terminal.finish()
+    lines = commands.plain(terminal.shown).splitlines()
+    found = [line for line in lines[lines.index("") : -1] if line]
+    assert any(line.startswith(" " * 17) for line in found), "some finding is longer than a line"
+    for line in found:
+        assert line[2] in "✓!✗" or line.startswith(" " * 17), line
+
+
+def test_sizes_stand_below_each_other_whatever_the_status(cli: Cli, run: Path) -> None:
+    trees.remove_shard(trees.checkpoint(run, 93))
+    assert cli("seal", "46").code == 0
+    lines = [line for line in cli("verify", "46", "93").out.splitlines() if " files, " in line]
+    assert len({line.index(" files, ") for line in lines}) == 1, lines
+
+
+def test_an_adopted_step_that_is_passed_over_is_told_from_an_export(cli: Cli, run: Path, tmp_path: Path) -> None:
+    assert cli("adopt").code == 0
+    log = tmp_path / "m.jsonl"
+    log.write_text("".join(json.dumps({"step": n, "ppo_actor/task_reward/avg": 0.7 * (n < 120)}) + "\n" for n in range(200)))
+    assert cli("status", "--import", log, "--axis", "global").code == 0
+    out = cli("setup", "--dry-run").out
+    assert "step 140: health bad" in out
+    assert "step 140 (adopted): health bad" in out
+    assert "step 140 in the slot: health bad" in out
+
+
 @pytest.mark.root
 def test_a_dry_run_says_that_nothing_can_be_written(cli: Cli, tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path / "small", size_mib=16) as at:

@@ -91,9 +91,9 @@ def _locate(where: Where) -> Located:
 
 def _print(diagnosis: Diagnosis) -> None:
     mark, colour = _MARKS[diagnosis.severity]
-    item(mark, f"{diagnosis.check:<12} {diagnosis.found}", fg=colour)
+    item(mark, diagnosis.found, label=f"{diagnosis.check:<12} ", fg=colour)
     if diagnosis.remedy:
-        item(" ", f"{'':<12} → {diagnosis.remedy}")
+        item(" ", diagnosis.remedy, label=f"{'':<12} → ")
 
 
 def _json(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -61,10 +61,10 @@ def field(label: str, text: str, *, err: bool = False) -> None:
     echo(_filled(first, safe(text), _LABEL_CHARS), err=err)
 
 
-def item(mark: str, text: str, *, fg: str | None = None, err: bool = False) -> None:
-    """An indented line of a block, after a mark. `text` is escaped here."""
-    indent = 2 + len(mark) + 1
-    echo(_filled(f"  {click.style(mark, fg=fg)} ", safe(text), indent), err=err)
+def item(mark: str, text: str, *, label: str = "", fg: str | None = None, err: bool = False) -> None:
+    """An indented line of a block, after a mark and a label; the rest stands below its beginning. `text` is escaped here."""
+    indent = 2 + len(mark) + 1 + len(label)
+    echo(_filled(f"  {click.style(mark, fg=fg)} {label}", safe(text), indent), err=err)
 
 
 def row(label: str, text: str) -> None:

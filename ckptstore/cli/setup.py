@@ -280,8 +280,8 @@ def print_skipped(plan: Plan) -> None:
         state = one.checkpoint.status if not one.checkpoint.status.usable else Status.CORRUPT
         more = f" (and {len(one.reasons) - 1} more)" if len(one.reasons) > 1 else ""
         name = f"step {one.checkpoint.step}" if one.checkpoint.step >= 0 else "unknown step"
-        slot = " in the slot" if one.checkpoint.kind == "slot" else ""
-        item(MARKS[state], f"{name}{slot}: {one.reasons[0]}{more}", fg="red" if state is Status.CORRUPT else "yellow")
+        where = {"slot": " in the slot", "adopted": " (adopted)"}.get(one.checkpoint.kind, "")
+        item(MARKS[state], f"{name}{where}: {one.reasons[0]}{more}", fg="red" if state is Status.CORRUPT else "yellow")
     if len(skipped) > 6:
         item("·", f"and {len(skipped) - 6} more")
 

@@ -13,7 +13,7 @@ from ckptstore.errors import NotFoundError, NothingToResumeError, UsageError
 from ckptstore.health import Health
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Where
-from ckptstore.model import Checkpoint, Level
+from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.sizes import size
 from ckptstore.verify import UNSEALED, Report, verify_all
 
@@ -107,7 +107,8 @@ def _print(reports: list[Report]) -> None:
         step = f"step {checkpoint.step}" if checkpoint.step >= 0 else "unknown step"
         detail = f"{checkpoint.file_count} file{'s' * (checkpoint.file_count != 1)}, {size(checkpoint.size_bytes)}"
         detail += f", read{at}" if (at := rate(report.bytes_read, report.seconds)) else ""
-        echo(f"{name}{step:<9} {status(checkpoint.status)}  {safe(detail)}")
+        pad = " " * (len(Status.COMMITTED) - len(checkpoint.status))
+        echo(f"{name}{step:<9} {status(checkpoint.status)}{pad}  {safe(detail)}")
         findings(report.findings)
         for text in report.notes:
             if text != UNSEALED:
