@@ -1,5 +1,5 @@
-"""One contract, every backend: a folder, an fsspec file system, and a real S3 server. What a test puts there and looks at
-goes around the backend under test."""
+"""One contract, every backend: a folder, an fsspec file system, a real S3 server, and the one that the documentation shows. What
+a test puts there and looks at goes around the backend under test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import threading
+import time
 import urllib.parse
 import weakref
 from collections.abc import Callable
@@ -55,6 +56,19 @@ def memory_medium(url: str) -> Medium:
     )
 
 
+def documented_medium() -> Medium:
+    """The backend that docs/writing-a-backend.md shows."""
+    page = Path(__file__).parent.parent / "docs/writing-a-backend.md"
+    names: dict[str, Any] = {}
+    exec(compile(page.read_text().partition("```python\n")[2].partition("```")[0], str(page), "exec"), names)
+    backend = names["DictBackend"]("test")
+    return Medium(
+        backend,
+        lambda key, data: backend._blobs.update({key: (data, time.time_ns())}),
+        lambda key: backend._blobs[key][0],
+    )
+
+
 def curl(server: servers.Server, url: str, *words: str, data: bytes | None = None) -> bytes:
     path = urllib.parse.quote(url.removeprefix("s3://"))
     command = [
@@ -76,11 +90,13 @@ def void(_: object) -> None:
     return None
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "documented", "s3"])
 def medium(request: Any, tmp_path: Path) -> Medium:
     if request.param == "local":
         (tmp_path / "root").mkdir()
         return folder_medium(tmp_path / "root")
+    if request.param == "documented":
+        return documented_medium()
     if request.param == "memory":
         return memory_medium(f"memory://{tmp_path.name}-{os.getpid()}/{request.node.name.partition('[')[0]}")
     return s3_medium(request.getfixturevalue("seaweed"), request.getfixturevalue("s3"))
