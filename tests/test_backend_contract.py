@@ -1,5 +1,7 @@
-"""One contract, every backend: a folder, an fsspec file system, a real S3 server, and the one that the documentation shows. What
-a test puts there and looks at goes around the backend under test."""
+"""One contract, every backend: a folder, an fsspec file system, a real S3 server, and the one that the documentation shows.
+
+What a test puts there and looks at goes around the backend under test.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ import yaml
 import ckptstore
 import ckptstore.torch
 from ckptstore import cli as cli_module
+from ckptstore import manifest
 from ckptstore.breaker_config import BreakerConfig
 from ckptstore.cli import cli
 from tests import commands, trees
@@ -199,11 +201,28 @@ def test_yaml_blocks_are_what_is_read(page: Path) -> None:
 
 
 def test_json_blocks_are_json() -> None:
-    import json
-
     for page in PAGES:
         for block in blocks(page, "json"):
             json.loads(block)
+
+
+def test_the_manifest_is_as_its_page_says(tmp_path: Path) -> None:
+    """The example has the fields of a manifest, and the table has them all."""
+    text = (ROOT / "docs/manifest-format.md").read_text()
+    (example,) = (json.loads(block) for block in blocks(ROOT / "docs/manifest-format.md", "json"))
+    run = trees.make_run(tmp_path, steps=[46])
+    ckptstore.CheckpointStore(run).seal(46)
+    found = json.loads((trees.checkpoint(run, 46) / manifest.MANIFEST_NAME).read_text())
+    assert {*example} == {*found}
+    assert {*example["files"][0]} == {*found["files"][0]}
+    table = {
+        name
+        for line in text.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([\w.\[\]]+)`", line.split("|")[1])
+    }
+    told = {name.removeprefix("files[].") for name in table}
+    assert told == ({*found} | {*found["files"][0]} | {"base", "group"}) - {"files"}
 
 
 # --- nothing of the place where this was written -----------------------------------------------------------------
