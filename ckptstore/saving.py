@@ -29,7 +29,8 @@ def numbers_of(metrics: Metrics | None) -> dict[str, float]:
         if not isinstance(name, str):
             raise UsageError(f"a metric's name is text, not {name!r:.40}")
         try:
-            numbers[name] = float(value)
+            # A loss as backward has left it: torch warns of float() of such, and its item() is meant for it.
+            numbers[name] = float(value.item() if hasattr(value, "item") else value)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: of a tensor without a value
             raise UsageError(
                 f"the metric {name!r:.60} is {value!r:.60}, which is no number", hint="Leave it out where it is not known."

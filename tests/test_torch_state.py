@@ -112,6 +112,16 @@ def test_views_and_strides(store: CheckpointStore) -> None:
     assert same({"x": {k: v.resolve_conj().resolve_neg() for k, v in state["x"].items()}}, ckpt.load(store, 1))
 
 
+def test_a_loss_that_backward_has_not_left_behind_is_a_metric(store: CheckpointStore) -> None:
+    """As a loop has it at hand: torch warns of float() of such, once a process."""
+    torch.set_warn_always(True)
+    try:
+        manifest = ckpt.save(store, 1, {"w": torch.zeros(1)}, metrics={"loss": torch.tensor(0.25, requires_grad=True)})
+    finally:
+        torch.set_warn_always(False)
+    assert manifest.metrics == {"loss": 0.25}
+
+
 def test_optimizer_and_scheduler_go_on(store: CheckpointStore) -> None:
     def make() -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
