@@ -176,6 +176,37 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @each_page
+def test_names_in_sketches_can_be_imported(page: Path) -> None:
+    """Of blocks that are not run, since they stand for a loop or a bucket of the reader's."""
+    for line in re.findall(
+        r"^(?:from ckptstore\S* import .*|import ckptstore\S*.*)$", "\n".join(blocks(page, "py")), re.MULTILINE
+    ):
+        exec(line, {})
+
+
+def test_the_lines_for_a_training_loop_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's, and those with which saving.md begins; from the first start, where nothing is saved yet."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    readme, saving = blocks(ROOT / "README.md", "py"), blocks(ROOT / "docs/saving.md", "py")
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss = model(torch.ones(4)).sum()
+    loss.backward()
+    optimizer.step()
+    names = {"torch": torch, "model": model, "optimizer": optimizer, "loss": loss, "step": 100}
+    exec(readme[0], names)
+    store, save, load = saving[0].partition("ckpt.save(")
+    exec(store, names)
+    exec(saving[1], names)
+    assert names["state"] is None
+    exec(save + load, names)
+    exec(saving[1], names)
+    assert {*names["state"]} == {"model", "optimizer", "rng"}
+
+
+@each_page
 def test_tables_have_as_many_cells_in_each_row(page: Path) -> None:
     """A `|` ends a cell in code, too: only `\\|` does not."""
     width = 0
