@@ -293,6 +293,20 @@ def test_the_picture_is_of_this_version() -> None:
     assert "<script" not in text
 
 
+def test_help_fits_a_common_terminal(monkeypatch):
+    """Each verb in one line of the overview; options beside what is said of them, and no word of click's for a number."""
+    monkeypatch.setenv("COLUMNS", "80")
+    overview = cli.get_help(click.Context(cli, info_name="ckptstore", terminal_width=80))
+    verbs = overview.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in verbs] == [*cli_module.VERBS]
+    for name in cli_module.VERBS:
+        text = verb(name).get_help(click.Context(verb(name), info_name=name, terminal_width=80))
+        assert not re.search(r"INTEGER|FLOAT|TEXT|^ +\[\w+\|", text, re.MULTILINE), name
+        for line in text.splitlines():
+            assert len(line) <= 80, line
+            assert not re.match(r"  -\S.*", line) or re.match(r"  -.*\S  +\S", line), f"{name}: {line}"
+
+
 @pytest.mark.parametrize("name", cli_module.VERBS)
 def test_help_names_variables_as_they_are_set(name):
     """A shell tells $CKPTSTORE_URL from $ckptstore_url."""

@@ -16,7 +16,7 @@ from ckptstore.picture import Picture, compose
 _MAX_COLUMNS = 120
 
 
-@click.command("plot", cls=Verb, short_help="The run at a glance: metric, checkpoints by health, trip, resume point.")
+@click.command("plot", cls=Verb, short_help="The run at a glance: its metric, and its checkpoints by health.")
 @click.option("--out", metavar="FILE", default="", help="Into a .png, .svg or .pdf; else into the terminal.")
 @click.option("--metric", metavar="NAME", default="", help="Another one than the breaker's first rule watches.")
 @location_options

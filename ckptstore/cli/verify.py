@@ -24,6 +24,7 @@ from ckptstore.verify import UNSEALED, Report, verify_all
 @LOG_STEP
 @click.option(
     "--level",
+    metavar="LEVEL",
     type=click.Choice([str(level) for level in Level]),
     default="full",
     show_default=True,

@@ -29,7 +29,7 @@ PUSH_EVERY_S, PUSH_AT_MOST_S = 60.0, 300.0  #: between two looks at what waits t
 
 
 @click.command("watch", cls=Verb, short_help="Adopt each save that the trainer finishes.")
-@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="How many of the newest to keep.")
+@click.option("--keep", metavar="N", type=click.IntRange(1), default=2, show_default=True, help="So many of the newest.")
 @click.option(
     "--to",
     metavar="DIR|URL",
@@ -44,10 +44,11 @@ PUSH_EVERY_S, PUSH_AT_MOST_S = 60.0, 300.0  #: between two looks at what waits t
 def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: bool, as_json: bool) -> None:
     """Keep the newest finished saves of a running trainer. Runs until Ctrl-C or SIGTERM; --json prints a line a save.
 
-    Nothing of the trainer's is touched; a save in progress is waited for. `setup` takes them like any other checkpoint; those
-    that are kept elsewhere by --checkpoint-path DIR/EXPERIMENT/TRIAL/adopted/globalstepN, or by --from URL. With --to URL
-    finished exports are pushed too, and what an earlier watch could not push. What fails is tried again within minutes, and is
-    not removed here before.
+    Nothing of the trainer's is touched; a save in progress is waited for. `setup` takes what is kept like any other checkpoint:
+    from another disk by --checkpoint-path DIR/EXPERIMENT/TRIAL/adopted/globalstepN, from a bucket by --from URL.
+
+    With --to URL finished exports are pushed too, and what an earlier watch could not push. What fails is tried again within
+    minutes, and is not removed here before.
     """
     located, backend = open_run(where, as_json=as_json)
     stop = threading.Event()
