@@ -59,7 +59,8 @@ def url_or_usage(url: str, option: str) -> str:
     if not url:
         raise UsageError(f"{option} is missing", hint=f"Say {option} s3://BUCKET/PREFIX, or set ${URL_VARIABLE}.")
     if not is_url(url):
-        raise UsageError(f"{option} {url} is no URL", hint=f"Say {option} s3://BUCKET/PREFIX.")
+        hint = f"Say {option} s3://BUCKET/PREFIX. From folder to folder `cp -rp` will do: a manifest goes with its files."
+        raise UsageError(f"{option} {url} is no URL", hint=hint)
     return url
 
 
