@@ -162,6 +162,19 @@ def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
         assert re.search(rf"\| {states} \|.* {wrong} \|", cuts), f"{wrong} of {states}"
 
 
+def test_the_sums_of_the_reliability_page_are_those_of_its_tables() -> None:
+    text = (ROOT / "docs/reliability.md").read_text()
+    alone, *_ = text.partition("## Power cuts")[2].partition("### One of")
+    ours = [int(n) for n in re.findall(r"^\| (?:ckptstore|`ckptstore|`dcp.save` with)[^|]*\| (\d+) \|", alone, re.MULTILINE)]
+    one = re.findall(r"^\| [^|]+ \| (\d+) \| 0", text.partition("### One of")[2].partition("### Both")[0], re.MULTILINE)
+    both = re.findall(r"^\| [^|]+ \| \d+ and \d+ \| ([\d,]+) \|", text, re.MULTILINE)
+    kills = re.findall(r"^\| (?:push|pull|two pushes)[^|]* \| (\d+) \|", text, re.MULTILINE)
+    assert (len(ours), len(one), len(both), len(kills)) == (8, 6, 6, 3)
+    sums = (ours, [int(n) for n in one], [int(n.replace(",", "")) for n in both], [int(n) for n in kills])
+    for numbers in sums:
+        assert f"{sum(numbers):,}" in text.partition("## Power cuts")[0], numbers
+
+
 @each_page
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands.isolate(monkeypatch, tmp_path)
