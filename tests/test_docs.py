@@ -101,6 +101,12 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs/README.md"
+    linked = {(index.parent / target.partition("#")[0]).resolve() for target in _LINK.findall(index.read_text())}
+    assert {page for page in (ROOT / "docs").glob("*.md")} - linked == {index}
+
+
 def test_every_public_name_has_its_place() -> None:
     text = (ROOT / "docs/python.md").read_text()
     for module in (ckptstore, ckptstore.torch):
