@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -19,7 +20,7 @@ import yaml
 import ckptstore
 import ckptstore.torch
 from ckptstore import cli as cli_module
-from ckptstore import manifest
+from ckptstore import manifest, rules
 from ckptstore.breaker_config import BreakerConfig
 from ckptstore.cli import cli
 from tests import commands, trees
@@ -104,7 +105,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
 def test_every_page_is_in_the_index() -> None:
     index = ROOT / "docs/README.md"
     linked = {(index.parent / target.partition("#")[0]).resolve() for target in _LINK.findall(index.read_text())}
-    assert {page for page in (ROOT / "docs").glob("*.md")} - linked == {index}
+    assert set((ROOT / "docs").glob("*.md")) - linked == {index}
 
 
 def test_every_public_name_has_its_place() -> None:
@@ -254,6 +255,21 @@ def test_json_blocks_are_json() -> None:
     for page in PAGES:
         for block in blocks(page, "json"):
             json.loads(block)
+
+
+def test_the_rules_are_as_their_page_says() -> None:
+    lines = re.findall(r"^\| (`\w+`.*) \| .* \| (\d+) \|(.*)\|$", (ROOT / "docs/circuit-breaker.md").read_text(), re.MULTILINE)
+    found = {}
+    for names, patience, own in lines:
+        for name in re.findall(r"`(\w+)`", names):
+            given = {key: float(value or "nan") for key, value in re.findall(r"`(\w+)(?:: ([\d.]+))?`", own)}
+            found[name] = (int(patience), given)
+    common = {"metric", "patience", "arm"}
+    for name, kind in rules.KNOWN.items():
+        defaults = {field.name: field.default for field in dataclasses.fields(kind) if field.name not in common}
+        assert {*found[name][1]} == {*defaults}, name
+        assert found[name][0] == kind.__dataclass_fields__["patience"].default, name
+        assert all(defaults[key] == value for key, value in found[name][1].items() if key != "rules"), name
 
 
 def test_the_manifest_is_as_its_page_says(tmp_path: Path) -> None:
