@@ -102,10 +102,12 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
-def test_every_page_is_in_the_index() -> None:
+def test_every_page_is_in_the_index_and_every_example_on_some_page() -> None:
     index = ROOT / "docs/README.md"
     linked = {(index.parent / target.partition("#")[0]).resolve() for target in _LINK.findall(index.read_text())}
     assert set((ROOT / "docs").glob("*.md")) - linked == {index}
+    text = "".join(page.read_text() for page in PAGES)
+    assert [example.name for example in (ROOT / "examples").glob("*.py") if f"examples/{example.name}" not in text] == []
 
 
 def test_every_public_name_has_its_place() -> None:
