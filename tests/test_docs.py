@@ -15,7 +15,9 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import yaml
+from torch import distributed as dist
 
 import ckptstore
 import ckptstore.torch
@@ -208,8 +210,6 @@ def test_names_in_sketches_can_be_imported(page: Path) -> None:
 
 def test_the_lines_for_a_training_loop_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's, and those with which saving.md begins; from the first start, where nothing is saved yet."""
-    import torch
-
     monkeypatch.chdir(tmp_path)
     readme, saving = blocks(ROOT / "README.md", "py"), blocks(ROOT / "docs/saving.md", "py")
     model = torch.nn.Linear(4, 4)
@@ -226,6 +226,30 @@ def test_the_lines_for_a_training_loop_run(tmp_path: Path, monkeypatch: pytest.M
     exec(save + load, names)
     exec(saving[1], names)
     assert {*names["state"]} == {"model", "optimizer", "rng"}
+
+
+def test_the_lines_for_many_ranks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of distributed.md, by one rank: a first start, a save, and a start that goes on."""
+    monkeypatch.chdir(tmp_path)
+    start, save = blocks(ROOT / "docs/distributed.md", "py")[:2]
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss = model(torch.ones(4)).sum()
+    loss.backward()
+    optimizer.step()
+    names = {"model": model, "optimizer": optimizer, "loss": loss}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        exec(start, names)
+        assert names["first"] == 0
+        exec(save, names | {"step": 7})
+        saved = model.weight.detach().clone()
+        torch.nn.init.zeros_(model.weight)
+        exec(start, names)
+    finally:
+        dist.destroy_process_group()
+    assert names["first"] == 8
+    assert torch.equal(model.weight, saved)
 
 
 @each_page
