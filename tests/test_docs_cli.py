@@ -53,7 +53,9 @@ SHARED = {"setup": WHICH | TRAINER, "resume": WHICH | TRAINER, "doctor": {"--are
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_option_is_on_the_page_and_each_on_the_page_is_one(verb: str) -> None:
     common = {"--help"} | (set() if verb == "plot" else {"--json"}) | (set() if verb == "pull" else WHERE)
-    assert flags(verb) | SHARED.get(verb, set()) | common == {option for option in options_of(verb) if option.startswith("-")}
+    assert flags(verb) | SHARED.get(verb, set()) | common == {
+        option for option in options_of(verb) if option.startswith("-")
+    } - {"-h"}
     assert not flags(verb) & (common | SHARED.get(verb, set())), "said twice"
 
 
