@@ -56,7 +56,8 @@ def secure(tmp_path_factory):
         subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
 
     new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *new, "-days", "2", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=a CA of our own")
+    usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")  # without it Python refuses a CA from 3.13 on
+    openssl("req", "-x509", *new, *usage, "-days", "2", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=a CA of our own")
     openssl("req", *new, "-keyout", "key.pem", "-out", "request.pem", "-subj", "/CN=127.0.0.1")
     (folder / "extensions").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\nbasicConstraints=CA:FALSE\n")
     openssl(

@@ -295,11 +295,11 @@ def _results(
 def _archive(kind: WriteItemType, value: Any) -> File:
     """One item as torch.save makes it, its tensor where it is."""
     if kind == WriteItemType.BYTE_IO:
-        return File([value.getbuffer()])
+        return File([value.getvalue()])  # a view of its buffer that outlives it is an error on stderr (Python 3.13)
     name = str(value.dtype).removeprefix("torch.")
     if name not in torchzip.ITEM_BYTES:  # of a newer torch, perhaps: by way of memory
         stream = io.BytesIO()
         torch.save(plain(value).clone(), stream)
-        return File([stream.getbuffer()])
+        return File([stream.getvalue()])
     layout = torchzip.tensor(name, value.shape)
     return File([layout.head, value.detach(), Tail(layout.tail_bytes, layout.tail)])
