@@ -84,7 +84,7 @@ def test_the_screen_says_why_then_what_is_lost_then_what_is_restored_then_the_co
 
 def test_the_command_is_exact(cli: Cli, run: Path, tmp_path: Path) -> None:
     config = tmp_path / f"logs/alice/{EXPERIMENT}/trial0/config.yaml"
-    names = [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "recover.mode=auto"]
+    names = [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "++recover.mode=auto"]
     result = cli("resume", "--script", "gsm8k_grpo.py", *TRAINER)
     assert command_of(result) == ["python", "-m", "areal.launcher.local", "gsm8k_grpo.py", "--config", str(config), *names]
     document = cli("resume", "--script", "gsm8k_grpo.py", "--areal-version", "1.0.4", "--json").json
@@ -124,7 +124,7 @@ def test_own_command_after_two_dashes(cli: Cli, run: Path) -> None:
     words = ["resume", "--json", "--", "PYTHONPATH=.", "torchrun", "--nproc-per-node", "2", "train.py", "--config", "c.yaml"]
     command = cli(*words).json["command"]
     assert command[:7] == ["PYTHONPATH=.", "torchrun", "--nproc-per-node", "2", "train.py", "--config", "c.yaml"]
-    assert command[7:] == [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "recover.mode=auto"]
+    assert command[7:] == [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "++recover.mode=auto"]
     assert "AREAL_RECOVER_RUN=1" in cli(*words).json["command_notes"][0]
 
 
@@ -256,7 +256,7 @@ def test_exec_becomes_the_training(run: Path, tmp_path: Path, step: int) -> None
     result = commands.spawn("resume", "--yes", "--exec", "--step", step, *TRAINER, "--", *own, env=env, cwd=tmp_path)
     assert result.code == 0, result.err
     words, mark = json.loads(Path("started").read_text())
-    assert words == [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "recover.mode=auto"]
+    assert words == [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "++recover.mode=auto"]
     assert mark == "set"
     assert slot_step(run) == (93 if step == 93 else 0)
 
@@ -340,7 +340,7 @@ def test_the_printed_command_can_be_pasted(run: Path, tmp_path: Path) -> None:
     echoed = subprocess.run(["bash", "-c", f"printf '%s\\n' {shown}"], capture_output=True, text=True, check=True)
     done = echoed.stdout.splitlines()
     assert done[:4] == ["python", "-m", "areal.launcher.local", "my train.py"]
-    assert done[-3:] == [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "recover.mode=auto"]
+    assert done[-3:] == [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "++recover.mode=auto"]
 
 
 def test_several_trials_are_asked_for(run: Path, tmp_path: Path) -> None:

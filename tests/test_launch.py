@@ -22,7 +22,7 @@ from ckptstore.frameworks.areal.layout import run_ref
 from tests import commands, trees
 
 RUN = run_ref("/data/checkpoints/alice/gsm8k-grpo/trial0")
-NAMES = ("experiment_name=gsm8k-grpo", "trial_name=trial0", "recover.mode=auto")
+NAMES = ("experiment_name=gsm8k-grpo", "trial_name=trial0", "++recover.mode=auto")
 OLD = Installation("/areal", "0.5.0", OLD_LAUNCHER, "the current folder")
 NEW = Installation("/areal", "1.0.2", NEW_LAUNCHER, "the current folder")
 NONE = Installation("", "", "", "not found")
@@ -140,17 +140,26 @@ def test_overrides_of_the_configuration_are_kept_and_ours_win() -> None:
     given = RunConfig("/run.yaml", {}, ("actor.lr=1e-6", "trial_name=other", "recover.mode=disabled", "+extra.key=1"))
     words = resume_command(RUN, NEW, config=given, script="train.py").words
     assert words[-2:] == ("actor.lr=1e-6", "+extra.key=1")
-    assert [word for word in words if word.startswith(("trial_name", "recover.mode"))] == [
+    assert [word for word in words if word.startswith("trial_name") or "recover.mode" in word] == [
         "trial_name=trial0",
-        "recover.mode=auto",
+        "++recover.mode=auto",
     ]
 
 
 def test_what_the_checkpoint_demands_is_added_once() -> None:
-    words = resume_command(RUN, NEW, config=config(), script="t.py", overrides=("recover.no_load_optim=true",)).words
-    assert words[-1] == "recover.no_load_optim=true"
+    words = resume_command(RUN, NEW, config=config(), script="t.py", overrides=("++recover.no_load_optim=true",)).words
+    assert words[-1] == "++recover.no_load_optim=true"
     own = ("python", "t.py", "recover.no_load_optim=true")
-    assert resume_command(RUN, NEW, config=None, command=own, overrides=own[-1:]).words.count(own[-1]) == 1
+    words = resume_command(RUN, NEW, config=None, command=own, overrides=("++recover.no_load_optim=true",)).words
+    assert [word for word in words if "no_load_optim" in word] == ["recover.no_load_optim=true"]
+
+
+@pytest.mark.parametrize("command", [(), ("python", "t.py", "--config", "/logs/config.yaml")])
+def test_what_the_yaml_may_have_no_key_for_is_added_to_it(command: tuple[str, ...]) -> None:
+    """AReaL's Hydra ends with "Could not override" for a bare KEY=VALUE whose KEY is not in the YAML."""
+    words = resume_command(RUN, NEW, config=config(recover={"freq_steps": 20}), script="t.py", command=command).words
+    assert "++recover.mode=auto" in words
+    assert "recover.mode=auto" not in words
 
 
 # --- the user's own command ---------------------------------------------------------------------------------------
@@ -159,14 +168,14 @@ def test_what_the_checkpoint_demands_is_added_once() -> None:
 def test_own_command_gets_what_makes_it_resume() -> None:
     cmd = resume_command(RUN, NEW, config=None, command=("torchrun", "t.py", "--config", "c.yaml", "trial_name=trial0"))
     assert cmd.words[:5] == ("torchrun", "t.py", "--config", "c.yaml", "trial_name=trial0")
-    assert set(cmd.words[5:]) == {"experiment_name=gsm8k-grpo", "recover.mode=auto"}
+    assert set(cmd.words[5:]) == {"experiment_name=gsm8k-grpo", "++recover.mode=auto"}
     assert cmd.placeholders == ()
 
 
 @pytest.mark.parametrize("mode", ["auto", "resume", "fault", "on"])
 def test_a_mode_that_resumes_stays(mode: str) -> None:
     cmd = resume_command(RUN, NEW, config=None, command=("python", "t.py", f"recover.mode={mode}"))
-    assert [word for word in cmd.words if word.startswith("recover.mode")] == [f"recover.mode={mode}"]
+    assert [word for word in cmd.words if "recover.mode" in word] == [f"recover.mode={mode}"]
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,8 @@ def resume_command(
     UsageError when the user's own command names another run, or turns resuming off.
     """
     if command:
-        return _completed(run, installation, tuple(command), tuple(overrides))
-    names = (f"experiment_name={run.experiment}", f"trial_name={run.trial}", "recover.mode=auto", *overrides)
+        return _completed(run, installation, tuple(command), _resuming(run, overrides))
+    names = _resuming(run, overrides)
     placeholders: list[str] = []
     notes: list[str] = []
     if not script:
@@ -166,7 +166,12 @@ def resume_command(
     )
 
 
-def _completed(run: RunRef, installation: Installation, command: tuple[str, ...], overrides: tuple[str, ...]) -> Command:
+def _resuming(run: RunRef, overrides: Sequence[str]) -> tuple[str, ...]:
+    """The words that make a command resume `run`. `++`: Hydra refuses a bare KEY=VALUE where the YAML has no such key."""
+    return (f"experiment_name={run.experiment}", f"trial_name={run.trial}", "++recover.mode=auto", *overrides)
+
+
+def _completed(run: RunRef, installation: Installation, command: tuple[str, ...], names: tuple[str, ...]) -> Command:
     """The user's own command with what makes it resume this run."""
     given = {_key(word): word.partition("=")[2].strip("\"'") for word in command if "=" in word}
     for key, wanted in (("experiment_name", run.experiment), ("trial_name", run.trial)):
@@ -180,7 +185,6 @@ def _completed(run: RunRef, installation: Installation, command: tuple[str, ...]
             f"your command says recover.mode={given['recover.mode']}: AReaL would start fresh",
             hint="Leave it out: recover.mode=auto is added.",
         )
-    names = (f"experiment_name={run.experiment}", f"trial_name={run.trial}", "recover.mode=auto", *overrides)
     notes = []
     launched = any(f"{package}." in word for word in command for package in _LAUNCHERS)
     if not launched and installation.launcher != NEW_LAUNCHER:

@@ -67,7 +67,8 @@ def restoration(
     if slot_format != era.slot_format:
         fate = "would crash" if era.slot_format == "dcp" else "would restart from step 0 without saying so"
         blockers.append(f"AReaL reads {era.slot_format} from the slot ({era.how}), and this is {slot_format}: it {fate}")
-    overrides = ("recover.no_load_optim=true",) if slot_format == "dcp" and optimizer == "none" else ()
+    # `++`: the run's YAML hardly has that key, and Hydra refuses a bare KEY=VALUE for one that is not there.
+    overrides = ("++recover.no_load_optim=true",) if slot_format == "dcp" and optimizer == "none" else ()
     if overrides and not era.can_skip_optimizer:
         blockers.append("the DCP holds no optimizer state: only AReaL from v1.0.3 loads it (recover.no_load_optim=true)")
     needs = [*_needs(checkpoint, slot_format), *(note for note in planned.notes if not note.startswith("data order"))]
