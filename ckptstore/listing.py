@@ -21,7 +21,7 @@ from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, Finding, Part, Status
 from ckptstore.native import Folder
-from ckptstore.parts import CLOCK_SKEW_NS, find_manifest, folder_of, read_part, with_dcp_holdings, worsen
+from ckptstore.parts import find_manifest, folder_of, read_part, with_dcp_holdings, worsen
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
 _MIRROR = f"{layout.MAIN_PART}/{layout.SIDE}"  #: of a run in an object store
@@ -68,7 +68,8 @@ def scan(backend: Backend) -> Listing:
     side = _side(backend)
     if side:
         checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
-    info = recover_info.read(backend, run.folders.get(layout.RECOVER_INFO) if run.recover_info else None)
+    stored = run.folders.get(layout.RECOVER_INFO) if run.recover_info else None
+    info = recover_info.read(backend, stored, as_dumped=backend.is_folder)
     slot = _slot(backend, run, info)
     if run.stray_slot and run.folders[run.stray_slot].entries:
         notes.append(
@@ -277,7 +278,7 @@ def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Ch
     elif info is None or info.step < 0:
         step, epoch, epoch_step = -1, -1, -1
         notes.append("no recover_info names its step")
-    elif backend.is_folder and max(part.mtime_ns for part in parts) > info.mtime_ns + CLOCK_SKEW_NS:
+    elif backend.is_folder and max(part.mtime_ns for part in parts) > info.mtime_ns + layout.CLOCK_SKEW_NS:
         step, epoch, epoch_step = -1, -1, -1
         notes.append(f"its files are newer than recover_info (step {info.step}): a save was cut short, its step is unknown")
         parts = [worsen(part, "newer than recover_info: the save was cut short") for part in parts]

@@ -15,9 +15,6 @@ from ckptstore.manifest import Manifest
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME, FileInfo, Finding, Part, ReadAt, Status, worst
 from ckptstore.native import Folder
 
-#: Clocks of several nodes write into one run: files this close count as one save.
-CLOCK_SKEW_NS = 5_000_000_000
-
 
 class ReadSigns(Protocol):
     """What a framework reads out of a part's files; `sealed`: there is a manifest of ours among them."""
@@ -195,7 +192,7 @@ def with_dcp_holdings(backend: Backend, part: Part) -> Part:
     metadata = next((file for file in part.files if file.name == ".metadata"), None)
     if part.format != "dcp" or metadata is None or not metadata.size_bytes:
         return part
-    newer = [f for f in part.files if f.name.endswith(".distcp") and f.mtime_ns > metadata.mtime_ns + CLOCK_SKEW_NS]
+    newer = [f for f in part.files if f.name.endswith(".distcp") and f.mtime_ns > metadata.mtime_ns + layout.CLOCK_SKEW_NS]
     if newer and backend.is_folder:
         part = worsen(part, f"{newer[0].name} is newer than .metadata: an overwrite was cut short")
     try:

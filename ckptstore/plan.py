@@ -125,7 +125,7 @@ def plan(
     old = _slot_now(listing, slots, options)
     era = _era(listing, options, old, point.checkpoint)
     transfers = {part.name: _transfer(part, era, options) for part in point.checkpoint.parts}
-    info = _info(backend, listing, point.checkpoint, options, found=found)
+    info = _info(backend, listing, point.checkpoint, options, found=found, era=era)
     in_slot = "" if options.new_trial else _in_slot(backend, point, old, slots, transfers)
     nothing_to_do = in_slot if in_slot and info.action in ("keep", "leave") and not info.refusal else ""
     return Plan(
@@ -207,7 +207,9 @@ def world_size(options: Options) -> int:
     return data_parallel_world(options.config.text("allocation_mode"))
 
 
-def _info(backend: Backend, listing: Listing, checkpoint: Checkpoint, options: Options, *, found: Listing) -> InfoPlan:
+def _info(
+    backend: Backend, listing: Listing, checkpoint: Checkpoint, options: Options, *, found: Listing, era: Era
+) -> InfoPlan:
     if options.as_is or options.recover_dir:
         return InfoPlan("leave", {})
     source, info = backend, listing.recover_info
@@ -225,6 +227,7 @@ def _info(backend: Backend, listing: Listing, checkpoint: Checkpoint, options: O
         steps_per_epoch=options.steps_per_epoch,
         world_size=world_size(options),
         write_frequencies=options.write_frequencies,
+        era=era.name,
     )
 
 

@@ -217,6 +217,17 @@ def test_no_cursor_is_made_up(dataset: dict[str, int]) -> None:
     assert any("starts again" in note for note in notes)
 
 
+@pytest.mark.parametrize(("era", "shuffle", "known"), [
+    ("A", None, False), ("A", True, False), ("A", False, True), ("B", True, True), ("C", None, True), ("", None, True),
+])  # fmt: skip
+def test_a_loader_that_shuffles_by_itself_gets_no_cursor(era: str, shuffle: bool | None, known: bool) -> None:
+    """Up to v0.3 the loader's own sampler shuffles: three counters leave it at the epoch's begin, and it counts on."""
+    dataset = FULL.values["train_dataset"] | ({} if shuffle is None else {"shuffle": shuffle})
+    _, data, notes = synthesize(MIDDLE, config(**{**FULL.values, "train_dataset": dataset}), era=era)
+    assert bool(data) == known
+    assert any("starts again" in note for note in notes) != known
+
+
 # --- pickles ------------------------------------------------------------------------------------------------------
 
 VALUES = st.recursive(

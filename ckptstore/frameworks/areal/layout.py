@@ -27,6 +27,8 @@ EXPORT = re.compile(r"epoch([0-9]{1,9})epochstep([0-9]{1,9})globalstep([0-9]{1,9
 NEARLY_EXPORT = re.compile(r"(?i)(?=.*global_?step).*\d.*")
 SLOT = "recover_checkpoint"
 RECOVER_INFO = "recover_info"
+#: Clocks of several nodes write into one run: files this close count as one save.
+CLOCK_SKEW_NS = 5_000_000_000
 MAIN_PART = "default"
 SIDE = ".ckptstore"  #: our own folder beside the trials: stages, journals, old slots
 

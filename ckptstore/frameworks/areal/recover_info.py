@@ -13,7 +13,7 @@ from typing import Any
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, NotFoundError
 from ckptstore.formats import FormatError, inert
-from ckptstore.frameworks.areal.layout import RECOVER_INFO
+from ckptstore.frameworks.areal.layout import CLOCK_SKEW_NS, RECOVER_INFO
 from ckptstore.native import Folder
 from ckptstore.untrusted import OUT_OF_RANGE
 
@@ -52,8 +52,12 @@ class RecoverInfo:
         return self.step + 1
 
 
-def read(backend: Backend, folder: Folder | None) -> RecoverInfo | None:
-    """Read `recover_info/` of the run that `backend` is rooted at; None when it is missing or empty."""
+def read(backend: Backend, folder: Folder | None, *, as_dumped: bool = False) -> RecoverInfo | None:
+    """Read `recover_info/` of the run that `backend` is rooted at; None when it is missing or empty.
+
+    `as_dumped`: its times are those at which the trainer wrote it. That writes STEP_INFO first, in place: where a file is
+    older, the dump was cut short, and AReaL would go on after the new step with the data and the timers of an old one.
+    """
     if folder is None:
         return None
     present = {entry.name: entry for entry in folder.entries if entry.name in FILES}
@@ -81,6 +85,10 @@ def read(backend: Backend, folder: Folder | None) -> RecoverInfo | None:
                 problems.append(f"{name} lacks fields of its {control!r} control: AReaL would crash on it")
     if DATALOADER in present and not present[DATALOADER].size_bytes:
         problems.append(f"{DATALOADER} is empty")
+    if as_dumped and STEP_INFO in present:
+        cut_ns = present[STEP_INFO].mtime_ns - CLOCK_SKEW_NS
+        older = [name for name in FILES if name in present and present[name].mtime_ns < cut_ns]
+        problems += [f"{name} is older than {STEP_INFO}: its dump was cut short" for name in older]
     holds = [name.removesuffix("_info.json") for name in documents]
     if DATALOADER in present and present[DATALOADER].size_bytes:
         holds.append("dataloader")

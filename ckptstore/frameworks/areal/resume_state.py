@@ -60,8 +60,11 @@ def synthesize(
     stored: Mapping[str, Mapping[str, Any]],
     now_s: float,
     world_size: int = 0,
+    era: str = "",
 ) -> ResumeState:
     """All six files. `stored` are the controls of an older recover_info of the run: kept where the YAML is unknown.
+
+    `era` is that of the AReaL that will train, empty where it is not known.
 
     RefusedError where neither tells how often to save.
     """
@@ -98,7 +101,7 @@ def synthesize(
                 f"{block}: the YAML says {_say(frequencies)}, the older recover_info says {_say(old)}; the YAML's is written"
             )
         files[name] = _json(_controls(frequencies, numbers, now_s))
-    state, note = _dataloader(numbers, config, world_size)
+    state, note = _dataloader(numbers, config, world_size, era)
     files[DATALOADER] = pickled.dumps(state)
     notes.append(note)
     return ResumeState(files, tuple(notes))
@@ -202,14 +205,20 @@ def _control(now_s: float, count: int, *, steps: int | None = None, seconds: int
     }
 
 
-def _dataloader(numbers: StepNumbers, config: RunConfig | None, world_size: int) -> tuple[pickled.Value, str]:
+def _dataloader(numbers: StepNumbers, config: RunConfig | None, world_size: int, era: str) -> tuple[pickled.Value, str]:
     """The dataloader's state, and what it means for the order of the data.
 
     An empty state is "start of an epoch" to torchdata's StatefulDataLoader, for any world size and any number of workers:
-    exact after an epoch's last step. In the middle of an epoch the cursor of a loader without workers is three counters.
+    exact after an epoch's last step. In the middle of an epoch the cursor of a loader without workers is three counters;
+    where it shuffles by itself, as up to v0.3, its generator too: without that it begins the epoch again, and counts on.
     """
     if numbers.epoch_step == numbers.steps_per_epoch - 1:
         return {}, "data order: exact (the step ended its epoch)"
+    if era == "A" and (config is None or config.get("train_dataset.shuffle", True) is not False):
+        return {}, (
+            f"data order: starts again at the beginning of epoch {numbers.epoch} "
+            "(AReaL up to v0.3 shuffles by a generator whose state is in its recover_info alone)"
+        )
     batch = config.get("train_dataset.batch_size") if config else None
     workers = config.get("train_dataset.num_workers") if config else None
     ranks = data_parallel_world(config.text("allocation_mode")) if config else 0

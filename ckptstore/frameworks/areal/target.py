@@ -77,8 +77,9 @@ def plan_info(
     steps_per_epoch: int = 0,
     world_size: int = 0,
     write_frequencies: bool = False,
+    era: str = "",
 ) -> InfoPlan:
-    """A recover_info for `checkpoint`: the trainer's own where it is that step's, else one made for it."""
+    """A recover_info for `checkpoint`: the trainer's own where it is that step's, else one made for it and AReaL's `era`."""
     stored = recover_info.stored_controls(backend) if info is not None else {}
     own = info is not None and info.step == checkpoint.step and not info.problems
     contents = recover_info.contents(backend) if own else {}
@@ -101,7 +102,7 @@ def plan_info(
         return InfoPlan("leave", {}, refusal="nothing tells how many steps an epoch has: say --steps-per-epoch N")
     numbers = StepNumbers(checkpoint.step, checkpoint.epoch, checkpoint.epoch_step, per_epoch)
     try:
-        made = resume_state.synthesize(numbers, config=config, stored=stored, now_s=time.time(), world_size=world_size)
+        made = resume_state.synthesize(numbers, config=config, stored=stored, now_s=time.time(), world_size=world_size, era=era)
     except RefusedError as error:
         return InfoPlan("leave", {}, refusal=f"{error}. {error.hint}")
     files = dict(made.files)
