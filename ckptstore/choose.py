@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from ckptstore import places
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
+from ckptstore.errors import AccessError, IntegrityError, NotFoundError, NothingToResumeError, StorageError, UsageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import RESUMABLE, Listing, backend_for, never_stepped, read_adopted
 from ckptstore.model import Checkpoint, Level, Status
@@ -151,6 +152,19 @@ def gone_bad(run: str, checkpoints: Iterable[Checkpoint]) -> dict[int, str]:
         return {}
     verdicts = ((checkpoint.step, verdict_on(checkpoint)) for checkpoint in checkpoints)
     return {step: f"health {found.health}: {found.why}" for step, found in verdicts if not found.health.resumable}
+
+
+def newest_first(run: str, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """In the order in which a machine that may be gone soon sends them: the one that was saved last comes first, those of a
+    time when training had gone bad come last.
+
+    By time, not by number: after a rollback the steps of the abandoned history have the higher numbers.
+    """
+    ordered = sorted(checkpoints, key=lambda checkpoint: (checkpoint.saved_at_s, checkpoint.step), reverse=True)
+    bad: Mapping[int, str] = {}
+    with contextlib.suppress(AccessError, StorageError):  # a ledger that cannot be read must not keep them from being sent
+        bad = gone_bad(run, ordered) if len(ordered) > 1 else {}
+    return sorted(ordered, key=lambda checkpoint: checkpoint.step in bad)
 
 
 def _judge(run: str) -> Judge | None:

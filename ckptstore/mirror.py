@@ -13,15 +13,15 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 
-from ckptstore import mirrored, native, parallel, places
+from ckptstore import choose, mirrored, native, parallel, places
 from ckptstore.backends import Bandwidth, normal_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import mirror_of, scan
+from ckptstore.listing import Listing, mirror_of, scan
 from ckptstore.mirrored import Lag, Record, finished
 from ckptstore.model import Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
@@ -38,7 +38,8 @@ NICENESS = 10  #: below the trainer's own threads
 def mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None = None, notify: Notify | None = None) -> list[Sent]:
     """Push each finished checkpoint of the local run `backend` that is not in the run at `url` yet; what was sent. Thread-safe.
 
-    In order of their steps, one at a time. Errors as push's: what was not sent this time is sent the next. AlreadyExistsError,
+    One at a time, the newest first (choose.newest_first), also one that was saved while another was sent: the machine may
+    be gone before all are there. Errors as push's: what was not sent this time is sent the next. AlreadyExistsError,
     after all others were sent, where the same step of another history is there, before a rollback: nothing is replaced;
     IntegrityError, likewise, for a checkpoint that is damaged here.
     """
@@ -59,13 +60,16 @@ def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: 
         known = {mirrored.name_of(checkpoint): mirrored.mark_of(checkpoint) for checkpoint in here if record.holds(checkpoint)}
         still = {name: mark for name, mark in known.items() if name in there}
         record = dataclasses.replace(record, safe=still, newest_step=max([-1, *(step for step, _ in there.values())]))
-        for checkpoint in here:
+        tried: set[tuple[str, str]] = set()
+        queue = _queue(listing, record, tried)
+        while queue:
+            checkpoint = queue.pop(0)
             name = mirrored.name_of(checkpoint)
-            if record.holds(checkpoint):
-                continue
+            tried.add((name, mirrored.mark_of(checkpoint)))
             try:
                 if (content := _content(backend, checkpoint)) is None or content != there.get(name, (-1, None))[1]:
                     yield from _push(backend, url, checkpoint, bandwidth=bandwidth, notify=notify)
+                    queue = _queue(scan(backend), record, tried)
             except (AlreadyExistsError, IntegrityError) as error:  # of this one alone: the others shall not wait for it
                 problem = problem or error
                 continue
@@ -78,6 +82,13 @@ def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: 
         mirrored.write(side, dataclasses.replace(record, looked_at_s=time.time(), problem=str(error)[:500]))
         raise
     mirrored.write(side, dataclasses.replace(record, looked_at_s=time.time(), problem=""))
+
+
+def _queue(listing: Listing, record: Record, tried: Collection[tuple[str, str]]) -> list[Checkpoint]:
+    """What of a run is to be sent, the first to be sent first."""
+    waiting = [checkpoint for checkpoint in finished(listing) if not record.holds(checkpoint)]
+    untried = [c for c in waiting if (mirrored.name_of(c), mirrored.mark_of(c)) not in tried]
+    return choose.newest_first(listing.run.path, untried)
 
 
 def is_safe(backend: Backend, url: str) -> bool:

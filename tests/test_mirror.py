@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import CheckpointStore, adopt, mirrored
+from ckptstore import CheckpointStore, adopt, choose, mirrored
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError
@@ -235,6 +236,65 @@ def test_a_step_that_was_lost_there_is_sent_again(tmp_path, url):
     for blob in list(target.list()):
         target.delete(blob.key)
     assert [sent.step for sent in mirror(store.backend, url)] == [7]
+
+
+def test_the_newest_goes_first(tmp_path, url, capfd):
+    """A machine that may be gone in a minute has its newest step there first, also one that was saved meanwhile."""
+    store = CheckpointStore(tmp_path / "store")
+    for step in (1, 2, 3):
+        saved(store, step, tmp_path / "state")
+
+    def meanwhile(doing: str, done: int, total: int) -> None:
+        if doing == "pushing step 3" and store.list()[-1].step != 4:
+            saved(store, 4, tmp_path / "state")
+
+    assert [sent.step for sent in mirror(store.backend, url, notify=meanwhile)] == [3, 4, 2, 1]
+    saved(store, 5, tmp_path / "state")
+    saved(store, 6, tmp_path / "state")
+    done = commands.invoke(capfd, "push", "--all", "--run", tmp_path / "store", "--to", url, "--json")
+    assert [part["step"] for part in done.json["parts"]] == [6, 5, 4, 3, 2, 1]
+
+
+def test_what_a_cut_push_left_waits_for_a_newer_step(tmp_path, s3):
+    """Half of step 1 is there when step 2 is saved: 2 goes first, and then the other half of 1."""
+    store = CheckpointStore(tmp_path / "store")
+    saved(store, 1, tmp_path / "state")
+    (tmp_path / "state/more.bin").write_bytes(os.urandom(12 << 20))
+    saved(store, 1, tmp_path / "state")
+
+    def cut(doing: str, done: int, total: int) -> None:
+        if list(open_backend(s3).list("step-1")):
+            raise StorageError("the machine is gone")
+
+    with pytest.raises(StorageError, match="gone"):
+        mirror(store.backend, s3, notify=cut)
+    saved(store, 2, tmp_path / "state")
+    sent = mirror(store.backend, s3)
+    assert [one.step for one in sent] == [2, 1]
+    assert sent[1].there_bytes > 0
+
+
+def test_of_a_rollback_what_was_saved_last_goes_first_and_bad_steps_last(run, tmp_path, url):
+    """Step 140 was trained anew after 240 was saved; 200 is of a time when the reward was zero."""
+    trees.set_age(trees.checkpoint(run, 46), 20_000)
+    for step, age_s in ((93, 9000), (200, 7200), (240, 7000), (140, 600)):
+        exported(run, step, age_s)
+    ledger = run.parent / ".ckptstore/trial0/metrics.jsonl"
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+
+    def line(step: int, age_s: float) -> str:
+        reward = 0.0 if 190 <= step <= 210 else 0.7
+        return json.dumps({"step": step, "at": now - age_s, "m": {"grpo_actor/task_reward/avg": reward}})
+
+    lines = [line(step, 9000 - (step - 93) * 13) for step in range(90, 245)] + [line(step, 650) for step in range(130, 141)]
+    ledger.write_text("\n".join(lines) + "\n")
+    assert [sent.step for sent in mirror(open_backend(run), url)] == [140, 240, 93, 46, 200]
+    ledger.unlink()
+    ledger.mkdir()
+    assert [c.step for c in choose.newest_first(str(run), scan(open_backend(run)).checkpoints)] == [140, 240, 200, 93, 46], (
+        "no ledger that can be read: they are sent all the same"
+    )
 
 
 def test_in_the_background(tmp_path, url):

@@ -505,7 +505,7 @@ def test_command_line(url, run, tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("CKPTSTORE_URL", raising=False)
     there = tmp_path / "there"
     would = commands.invoke(capfd, "push", "--all", "--run", run, "--to", url, "--dry-run", "--json").json
-    assert (would["done"], [p["step"] for p in would["parts"]]) == (False, [46, 93])
+    assert (would["done"], [p["step"] for p in would["parts"]]) == (False, [93, 46])
     assert keys(url) == []
     done = commands.invoke(capfd, "push", "46", "93", "--run", run, "--to", url)
     assert done.code == 0, done.err

@@ -10,6 +10,7 @@ import click
 
 from ckptstore import gathering
 from ckptstore.backends import Backend, open_backend
+from ckptstore.choose import newest_first
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, read_words
 from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
 from ckptstore.cli.opening import open_run
@@ -66,6 +67,8 @@ def command(
     if dry_run and not first and not of_nodes:
         return
     picked = chosen(listing, steps, latest=latest, everything=everything) if first else []
+    if everything:  # this machine may be gone before all are there
+        picked = newest_first(listing.run.path, picked)
     if told is None and of_nodes:
         _refuse_parts(backend, picked)
     results: list[Sent] = []
