@@ -14,7 +14,7 @@ from ckptstore import side as side_folders
 from ckptstore.backends import is_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
-from ckptstore.choose import ResumePoint, Selection, resume_point
+from ckptstore.choose import ResumePoint, Selection
 from ckptstore.config import RunConfig
 from ckptstore.errors import AlreadyExistsError, BusyError, CkptStoreError, NotFoundError, RefusedError, UsageError
 from ckptstore.frameworks.areal import layout, recover_info
@@ -28,6 +28,7 @@ from ckptstore.listing import RESUMABLE, Listing, backend_for, scan
 from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
 from ckptstore.parts import find_manifest, read_part
+from ckptstore.two_places import choice
 from ckptstore.verify import verify
 
 ANY = Selection()
@@ -107,11 +108,8 @@ def plan(
     listing = scan(backend)
     refuse_steps(listing)
     options = configured(options, listing.run)
-    source, found = backend, listing
-    if selection.url:
-        source = open_backend(selection.url)
-        found = scan(source)
-    point = resume_point(source, found, selection, failed=failed, ledger_of=listing.run.path)
+    chosen = choice(backend, listing, selection, failed)
+    point, found = chosen.point, chosen.found
     slots = slots_for(listing, point.checkpoint, options)
     first = next(iter(slots.values()))
     side = side_folders.side_folder(listing.run.path, first if options.recover_dir else _main_slot(listing))
@@ -145,26 +143,11 @@ def plan(
         nothing_to_do=nothing_to_do,
         notes=(
             *listing.notes,
-            *_newer_here(listing, selection, point),
+            *chosen.notes,
             *(() if options.new_trial else _newer_there(listing, found, selection, point)),
         ),
         new_trial=trial_folder(listing, options) if options.new_trial else "",
     )
-
-
-def _newer_here(listing: Listing, selection: Selection, point: ResumePoint) -> list[str]:
-    """What a choice from a URL passes over on this machine: a disk that came back may hold what was never pushed."""
-    if not selection.url or selection.named:
-        return []
-    slot = listing.slot if listing.slot is not None and listing.slot.format in RESUMABLE else None
-    here = [c for c in (*listing.checkpoints, *listing.adopted, slot) if c is not None and c.status.usable]
-    bound = selection.bound
-    newer = [c.step for c in here if c.step > point.checkpoint.step and (bound is None or c.step <= bound)]
-    if not newer:
-        return []
-    return [
-        f"step {max(newer)} is here, and newer than all that qualifies in {selection.url}: without --from, those here count"
-    ]
 
 
 def _newer_there(listing: Listing, found: Listing, selection: Selection, point: ResumePoint) -> list[str]:

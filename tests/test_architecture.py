@@ -34,6 +34,7 @@ LAYERS = (
     ("parts", "listing", "health", "importing", "mirrored"),
     ("verify", "seal", "commit", "running"),
     ("choose",),
+    ("two_places",),
     ("plan",),
     ("receiving", "claims"),
     ("room", "staging", "steps", "loading"),

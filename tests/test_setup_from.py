@@ -220,18 +220,71 @@ def test_the_variable_counts_where_the_run_is_not_here(run, url, capfd, tmp_path
     assert "train.py" in done.json["command"]
 
 
-def test_what_is_newer_here_is_said(run, url, capfd, tmp_path):
-    """A disk that came back holds what was never pushed: --from passes over it, and not in silence."""
-    shutil.copytree(trees.checkpoint(tmp_path / "kept", 140), run / "default" / trees.folder_name(187))
-    trees.set_age(run, 3600)
+def test_from_does_not_go_back_behind_what_is_here(run, url, capfd, tmp_path):
+    """A disk that came back holds what was never pushed; whoever names the URL's step, or bounds it, gets that."""
+    shutil.copytree(trees.checkpoint(tmp_path / "kept", 140), here := run / "default" / trees.folder_name(187))
+    trees.set_age(run, 600)
     words = ("setup", "--run", run, "--from", url, "--dry-run", "--json", *OLD)
     done = commands.invoke(capfd, *words)
-    assert done.json["checkpoint"]["step"] == 140
-    assert [text for text in done.json["notes"] if "step 187 is here, and newer" in text], done.json["notes"]
-    shown = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--dry-run", *OLD)
-    assert "step 187 is here, and newer" in " ".join((shown.out + shown.err).split())
-    for bound in (("--max-step", 140), ("--step", 140)):  # whoever names one means it
-        assert "is here" not in str(commands.invoke(capfd, *words, *bound).json["notes"])
+    assert (done.json["checkpoint"]["step"], done.json["checkpoint"]["parts"][0]["path"]) == (187, str(here))
+    assert f"newer than step 140, the newest good one in {url}" in done.json["why"]
+    shown = commands.flat(commands.invoke(capfd, "setup", "--run", run, "--from", url, "--dry-run", *OLD).out)
+    assert "newer than step 140" in shown
+    assert "--step 140 takes that one" in shown
+    for bound in (("--max-step", 140), ("--step", 140)):
+        named = commands.invoke(capfd, *words, *bound).json
+        assert (named["checkpoint"]["step"], named["checkpoint"]["parts"][0]["path"][:8]) == (140, url[:8])
+    trees.truncate(here / WEIGHTS)
+    damaged = commands.invoke(capfd, *words).json
+    assert damaged["checkpoint"]["step"] == 140
+    assert "what is newer here does not count" in str(damaged["notes"])
+    assert "step 187" in str(damaged["notes"])
+
+
+def test_a_higher_step_of_a_history_that_was_left_stays_behind(run, url, capfd, tmp_path):
+    """Step 187 is here since before somebody went back to 93, and trained and pushed the present 140."""
+    shutil.copytree(trees.checkpoint(tmp_path / "kept", 140), run / "default" / trees.folder_name(187))
+    trees.set_age(run / "default" / trees.folder_name(187), 90_000)
+    done = commands.invoke(capfd, "setup", "--run", run, "--from", url, "--dry-run", "--json", *OLD).json
+    assert done["checkpoint"]["step"] == 140
+    assert "step 187 is here, and was saved before" in str(done["notes"])
+
+
+def test_weights_there_do_not_replace_optimizer_state_here(run, url, capfd):
+    """By the rule of one place: state is worth 20 steps. The bucket's export of step 140 is weights alone."""
+    words = ("setup", "--run", run, "--from", url, "--dry-run", "--json", *OLD)
+    for step, chosen in ((119, 140), (120, 140), (121, 121), (140, 140)):
+        trees.write_recover_info(run, step, world_size=2)
+        trees.set_age(run, 600)
+        done = commands.invoke(capfd, *words).json
+        assert done["checkpoint"]["step"] == chosen, step
+        assert ("its optimizer state is worth more" in done["why"]) == (step > 120), done["why"]
+    assert commands.invoke(capfd, *words, "--prefer", "newest").json["checkpoint"]["kind"] == "export"
+
+
+@pytest.mark.parametrize("there", ["older", "nothing", "half"])
+def test_a_pod_that_starts_again_keeps_what_it_saved(run, url, capfd, tmp_path, monkeypatch, there):
+    """The slot of step 150 was never pushed: the pod's start command, with --from and nobody to ask, goes on after it."""
+    monkeypatch.setattr("ckptstore.fresh._FLEETING", frozenset())
+    trees.write_recover_info(run, 150, world_size=2)
+    trees.set_age(run, 600)
+    slot = {path.name: path.read_bytes() for path in slot_of(run).iterdir()}
+    source = url if there == "older" else f"{url}-other"
+    if there == "half":
+        target = open_backend(source)
+        for name in ("config.json", "tokenizer.json"):
+            target.put(f"default/{trees.folder_name(140)}/{name}", b"{}")
+    words = ("resume", "--config", yaml_of(run), "--run", run, "--from", source, "--exec", *OLD)
+    trainer = (sys.executable, "-c", "print('Train step 152', flush=True)")
+    for asked in ("--yes", "--or-start"):
+        ran = commands.invoke(capfd, *words, asked, f"cluster.fileroot={tmp_path}", "--", *trainer)
+        assert ran.code == 0, ran.err
+        assert "Train step 152" in ran.out
+        assert "resumed at global step 151" in ran.err
+        assert {path.name: path.read_bytes() for path in slot_of(run).iterdir()} == slot
+    if there != "older" and source.startswith("s3"):
+        gone = commands.invoke(capfd, "setup", "--run", run, "--from", "s3://no-such-bucket/x", *OLD)
+        assert (gone.code, "no such bucket" in gone.err) == (1, True)
 
 
 def test_whoever_goes_back_is_told_of_the_mirror(run, url, capfd, tmp_path):

@@ -99,7 +99,7 @@ _SELECTION = _compose(
         show_default=True,
         help=f"state: optimizer state beats weights alone that are up to {STATE_WORTH_STEPS} steps newer.",
     ),
-    _which("--from", "url", default="", metavar="URL", help="From this run in an object store, straight into the slot."),
+    _which("--from", "url", default="", metavar="URL", help="From this run in an object store, unless what is here is newer."),
     _which("--include-bad", is_flag=True, help="Although its metrics say that training had gone bad (see status)."),
 )
 

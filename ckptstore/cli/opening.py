@@ -99,7 +99,7 @@ def open_run_for(where: Where, selection: Selection, *, as_json: bool, read_only
             selection = dataclasses.replace(selection, url=url)
             note(f"the run here is empty: its checkpoints are taken from {said}, {url}")
         elif url:
-            note(f"the run is here: nobody looked whether {said} has newer checkpoints; --from {url} takes those")
+            note(f"the run is here: nobody looked whether {said} has newer checkpoints; --from {url} takes the newest of both")
         return located, backend, selection
     except NoRunError as error:
         url, said = said_url(where, selection.url)
