@@ -61,12 +61,12 @@ def adopt(backend: Backend, *, into: str = "", notify: Notify | None = None) -> 
     Thread-safe; one at a time a run (BusyError).
     """
     listing = scan(backend)
-    slot = _adoptable(listing)
     run = listing.run.path
     side = _place(run, into)
-    target = adopted_folder(side, slot.step)
-    if _is_adopted(slot, target):
+    if (slot := listing.slot) is not None and _is_adopted(slot, target := adopted_folder(side, slot.step)):
         raise AlreadyExistsError(f"step {slot.step} is adopted already: {target}")
+    slot = _adoptable(listing)
+    target = adopted_folder(side, slot.step)
     for part in slot.parts:
         if findings := check_part_structure(backend, part):
             raise IntegrityError(f"the slot is torn: {part.name}/{findings[0]}", hint="The trainer's next save replaces it.")

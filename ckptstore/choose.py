@@ -186,9 +186,9 @@ def _examine(
         return checkpoint, tuple(map(str, checkpoint.findings))
     if verdict_on is not None and not (verdict := verdict_on(checkpoint)).health.resumable:
         return checkpoint, (f"health {verdict.health}: {verdict.why}",)
-    # A copy of ours in the slot is checked while nothing else will read it: all its digests, here and now.
-    ours = checkpoint.kind == "slot" and checkpoint.status is Status.COMMITTED
-    report = verify(backend_for(backend, checkpoint), checkpoint, Level.FULL if ours else Level.STRUCTURE)
+    # The slot is checked while nothing else will read it: all its digests, here and now, where something records them.
+    full = checkpoint.kind == "slot" and checkpoint.vouched
+    report = verify(backend_for(backend, checkpoint), checkpoint, Level.FULL if full else Level.STRUCTURE)
     return report.checkpoint, tuple(map(str, report.findings))
 
 
@@ -252,8 +252,10 @@ def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, v
     if selection.named:
         return f"you named it{warning}"
     vouched = "its files are whole"
-    if checkpoint.status is Status.COMMITTED:
-        vouched = "all its digests match" if checkpoint.kind == "slot" else "its manifest is checked while it is copied"
+    if checkpoint.kind == "slot" and checkpoint.vouched:
+        vouched = "all its digests match"
+    elif checkpoint.status is Status.COMMITTED:
+        vouched = "its manifest is checked while it is copied"
     newer = f", {len(skipped)} newer one{'s' * (len(skipped) > 1)} skipped" if skipped else ""
     return f"{selection}: {vouched}{healthy}{newer}{warning}"
 

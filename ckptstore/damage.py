@@ -42,8 +42,8 @@ def forget_for_now(part: Part) -> Part:
     findings = tuple(finding for finding in part.findings if not finding.problem.endswith(_EARLIER))
     if len(findings) == len(part.findings):
         return part
-    # Only sealed parts are remembered.
-    status = worst([Status.COMMITTED, *(finding.status for finding in findings)])
+    # Only what a manifest vouches for is remembered.
+    status = worst([Status.COMPLETE if part.copy else Status.COMMITTED, *(finding.status for finding in findings)])
     return dataclasses.replace(part, findings=findings, status=status)
 
 

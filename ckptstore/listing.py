@@ -19,9 +19,9 @@ from ckptstore.frameworks import steps
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
-from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, Finding, Part, Status
+from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, Finding, Part, Status, worst
 from ckptstore.native import Folder
-from ckptstore.parts import find_manifest, folder_of, read_part, with_dcp_holdings, worsen
+from ckptstore.parts import find_manifest, folder_of, read_part, vouching, with_dcp_holdings, worsen
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
 _MIRROR = f"{layout.MAIN_PART}/{layout.SIDE}"  #: of a run in an object store
@@ -70,7 +70,10 @@ def scan(backend: Backend) -> Listing:
         checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
     stored = run.folders.get(layout.RECOVER_INFO) if run.recover_info else None
     info = recover_info.read(backend, stored, as_dumped=backend.is_folder)
+    adopted = tuple(read_adopted(side) if side else _mirrored(backend, tree))
     slot = _slot(backend, run, info)
+    if side and slot is not None:
+        (slot,) = _with_known_damage(backend, [with_copy(slot, adopted)], damage.known(side))
     if run.stray_slot and run.folders[run.stray_slot].entries:
         notes.append(
             f"{layout.SLOT}/ lies directly in the trial, where old guides put it: AReaL never reads it "
@@ -84,7 +87,7 @@ def scan(backend: Backend) -> Listing:
         tuple(checkpoints),
         slot,
         info,
-        tuple(read_adopted(side) if side else _mirrored(backend, tree)),
+        adopted,
         tuple(notes),
         newest_file,
         newest_mtime_ns,
@@ -144,7 +147,8 @@ def _with_known_damage(
 
     def judge(part: Part) -> Part:
         commit, finding = known.get(folder_of(backend, part), ("", None))
-        manifest = find_manifest(backend, folder_of(backend, part)) if finding and part.status is Status.COMMITTED else None
+        vouched = part.status is Status.COMMITTED or part.copy
+        manifest = vouching(backend, part) if finding and vouched else None
         if finding is None or manifest is None or manifest.commit != commit:
             return part
         return dataclasses.replace(part, findings=(*part.findings, finding), status=Status.CORRUPT)
@@ -285,6 +289,33 @@ def _slot(backend: Backend, run: layout.RunTree, info: RecoverInfo | None) -> Ch
     else:
         step, epoch, epoch_step = info.step, info.epoch, info.epoch_step
     return Checkpoint(step, epoch, epoch_step, "slot", tuple(parts), tuple(notes))
+
+
+def with_copy(slot: Checkpoint, kept: Iterable[Checkpoint]) -> Checkpoint:
+    """The slot, with the copy that was kept of just this save: what the copy's manifest says holds of the slot's bytes too.
+
+    A copy has its source's times: one of an earlier save of the same step is told from it by them.
+    """
+    for copy in kept:
+        if copy.step == slot.step >= 0 and (parts := [_vouched(part, copy) for part in slot.parts]) and all(parts):
+            return dataclasses.replace(slot, parts=tuple(part for part in parts if part is not None))
+    return slot
+
+
+def _vouched(part: Part, copy: Checkpoint) -> Part | None:
+    """The part as the manifest of its copy judges it; None where that is of another save."""
+    manifest = find_manifest(open_backend(copy.store), part.name)
+    if manifest is None or (seen := manifest.inspect(part.files)).void:
+        return None
+    if part.status is Status.COMMITTED:
+        return part  # by its own
+    new = tuple(finding for finding in seen.findings if finding not in part.findings)
+    return dataclasses.replace(
+        part,
+        copy=f"{copy.store}/{part.name}",
+        findings=(*part.findings, *new),
+        status=worst([part.status, *(finding.status for finding in new)]),
+    )
 
 
 def never_stepped(part: Part) -> Part:

@@ -102,6 +102,7 @@ class Part:
     notes: tuple[str, ...] = ()  #: worth knowing, harmless: "saved since by the trainer"
     mtime_ns: int = 0  #: of the newest file, or of the folder when it is empty
     base: str = ""  #: in an object store: the folder in `path` that the files lie in, by the manifest's word; "": `path` itself
+    copy: str = ""  #: a folder or URL with a copy of just this save: its manifest vouches for the bytes where none here does
 
     @property
     def files_path(self) -> str:
@@ -135,6 +136,11 @@ class Checkpoint:
     def status(self) -> Status:
         """The worst of the parts'."""
         return worst(part.status for part in self.parts)
+
+    @property
+    def vouched(self) -> bool:
+        """Whether digests of all its bytes are at hand: of its own manifests, or of a copy of just this save."""
+        return bool(self.parts) and all(part.status is Status.COMMITTED or part.copy for part in self.parts)
 
     @property
     def size_bytes(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ckptstore import manifest as manifests
+from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
 from ckptstore.formats import FormatError, dcp
@@ -179,6 +180,14 @@ def find_manifest(backend: Backend, folder: str) -> Manifest | None:
         return read_manifest(backend, folder)
     except CkptStoreError:
         return None
+
+
+def vouching(backend: Backend, part: Part) -> Manifest | None:
+    """The manifest that tells what a part's bytes are: its own, or where that does not count its copy's."""
+    own = find_manifest(backend, folder_of(backend, part))
+    if part.copy and (own is None or own.inspect(part.files).void):
+        return find_manifest(open_backend(part.copy), "")
+    return own
 
 
 def worsen(part: Part, problem: str) -> Part:

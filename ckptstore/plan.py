@@ -24,7 +24,7 @@ from ckptstore.frameworks.areal.launch import Installation, logged_config
 from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.frameworks.areal.resume_state import data_parallel_world
 from ckptstore.frameworks.areal.target import InfoPlan, Transfer, optimizer_in, plan_info, transfer
-from ckptstore.listing import RESUMABLE, Listing, backend_for, scan
+from ckptstore.listing import RESUMABLE, Listing, backend_for, scan, with_copy
 from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
 from ckptstore.parts import find_manifest, read_part
@@ -303,9 +303,15 @@ def _in_slot(
     """Why the slot need not be filled: it holds the chosen checkpoint already. Empty when it must be."""
     chosen = point.checkpoint
     if all(part.path == slots[part.name] for part in chosen.parts):
-        how = "every digest verified" if chosen.status is Status.COMMITTED else "as the trainer saved it"
+        how = "every digest verified" if chosen.vouched else "as the trainer saved it"
         return f"the slot already holds step {chosen.step}, {how}"
-    if old is None or old.step != chosen.step or old.step < 0 or old.status is not Status.COMMITTED:
+    if old is None or old.step != chosen.step or old.step < 0:
+        return ""
+    if old.status is Status.COMPLETE and chosen.kind == "adopted":  # a copy of what the trainer saved there?
+        same = with_copy(old, [chosen])
+        held = same.vouched and verify(backend, same, Level.FULL).ok
+        return f"the slot already holds step {chosen.step}, every digest verified" if held else ""
+    if old.status is not Status.COMMITTED:
         return ""
     placed = {part.name: find_manifest(LocalBackend(part.path), "") for part in old.parts}
     formats = {"copy": None, "dcp": "dcp", "era-a": "hf+optim"}

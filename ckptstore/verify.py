@@ -32,7 +32,7 @@ from ckptstore.frameworks.areal import layout
 from ckptstore.listing import backend_for
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
-from ckptstore.parts import files_folder_of, find_manifest, folder_of, judged, read_manifest, reader
+from ckptstore.parts import files_folder_of, folder_of, judged, read_manifest, reader, vouching
 from ckptstore.server_digests import Said, ask_all
 
 UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
@@ -88,7 +88,7 @@ def verify(
     verdicts: dict[str, tuple[str, Finding | None]] = {}
     unchecked: list[str] = []
     for part in checkpoint.parts:
-        manifest = find_manifest(backend, folder_of(backend, part))
+        manifest = vouching(backend, part)
         part = judged(backend, part, manifest)
         if level is not Level.QUICK or not backend.is_folder:  # a listing of a store has not read it
             part = _check_manifest(backend, checkpoint, part, manifest)
@@ -102,7 +102,7 @@ def verify(
         if level is Level.FULL:
             part = check_digests(backend, damage.forget_for_now(part), manifest, progress=progress)
             bytes_read += part.size_bytes
-            if manifest is not None and checkpoint.kind == "export" and not manifest.inspect(part.files).void:
+            if manifest is not None and checkpoint.kind != "adopted" and not manifest.inspect(part.files).void:
                 wrong = next((finding for finding in part.findings if finding.status is Status.CORRUPT), None)
                 verdicts[folder_of(backend, part)] = (manifest.commit, wrong)
         if manifest is not None and part.status is Status.COMMITTED:
@@ -188,7 +188,7 @@ def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, pr
     except CkptStoreError as error:
         return _worsen(part, [Finding("", f"cannot be read: {error}", Status.PARTIAL)])
     findings = [
-        _finding(name, result)
+        _finding(name, result, whose=f"its copy's, {part.copy}," if part.copy else "the manifest")
         for name, result in results.items()
         if isinstance(result, CkptStoreError) and (holds or not isinstance(result, DigestMismatchError))
     ]
@@ -201,6 +201,8 @@ def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, pr
             if not isinstance(result, CkptStoreError) and name in expected and result.crc != expected[name].crc
         ]
     notes = part.notes
+    if part.copy:
+        notes = (*notes, f"its bytes are compared with what is recorded of its copy, {part.copy}")
     if manifest is None:
         notes = (*notes, UNSEALED)
     elif void and not any(isinstance(result, CkptStoreError) for result in results.values()):
@@ -255,11 +257,11 @@ def _check_manifest(backend: Backend, checkpoint: Checkpoint, part: Part, manife
     return part
 
 
-def _finding(name: str, error: CkptStoreError) -> Finding:
+def _finding(name: str, error: CkptStoreError, *, whose: str) -> Finding:
     if isinstance(error, DigestMismatchError):
         return Finding(
             name,
-            f"digest differs from the manifest in the chunk at byte {error.offset_bytes:,}",
+            f"digest differs from {whose} in the chunk at byte {error.offset_bytes:,}",
             Status.CORRUPT,
         )
     if isinstance(error, SourceChangedError):
