@@ -59,7 +59,9 @@ def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: 
         there = _contents_at(url, bandwidth)
         known = {mirrored.name_of(checkpoint): mirrored.mark_of(checkpoint) for checkpoint in here if record.holds(checkpoint)}
         still = {name: mark for name, mark in known.items() if name in there}
-        record = dataclasses.replace(record, safe=still, newest_step=max([-1, *(step for step, _ in there.values())]))
+        steps = [step for step, _ in there.values()]
+        record = dataclasses.replace(record, safe=still, newest_step=max([-1, *steps]))
+        record = dataclasses.replace(record, present_step=mirrored.newest_safe(record, here, there=steps))
         tried: set[tuple[str, str]] = set()
         queue = _queue(listing, record, tried)
         while queue:
@@ -69,12 +71,15 @@ def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: 
             try:
                 if (content := _content(backend, checkpoint)) is None or content != there.get(name, (-1, None))[1]:
                     yield from _push(backend, url, checkpoint, bandwidth=bandwidth, notify=notify)
-                    queue = _queue(scan(backend), record, tried)
+                    listing = scan(backend)
+                    here = finished(listing)
+                    queue = _queue(listing, record, tried)
             except (AlreadyExistsError, IntegrityError) as error:  # of this one alone: the others shall not wait for it
                 problem = problem or error
                 continue
             safe = {**record.safe, name: mirrored.mark_of(checkpoint)}
             record = dataclasses.replace(record, safe=safe, newest_step=max(record.newest_step, checkpoint.step))
+            record = dataclasses.replace(record, present_step=mirrored.newest_safe(record, here))
             mirrored.write(side, record)
         if problem is not None:
             raise problem

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptstore import side as side_folders
@@ -34,9 +34,10 @@ class Record:
 
     url: str
     safe: Mapping[str, str] = field(default_factory=dict)  #: name → mark, of what is on this machine and safe there
-    newest_step: int = -1  #: the newest step that was ever seen safe there
+    newest_step: int = -1  #: the newest step that was ever seen safe there, of whatever history
     looked_at_s: float = 0.0
     problem: str = ""  #: why the last try ended early; empty where it did not
+    present_step: int = -1  #: as newest_step, of the history that the run is in (see `present`)
 
     def holds(self, checkpoint: Checkpoint) -> bool:
         """Whether just this checkpoint is safe there."""
@@ -45,7 +46,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """How far a mirror is behind."""
+    """How far a mirror is behind, by the steps of the history that the run is in (see `present`)."""
 
     url: str
     newest_local_step: int | None
@@ -77,6 +78,19 @@ def finished(listing: Listing, *, now_s: float | None = None) -> list[Checkpoint
     )
 
 
+def present(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Those of the history that the run is in, the newest first: not what was saved before one of a lower number.
+
+    After a rollback the steps that were left have the higher numbers. Those below the first that was saved since cannot be
+    told from the history that goes on.
+    """
+    found: list[Checkpoint] = []
+    for checkpoint in sorted(checkpoints, key=lambda one: (one.saved_at_s, one.step), reverse=True):
+        if not found or checkpoint.step <= found[-1].step:
+            found.append(checkpoint)
+    return found
+
+
 def name_of(checkpoint: Checkpoint) -> str:
     """Names a checkpoint among those of its run."""
     return os.path.basename(checkpoint.store or checkpoint.parts[0].path)
@@ -104,6 +118,7 @@ def read(side: str) -> Record | None:
             whole(document["newest_step"]),
             number(document["looked_at"]),
             str(document["problem"]),
+            whole(document.get("present_step", document["newest_step"])),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -127,6 +142,7 @@ def write(side: str, record: Record) -> None:
         "url": record.url,
         "safe": dict(record.safe),
         "newest_step": record.newest_step,
+        "present_step": record.present_step,
         "looked_at": round(record.looked_at_s, 3),
         "problem": record.problem,
     }
@@ -150,13 +166,26 @@ def unsafe(side: str, checkpoints: Iterable[Checkpoint]) -> dict[int, str]:
     return {checkpoint.step: record.url for checkpoint in checkpoints if not record.holds(checkpoint)}
 
 
+def newest_safe(record: Record, here: Collection[Checkpoint], there: Iterable[int] | None = None) -> int:
+    """The newest step that is safe of the history that the run is in; -1 where none is known to be.
+
+    `here`: what is finished on this machine. `there`: the steps in the store, of whatever history; None: what `record` says.
+    """
+    line = present(here)
+    known = {checkpoint.step for checkpoint in here}
+    others = [record.present_step] if there is None else there
+    gone_here = [step for step in others if step not in known and (not line or step < line[0].step)]
+    return max([-1, *gone_here, *(checkpoint.step for checkpoint in line if record.holds(checkpoint))])
+
+
 def lag(record: Record, checkpoints: Iterable[Checkpoint]) -> Lag:
     """How far the mirror is behind the finished `checkpoints` of this machine."""
     here = list(checkpoints)
     waiting = [checkpoint for checkpoint in here if not record.holds(checkpoint)]
-    newest = max((checkpoint.step for checkpoint in here), default=None)
-    safe = max([record.newest_step, *(c.step for c in here if c not in waiting)])
-    saved_s = [max((part.mtime_ns for part in checkpoint.parts), default=0) / 1e9 for checkpoint in waiting]
+    line = present(here)
+    newest = line[0].step if line else None
+    safe = newest_safe(record, here)
+    saved_s = [checkpoint.saved_at_s for checkpoint in waiting]
     return Lag(
         record.url,
         newest,

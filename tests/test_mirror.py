@@ -197,6 +197,43 @@ def test_lag(run, tmp_path, monkeypatch, capfd):
     )
 
 
+def test_lag_after_a_rollback(run, tmp_path, capfd, monkeypatch):
+    """Steps of the history that was left are safe, and say nothing of the one that the run is in."""
+    url = f"memory://left-{tmp_path.name}-{os.getpid()}"
+
+    def lag() -> tuple[object, ...]:
+        found = commands.invoke(capfd, "status", "--run", run, "--json").json["mirror"]
+        return tuple(found[name] for name in ("newest_local_step", "newest_safe_step", "behind_steps", "waiting"))
+
+    trees.set_age(trees.checkpoint(run, 46), 9000)
+    for step, age_s in ((93, 8000), (140, 7000), (200, 6000), (240, 5000)):
+        exported(run, step, age_s)
+    mirror(open_backend(run), url)
+    assert lag() == (240, 240, 0, 0)
+    exported(run, 150, 1000)  # back to 140, and on from there
+    assert lag() == (150, 140, 10, 1)
+    with monkeypatch.context() as patch:
+        down(patch)
+        with pytest.raises(StorageError):
+            mirror(open_backend(run), url)
+    assert lag() == (150, 140, 10, 1)
+    shutil.rmtree(trees.checkpoint(run, 140))  # by the trainer's own retention: it is safe there all the same
+    assert lag() == (150, 140, 10, 1)
+    mirror(open_backend(run), url)
+    assert lag() == (150, 150, 0, 0)
+    exported(run, 160, 500)
+    shutil.rmtree(trees.checkpoint(run, 150))
+    assert lag() == (160, 150, 10, 1)
+    for step in (46, 93, 160, 200, 240):
+        shutil.rmtree(trees.checkpoint(run, step))
+    assert lag() == (None, 150, None, 0)
+    record = run.parent / ".ckptstore/trial0/mirror.json"
+    document = json.loads(record.read_text())
+    assert (document["newest_step"], document.pop("present_step")) == (240, 150)
+    record.write_text(json.dumps(document))  # of an older ckptstore
+    assert lag()[1] == 240
+
+
 def saved(store: CheckpointStore, step: int, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "model.bin").write_bytes(os.urandom(100_000))
