@@ -19,8 +19,9 @@ import pytest
 
 from ckptstore import CheckpointStore, errors, manifest, node_sets, prepared, retention, steps
 from ckptstore import side as side_folders
+from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.cli import run as command
-from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError
+from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError, StorageError
 from ckptstore.manifest import Manifest
 from ckptstore.model import NodeSet, Status
 from ckptstore.retention import Candidate, Keep
@@ -374,6 +375,81 @@ def test_one_unsound_part_keeps_the_others_back(tmp_path: Path, monkeypatch: pyt
         resuming._finish(store, None, ranks, [save])
         assert [checkpoint.step for checkpoint in store.list()] == there
     assert not os.path.exists(draft.home)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
+    """What is asked of a store, by name of the call."""
+    asked: list[str] = []
+    for name in names:
+        real = getattr(FsspecBackend, name)
+
+        def call(self: Any, *words: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            asked.append(name)
+            return real(self, *words, **options)
+
+        monkeypatch.setattr(FsspecBackend, name, call)
+    return asked
+
+
+def in_a_bucket(tmp_path: Path, steps: int) -> CheckpointStore:
+    store = CheckpointStore(f"memory://resume-{tmp_path.name}-{os.getpid()}")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/model.bin").write_bytes(b"weights")
+    for step in range(steps):
+        store.save(step, tmp_path / "state")
+    return store
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, and no process group."""
+    monkeypatch.setattr(resuming.dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(resuming, "_gather", lambda value, group: [value])
+
+
+def test_resume_step_lists_a_bucket_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each rank of each start: one listing, and each manifest once."""
+    store = in_a_bucket(tmp_path, 3)
+    alone(monkeypatch)
+    asked = counted(monkeypatch, "list", "get")
+    assert resuming.resume_step(store) == 2
+    assert (asked.count("list"), asked.count("get")) == (1, 3)
+
+
+def test_a_step_that_is_pruned_while_resume_step_looks_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine prunes, or saves, between the listing and the manifests."""
+    store = in_a_bucket(tmp_path, 3)
+    other = CheckpointStore(store.backend.location)
+    alone(monkeypatch)
+    listed, raced = CheckpointStore.list, []
+
+    def racing(self: CheckpointStore) -> Any:
+        found = listed(self)
+        if self is store and not raced:
+            raced.append(True)
+            other.prune(Keep(last=1))
+            other.save(7, tmp_path / "state")
+        return found
+
+    monkeypatch.setattr(CheckpointStore, "list", racing)
+    assert resuming.resume_step(store) == 7
+    raced.clear()
+    assert list(resuming.held(store)) == [7], "saved anew: under another name, and no less there"
+
+
+def test_an_outage_chooses_no_older_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest step's manifest cannot be fetched: that is no reason to go back, and is said on all ranks."""
+    store = in_a_bucket(tmp_path, 3)
+    alone(monkeypatch)
+    get = FsspecBackend.get
+
+    def failing(self: Any, key: str, **options: Any) -> bytes:
+        if key.startswith("step-2"):
+            raise StorageError("planted outage", operation="reading", path=key)
+        return get(self, key, **options)
+
+    monkeypatch.setattr(FsspecBackend, "get", failing)
+    with pytest.raises(errors.RankError, match="planted outage"):
+        resuming.resume_step(store)
 
 
 def test_a_draft_is_durable_before_it_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,20 +24,22 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from ckptstore import node_sets, prepared, steps
+from ckptstore import node_sets, parallel, prepared, steps
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import gone_bad
 from ckptstore.errors import CkptStoreError, IntegrityError, NothingToResumeError, RankError
 from ckptstore.frameworks.steps import read_signs
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, NodeSet, Status
-from ckptstore.parts import find_manifest, folder_of, read_part
+from ckptstore.parts import folder_of, manifest_told, read_part
 from ckptstore.prepared import Prepared
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.simple import see_nothing
 from ckptstore.verify import verify
 
 _log = logging.getLogger("ckptstore")
+_LOOKS = 2
+_AT_ONCE = 16  #: requests to a store: one after the other, a hundred steps take each rank seconds
 
 
 class _Save(NamedTuple):
@@ -65,16 +67,27 @@ def identity(manifest: Manifest) -> str:
 
 def held(store: CheckpointStore) -> dict[int, tuple[str, NodeSet | None]]:
     """What is committed in a store, by step: its identity, and the set that it is of."""
-    try:
-        checkpoints = store.list()
-    except FileNotFoundError:
-        see_nothing(store)
-        return {}
-    found = {}
-    for checkpoint in checkpoints:
-        manifest = find_manifest(store.backend, folder_of(store.backend, checkpoint.parts[0]))
-        if checkpoint.status.usable and manifest is not None:
-            found[checkpoint.step] = (identity(manifest), manifest.group)
+    return {one.step: (identity(manifest), manifest.group) for one, manifest in _committed(store)}
+
+
+def _committed(store: CheckpointStore) -> list[tuple[Checkpoint, Manifest]]:
+    """By one listing, or another where a manifest went away since: pruned, or its step was saved anew under another name."""
+    found: list[tuple[Checkpoint, Manifest]] = []
+    for _ in range(_LOOKS):
+        try:
+            usable = [checkpoint for checkpoint in store.list() if checkpoint.status.usable]
+        except FileNotFoundError:
+            see_nothing(store)
+            return []
+        manifests: dict[int, Manifest | None] = {}
+
+        def read(checkpoint: Checkpoint, _: parallel.Stop, manifests: dict[int, Manifest | None] = manifests) -> None:
+            manifests[checkpoint.step] = manifest_told(store.backend, folder_of(store.backend, checkpoint.parts[0]))
+
+        parallel.each(usable, read, threads=1 if store.backend.is_folder else _AT_ONCE)
+        found = [(one, manifest) for one in usable if (manifest := manifests[one.step]) is not None]
+        if len(found) == len(usable):
+            break
     return found
 
 
@@ -154,9 +167,9 @@ def _look(store: CheckpointStore, process_group: dist.ProcessGroup | None) -> li
             with contextlib.suppress(CkptStoreError):  # a store that can only be read
                 name = node_sets.identity(store.folder)
         ready = {save: one.group for save, one in _prepared(store).items()} if name else {}
-        there = held(store)
-        bad = gone_bad(store.backend.location, [one for one in store.list() if one.step in there]) if there else {}
-        seen = Seen(name, there, ready, bad)
+        there = _committed(store)
+        bad = gone_bad(store.backend.location, [checkpoint for checkpoint, _ in there])
+        seen = Seen(name, {one.step: (identity(manifest), manifest.group) for one, manifest in there}, ready, bad)
     except CkptStoreError as error:
         seen = Seen(problem=str(error))
     ranks: list[Seen] = _gather(seen, process_group)
