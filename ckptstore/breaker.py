@@ -161,13 +161,13 @@ class CircuitBreaker:
                 self._halt(tripped, step)
         elif tripped is not None:
             self._halt(tripped, step)
-        elif self._observed >= UNARMED_STEPS or self._watches[0].silent:
+        elif self._observed >= UNARMED_STEPS or self._watches[0].silent or self._watches[0].nonfinite >= SILENT_STEPS:
             self._warn_of_silence(stats, step)
 
     @property
     def streak(self) -> int:
         """Bad steps in a row at present, by the rule that is closest to its patience."""
-        return max(self._watches, key=lambda watch: watch.streak / watch.rule.patience).streak
+        return max(self._watches, key=lambda watch: watch.streak / watch.patience).streak
 
     @property
     def armed(self) -> bool:
@@ -299,6 +299,9 @@ class CircuitBreaker:
                 there = f"{found[0][0]} is there, as {found[0][1]!r:.40}, which is no number" if found else ""
                 there = there or f"there are {', '.join(seen[:20]) or 'none'}"
                 self._warn(f"never {name}", f"no metric {name} in {watch.silent} steps: the breaker watches nothing; {there}")
+            elif not watch.armed and watch.nonfinite >= SILENT_STEPS:
+                text = f"{name} {NonFinite.saw} from the start, for {watch.nonfinite} steps"
+                self._warn(f"never finite {name}", f"{text}: after {watch.patience} training is halted")
             elif not watch.armed and watch.steps >= UNARMED_STEPS:
                 value = self._value(name, dicts)
                 said = watch.rule.said if value is None or math.isfinite(value) else NonFinite.saw

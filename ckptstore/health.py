@@ -65,11 +65,7 @@ class Stretch(NamedTuple):
     last_step: int
     steps: int
     over: bool
-
-    @property
-    def confirmed(self) -> bool:
-        """Whether it used up the rule's patience."""
-        return self.steps >= self.rule.patience
+    confirmed: bool  #: whether it used up the rule's patience
 
     def __str__(self) -> str:
         if self.steps == 1:
@@ -135,26 +131,28 @@ class Reader:
 
 def _track(line: Line, rule: Rule) -> Track:
     watch, read = Watch(rule), Reader()
+    was_armed = watch.armed
     seen: list[_Seen] = []
     stretches: list[Stretch] = []
     for record in line:
         read.metrics = dict(record.metrics)
-        before = (watch.since, watch.streak, watch.said) if watch.streak else None
+        before = _stretch(rule, read, watch, seen[-1].step, over=True) if watch.streak else None
         sign = watch.look(read, record.step)
         if sign is Sign.SILENT:
             continue
-        if before is not None and not watch.streak:
-            stretches.append(_stretch(rule, read, before, seen[-1].step, over=True))
+        if before is not None and not watch.streak and (was_armed or before.confirmed):
+            stretches.append(before)
+        was_armed = watch.armed
         seen.append(_Seen(record.step, sign, watch.armed, read(rule.metric)))
-    if watch.streak:
-        stretches.append(_stretch(rule, read, (watch.since, watch.streak, watch.said), seen[-1].step, over=False))
+    if watch.streak and (watch.armed or watch.tripped):  # NaN from the start, and not for long, tells nothing
+        stretches.append(_stretch(rule, read, watch, seen[-1].step, over=False))
     return Track(rule, read.keys.get(rule.metric, rule.metric), tuple(seen), tuple(stretches))
 
 
-def _stretch(rule: Rule, read: Reader, was: tuple[int, int, str], last_step: int, *, over: bool) -> Stretch:
-    since, steps, said = was
+def _stretch(rule: Rule, read: Reader, watch: Watch, last_step: int, *, over: bool) -> Stretch:
     key = read.keys.get(rule.metric, rule.metric)
-    return Stretch(rule, "" if key == "-" else key, said, since, last_step, steps, over)
+    named = "" if key == "-" else key
+    return Stretch(rule, named, watch.said, watch.since, last_step, watch.streak, over, watch.tripped)
 
 
 def replay_of(ledger: Ledger, branch: int = -1) -> Replay:

@@ -3,6 +3,7 @@
 A rule looks at one step and gives a sign; a Watch counts the signs of one rule into a streak. For every rule:
 a value that is NaN or infinite is bad, and never ends a streak; a step without the metric is silent, and neither counts nor
 ends a streak; nothing counts until the rule is armed, by default by its first good step (a cold start is legitimately zero).
+But a run that has been NaN from its start on, for `nan_patience` steps, is none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ REWARD = "grpo_actor/task_reward/avg"
 ALIVE = ("seq_len/avg", "n_seqs")
 #: Where several metrics match: the actor's before anybody else's.
 PREFERRED = ("grpo_actor", "ppo_actor", "actor", "rollout")
+#: Others than losses may be no number at first (a reward before the first episode ends; a gradient norm while fp16's scale is
+#: looked for): so many steps of it are no start.
+NAN_START_STEPS = 100
+#: What is evaluated now and then may be logged as NaN until it is.
+_NOW_AND_THEN = re.compile(r"(?:^|[^a-z])(?:eval|val|valid|test|dev)(?:[^a-z]|uation|idation|$)", re.IGNORECASE)
 _EVALUATION = re.compile(r"(eval|valid|test)", re.IGNORECASE)
 
 Read = Callable[[str], float | None]
@@ -110,6 +116,18 @@ class Rule:
 
     def _bad(self, value: float, memory: Memory) -> bool:
         raise NotImplementedError
+
+    @property
+    def nan_patience(self) -> int | None:
+        """How many steps of NaN in a row it takes before it is armed: a loss is finite from any run's first step on.
+
+        None where none do: for an evaluation's metric.
+        """
+        if self.arm is Arm.ALWAYS:
+            return self.patience
+        if _NOW_AND_THEN.search(self.metric):
+            return None
+        return self.patience if "loss" in self.metric.lower() else max(self.patience, NAN_START_STEPS)
 
     @property
     def metrics(self) -> tuple[str, ...]:

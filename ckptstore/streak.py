@@ -26,7 +26,7 @@ class Watch:
         self.last_good: float | None = None
 
     def look(self, read: Read, step: int) -> Sign:
-        """Take in one step. A bad step before the rule is armed is reported as bad, and does not count."""
+        """Take in one step. A bad step before the rule is armed is reported as bad, and counts only where it is NaN."""
         rule = self.rule
         sign = rule.judge(read, self.memory)
         if sign is Sign.SILENT:
@@ -39,12 +39,16 @@ class Watch:
             self.last_good = read(rule.metric)
             if self.streak:
                 self.forgive()
-        elif self.armed:
-            if not self.streak:
-                self.since = step
-            self.streak += 1
+        else:
             value = read(rule.metric)
-            self.nonfinite += value is not None and not math.isfinite(value)
+            nonfinite = value is not None and not math.isfinite(value)
+            if self.armed or (nonfinite and rule.nan_patience is not None):
+                if not self.streak:
+                    self.since = step
+                self.streak += 1
+                self.nonfinite += nonfinite
+            elif self.streak:
+                self.forgive()  # a cold start's zero
         return sign
 
     def forgive(self) -> None:
@@ -55,7 +59,12 @@ class Watch:
     @property
     def tripped(self) -> bool:
         """Whether patience has run out."""
-        return self.streak >= self.rule.patience
+        return self.streak >= self.patience
+
+    @property
+    def patience(self) -> int:
+        """How many bad steps in a row it takes now."""
+        return self.rule.patience if self.armed else self.rule.nan_patience or self.rule.patience
 
     @property
     def said(self) -> str:

@@ -159,6 +159,10 @@ def test_the_error_survives_pickling() -> None:
         ("minus zero", [GOOD] + [-0.0] * 10, 10),
         ("missing does not end a streak", [GOOD] + [0.0, None] * 10, 19),
         ("NaN does not end a streak", [GOOD] + [0.0] * 5 + [NAN] + [0.0] * 4, 10),
+        ("NaN from the start", [NAN] * 99 + [GOOD], -1),
+        ("NaN from the start for ever", [NAN] * 100, 99),
+        ("NaN from the start, and zeros", [NAN] * 99 + [0.0] + [NAN] * 99, -1),
+        ("NaN from the start, not every step", [None, NAN] * 100, 199),
         ("NaN alone", [GOOD] + [NAN] * 10, 10),
         ("infinite alone", [GOOD] + [INF] * 10, 10),
         ("a tiny reward is none of zero", [GOOD] + [1e-12] * 100, -1),
@@ -196,6 +200,15 @@ A = {"arm": Arm.ALWAYS, "metric": "x"}
         (NonFinite(metric="x"), [NAN, 1, NAN, 1, INF, -INF, NAN], 6),
         (NonFinite(metric="x"), [0, 0, 0, 0], -1),
         (NonFinite(metric="x", arm=Arm.FIRST_GOOD), [NAN] * 9, -1),
+        (Zero(metric="actor/loss/avg", patience=5), [NAN] * 5, 4),
+        (Zero(metric="actor/loss/avg", patience=5), [NAN] * 4 + [0] * 9 + [INF] * 5, 17),
+        (Zero(metric="actor/loss/avg", patience=5), [NAN] * 4 + [1] + [NAN] * 4, -1),
+        (Above(metric="value_loss", bound=5, patience=5), [NAN] * 5, 4),
+        (Above(metric="val_loss", bound=5, patience=5), [NAN] * 300, -1),
+        (Above(metric="best/eval/loss", bound=5, patience=5), [NAN] * 300, -1),
+        (Above(metric="validation_loss", bound=5, patience=5), [NAN] * 300 + [1] + [NAN] * 5, 305),
+        (Spike(), [INF] * 20 + [1.0] * 50, -1),
+        (Spike(), [INF] * 100, 99),
         (Missing(**R, patience=3), [1, None, None, None], 3),
         (Missing(**R, patience=3), [1, None, None, 1, None], -1),
         (Missing(**R, patience=3), [None] * 9, -1),
@@ -475,10 +488,23 @@ def test_it_is_said_soon_and_as_it_is(caplog: pytest.LogCaptureFixture, tmp_path
         assert not messages(caplog)
         breaker.observe({"ppo_actor/task_reward/avg": "0.7"}, step)
     assert "ppo_actor/task_reward/avg is there, as '0.7', which is no number" in messages(caplog)[0]
-    assert trips_at(CircuitBreaker(), [NAN] * 100) == -1
-    assert "was NaN or infinite from the start" in messages(caplog)[1]
+    assert trips_at(CircuitBreaker(), [NAN] * 99) == -1
+    assert "was NaN or infinite from the start, for 10 steps: after 100 training is halted" in messages(caplog)[1]
     assert trips_at(CircuitBreaker(tmp_path / "e/no-such-run"), [GOOD] + [0.0] * 10) == 10
     assert "cannot be listed" not in caplog.text, "nothing was saved yet: that is no error"
+
+
+def test_what_never_was_finite_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    """A launcher starts a run again and again that has never had a number: its steps of all starts count."""
+    run = trees.make_run(tmp_path, steps=[46])
+    assert trips_at(CircuitBreaker(run), [NAN] * 60) == -1
+    again = CircuitBreaker(run)
+    for step in range(60, 99):
+        again.observe({REWARD: NAN}, step)
+    with pytest.raises(TrainingHalted, match="NaN or infinite for 100 steps in a row, since global step 0"):
+        again.observe({REWARD: NAN}, 99)
+    with pytest.raises(TrainingHalted):
+        CircuitBreaker(run)
 
 
 def test_a_url_is_no_run() -> None:
