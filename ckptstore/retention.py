@@ -27,7 +27,7 @@ from ckptstore.frameworks.steps import Generation, folder_name, generations_in
 from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Status
-from ckptstore.parts import find_manifest, folder_of
+from ckptstore.parts import folder_of, manifest_told
 
 _NONE: Mapping[int, str] = {}
 _AT_ONCE = 16  #: requests to a store: one after the other, a thousand steps take minutes
@@ -283,17 +283,18 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
     manifests: dict[int, Manifest | None] = {}
 
     def read(checkpoint: Checkpoint, _: parallel.Stop) -> None:
-        manifests[checkpoint.step] = find_manifest(backend, folder_of(backend, checkpoint.parts[0]))
+        manifests[checkpoint.step] = manifest_told(backend, folder_of(backend, checkpoint.parts[0]))
 
     parallel.each(listing.checkpoints, read, threads=1 if backend.is_folder else _AT_ONCE)
     found = []
     for checkpoint in listing.checkpoints:
         manifest = manifests[checkpoint.step]
         metrics = manifest.metrics if manifest is not None else {}
+        unknown = manifest is None and checkpoint.status is Status.COMMITTED  # a listing of a store has not read it
         found.append(
             Candidate(
                 checkpoint.step,
-                checkpoint.status,
+                Status.COMPLETE if unknown else checkpoint.status,
                 metrics,
                 checkpoint.step not in bad,
                 checkpoint.size_bytes,

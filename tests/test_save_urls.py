@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from ckptstore import CheckpointStore, claims, listing, native, retention, uploa
 from ckptstore import push as pushing
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
+from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import (
     CommitUncertain,
     IntegrityError,
@@ -559,6 +561,33 @@ def test_a_rank_that_helps_a_push_deletes_nothing(s3: str, tmp_path: Path, monke
     assert {blob.key for blob in target.list(folder)} == before
 
 
+@pytest.mark.parametrize("what", ["outage", "garbled"])
+def test_what_the_store_does_not_tell_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The best step's manifest, which holds its metrics, cannot be read just now: it is the best all the same."""
+    store = CheckpointStore(f"memory://told-{tmp_path.name}-{os.getpid()}")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/w").write_bytes(b"w")
+    for step, loss in enumerate((0.5, 0.1, 0.4, 0.3)):
+        store.save(step, tmp_path / "state", metrics={"loss": loss})
+    get = FsspecBackend.get
+
+    def failing(self: Any, key: str, **options: Any) -> bytes:
+        if not key.startswith("step-1."):
+            return get(self, key, **options)
+        if what == "garbled":
+            return b"{"
+        raise StorageError("planted outage", operation="reading", path=key)
+
+    keep = Keep(last=1, best=1, metric="loss", mode="min")
+    with monkeypatch.context() as patch:
+        patch.setattr(FsspecBackend, "get", failing)
+        with pytest.raises(StorageError, match="planted") if what == "outage" else contextlib.nullcontext():
+            store.prune(keep)
+    assert 1 in [one.step for one in store]
+    store.prune(keep)
+    assert [one.step for one in store] == [1, 3]
+
+
 def test_a_prune_of_many_steps_does_not_ask_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand steps at a store that is far away: minutes, without a word."""
     store = CheckpointStore(f"memory://many-{tmp_path.name}-{os.getpid()}")
@@ -575,7 +604,7 @@ def test_a_prune_of_many_steps_does_not_ask_one_by_one(tmp_path: Path, monkeypat
 
         return met
 
-    monkeypatch.setattr("ckptstore.retention.find_manifest", meeting(retention.find_manifest))
+    monkeypatch.setattr("ckptstore.retention.manifest_told", meeting(retention.manifest_told))
     assert [one.keep for one in store.prune(Keep(last=4), dry_run=True)] == [False] * 4 + [True] * 4
     monkeypatch.setattr(uploading, "remove", meeting(uploading.remove))
     store.prune(Keep(last=4))
