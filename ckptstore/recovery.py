@@ -67,6 +67,7 @@ def setup(
     selection: Selection = ANY,
     options: Options = CAREFUL,
     *,
+    planned: Plan | None = None,
     notify: Notify | None = None,
 ) -> Outcome:
     """Make the chosen checkpoint the one that the trainer will resume from. Holds the run's lock; one at a time.
@@ -74,9 +75,11 @@ def setup(
     A candidate whose bytes turn out wrong while they are copied is skipped for the next one. Errors: NothingToResumeError,
     RefusedError, BusyError, NoSpaceError; NotCommitted and CommitUncertain as in errors.py. After any error and any kill
     the slot holds the old checkpoint or the new one, whole; KeyboardInterrupt keeps the stage for the next try.
+    `planned`: what `plan` said of the same selection and options. It is carried out where the run is as it was then, so that a
+    slot is not read once more.
     """
     failed: dict[str, str] = {}
-    first = plan(backend, selection, options, ignore_pending=True)
+    first = planned or plan(backend, selection, options, ignore_pending=True)
     if first.refusals:
         raise RefusedError("; ".join(first.refusals))
     options = configured(options, first.listing.run)
@@ -94,7 +97,8 @@ def setup(
                 notify(doing, done_bytes, total_bytes)
 
         while True:
-            current = plan(backend, selection, options, failed=failed)
+            holds = not failed and scan(backend) == first.listing and not running.signs_of_life(first.listing)
+            current = first if holds else plan(backend, selection, options, failed=failed)
             if current.refusals:
                 raise RefusedError("; ".join(current.refusals))
             if current.nothing_to_do:

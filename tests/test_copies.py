@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import adopt
+from ckptstore import adopt, native
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.errors import AlreadyExistsError
 from ckptstore.listing import scan
+from ckptstore.lock import RunLock
 from ckptstore.mirror import mirror
 from ckptstore.model import Status
 from tests import commands, trees
@@ -77,6 +78,24 @@ def test_a_rotten_slot_gives_way_to_its_copy(run: Path, capfd) -> None:
     slot = scan(open_backend(run)).slot
     assert slot is not None
     assert (slot.status, slot.step) == (Status.COMMITTED, 150)
+
+
+@pytest.mark.parametrize("words", [("setup",), ("resume", "--yes", "--script", "train.py")])
+def test_the_slot_is_read_once(run: Path, capfd, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    """It may be tens of gigabytes: the plan, and what carries it out under the lock, read it once; where it changed, again."""
+    read = []
+    digest_files, locked = native.digest_files, RunLock.__enter__
+    monkeypatch.setattr(native, "digest_files", lambda *given, **options: (read.append(1), digest_files(*given, **options))[1])
+    assert commands.invoke(capfd, *words, "--run", run, *OLD, "--json").code == 0
+    assert len(read) == 1
+
+    def meanwhile(lock: RunLock) -> RunLock:
+        save_again(slot_of(run) / WEIGHTS)
+        return locked(lock)
+
+    monkeypatch.setattr(RunLock, "__enter__", meanwhile)
+    done = commands.invoke(capfd, *words, "--run", run, *OLD, "--json").json
+    assert done["nothing_to_do"] == "the slot already holds step 150, as the trainer saved it"
 
 
 def test_a_torn_slot_is_seen_without_reading(run: Path, capfd) -> None:

@@ -139,7 +139,7 @@ def command(
             echo("\nnothing was changed" + ("" if plan_only or asking else ": --yes sets it up"))
         return 0
     if yes or not plan.nothing_to_do:
-        outcome = do_setup(backend, selection, options, quiet=as_json)
+        outcome = do_setup(backend, selection, options, quiet=as_json, planned=plan)
         if as_json:
             print_json(_document(located, outcome_json(outcome), cmd))
             return 0

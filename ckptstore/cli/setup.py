@@ -159,11 +159,11 @@ def setup_options(trainer: Trainer, config: RunConfig | None, installation: Inst
     )
 
 
-def do_setup(backend: Backend, selection: Selection, options: Options, *, quiet: bool) -> Outcome:
+def do_setup(backend: Backend, selection: Selection, options: Options, *, quiet: bool, planned: Plan | None = None) -> Outcome:
     """setup with a progress bar; Ctrl-C says how to go on."""
     try:
         with Progress(quiet=quiet) as progress:
-            outcome = recovery.setup(backend, selection, options, notify=progress.notify)
+            outcome = recovery.setup(backend, selection, options, planned=planned, notify=progress.notify)
     except KeyboardInterrupt:
         note(
             "stopped: the slot is as it was. The same command continues where it stopped; "
