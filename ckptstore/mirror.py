@@ -127,6 +127,7 @@ class Mirror:
         if not backend.is_folder:
             raise UsageError(f"{backend.location} is no folder of this machine", hint="A mirror goes from a folder to a URL.")
         self._backend, self._url, self._bandwidth = backend, normal_url(url), bandwidth
+        open_backend(self._url)  # what no try will ever open is no mirror: it would keep everything here for ever
         self._ended, self._wake = threading.Event(), threading.Event()
         self._stuck: frozenset[str] = frozenset()  # marks of what the last pass has tried in vain, all others being safe
         self._thread = threading.Thread(target=self._run, name="ckptstore-mirror", daemon=True)

@@ -42,7 +42,7 @@ def choice(backend: Backend, listing: Listing, selection: Selection, failed: _Fa
         here, _ = _here(backend, listing, selection, failed, there=None)
         if here is None or found.notes:  # they say that the URL is not a run's
             raise
-        return Choice(here, found, (f"it is of this machine: {error}",))
+        return Choice(here, found, (f"taken from this machine: {error}",))
     here, notes = _here(backend, listing, selection, failed, there=there.checkpoint)
     return Choice(there if here is None else here, found, notes)
 

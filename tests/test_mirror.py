@@ -15,7 +15,7 @@ import pytest
 from ckptstore import CheckpointStore, adopt, choose, mirrored
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
-from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError
+from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError, UsageError
 from ckptstore.listing import mirror_of, scan
 from ckptstore.mirror import mirror
 from ckptstore.model import MANIFEST_NAME, Level, Status
@@ -96,6 +96,7 @@ def test_nothing_is_removed_here_before_it_is_safe_there(run, tmp_path, monkeypa
             os.utime(path)
         done = commands.invoke(capfd, "watch", "--run", run, "--to", url, "--keep", "1", "--once")
         assert "it is down" in done.err
+        assert (done.code, f"globalstep{step}" in done.out) == (1, True), "kept here, and nobody tries again after --once"
     assert [checkpoint.step for checkpoint in scan(backend).adopted] == [150, 160]
     monkeypatch.setattr(FsspecBackend, "put", put)
     assert {sent.step for sent in mirror(backend, url)} == {46, 150, 160}
@@ -402,6 +403,19 @@ def test_what_is_refused_there_keeps_nobody_waiting(tmp_path, s3, monkeypatch, c
             time.sleep(0.05)
         assert (running.lag.newest_safe_step, running.lag.waiting) == (2, 1)
     assert "Push to another URL" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["watch", "store"])
+def test_what_never_can_be_a_mirror_is_refused_at_once(run, capfd, way):
+    """A misspelled scheme: as a mirror it would keep every step on this disk for ever."""
+    if way == "watch":
+        done = commands.invoke(capfd, "watch", "--run", run, "--to", "s4://bucket/run")
+        assert done.code == 2
+        assert "s4" in done.err
+    else:
+        with pytest.raises(UsageError, match="s4"):
+            CheckpointStore(run).mirror("s4://bucket/run")
+    assert not list(run.parent.rglob("mirror.json"))
 
 
 def test_closing_does_not_wait_for_a_long_push(tmp_path, s3):

@@ -12,7 +12,7 @@ from types import FrameType
 import click
 
 from ckptstore import adopt, mirrored
-from ckptstore.backends import is_url, normal_url
+from ckptstore.backends import is_url, normal_url, open_backend
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
 from ckptstore.cli.moving import MAX_BANDWIDTH, bounded
 from ckptstore.cli.opening import open_run
@@ -54,6 +54,7 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
     stop = threading.Event()
     sending = False
     pause_s, due_s = PUSH_EVERY_S, 0.0
+    not_pushed: list[CkptStoreError] = []
 
     def end(number: int, frame: FrameType | None) -> None:
         stop.set()
@@ -66,6 +67,8 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
     if not as_json:
         echo(f"watching {located.run.path}, keeping the newest {keep}{f' in {to}' * bool(to)}", err=True)
     url = normal_url(to) if is_url(to) else ""
+    if url:
+        open_backend(url)  # what no try will ever open is refused now
     bandwidth = bounded(bytes_per_s)
     record = mirrored.read(side_of(located.run.path))
     if record is not None and not url:
@@ -86,7 +89,10 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
                     sent = mirror(backend, url, bandwidth=bandwidth, notify=progress.notify)
                 pause_s = PUSH_EVERY_S
             except CkptStoreError as error:
-                note(f"not pushed to {url}, tried again in {pause_s:.0f} s: {error}")
+                if once:
+                    not_pushed.append(error)  # said when it is said what is kept
+                else:
+                    note(f"not pushed to {url}, tried again in {pause_s:.0f} s: {error}")
             except KeyboardInterrupt:
                 note(f"not pushed to {url}: stopped. The next push or watch goes on with what arrived.")
             finally:
@@ -127,5 +133,7 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
                 click.echo(json.dumps({"checkpoint": checkpoint_json(checkpoint), "store": checkpoint.store}))
             else:
                 done(f"kept {steps(checkpoint)}, {size(checkpoint.size_bytes)}, in {checkpoint.store}")
+            if not_pushed:
+                raise not_pushed[-1]
             if once:
                 return
