@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptstore import places
+from ckptstore import native, places
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import AccessError, IntegrityError, NotFoundError, NothingToResumeError, StorageError, UsageError
@@ -18,7 +18,7 @@ from ckptstore.frameworks.areal import layout
 from ckptstore.listing import RESUMABLE, Listing, backend_for, never_stepped, read_adopted
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.parts import find_manifest, read_part, with_dcp_holdings
-from ckptstore.verify import verify
+from ckptstore.verify import Notify, verify
 
 if TYPE_CHECKING:
     from ckptstore.health import Verdict
@@ -105,12 +105,15 @@ def resume_point(
     *,
     failed: Mapping[str, str] | None = None,
     ledger_of: str = "",
+    read_slot: bool = True,
+    notify: Notify | None = None,
 ) -> ResumePoint:
     """The newest checkpoint within `selection` that is healthy and passes level structure, and why newer ones don't.
 
     `failed` names checkpoints (by the first part's folder) already found bad, with the reason. `ledger_of`: the run whose
-    metrics tell the health, where it is not the one that is chosen from. NothingToResumeError when none
-    qualifies; IntegrityError when the one that was named is damaged.
+    metrics tell the health, where it is not the one that is chosen from. Without `read_slot` the slot, which may be all of a
+    model and its optimizer, is not read to compare its digests; `notify` is told of that reading. NothingToResumeError when
+    none qualifies; IntegrityError when the one that was named is damaged.
     """
     skipped: list[Skipped] = []
     newest: Checkpoint | None = None
@@ -121,7 +124,8 @@ def resume_point(
             break
         if newest is not None and "optimizer" not in candidate.holds:
             continue
-        checkpoint, reasons = _examine(backend, candidate, failed or {}, verdict_on if strict else None)
+        reading = _reading(candidate, notify) if read_slot and candidate.kind == "slot" and candidate.vouched else None
+        checkpoint, reasons = _examine(backend, candidate, failed or {}, verdict_on if strict else None, reading=reading)
         if reasons:
             if newest is None:
                 skipped.append(Skipped(checkpoint, reasons))
@@ -133,7 +137,7 @@ def resume_point(
         if selection.named or selection.prefer != "state" or "optimizer" in checkpoint.holds:
             break
     if newest is not None:
-        why = _why(newest, skipped, selection, verdict_on and verdict_on(newest))
+        why = _why(newest, skipped, selection, verdict_on and verdict_on(newest), read_slot=read_slot)
         return ResumePoint(newest, tuple(skipped), why)
     if selection.named and skipped:
         bad = skipped[0]
@@ -176,10 +180,25 @@ def _judge(run: str) -> Judge | None:
     return functools.partial(health.of, ledger=health.ledger_of(run))
 
 
+def _reading(slot: Checkpoint, notify: Notify | None) -> native.Progress:
+    """What is told while all of the slot is read."""
+
+    def progress(done_bytes: int, _: int) -> None:
+        if notify is not None:
+            notify(f"verifying step {slot.step} in the slot", done_bytes, slot.size_bytes)
+
+    return progress
+
+
 def _examine(
-    backend: Backend, checkpoint: Checkpoint, failed: Mapping[str, str], verdict_on: Judge | None
+    backend: Backend,
+    checkpoint: Checkpoint,
+    failed: Mapping[str, str],
+    verdict_on: Judge | None,
+    *,
+    reading: native.Progress | None,
 ) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The checkpoint as level structure sees it, and what is wrong with it."""
+    """The checkpoint as level structure sees it, or with `reading` level full, and what is wrong with it."""
     if checkpoint.parts[0].path in failed:
         return checkpoint, (failed[checkpoint.parts[0].path],)
     if not checkpoint.status.usable:
@@ -187,8 +206,8 @@ def _examine(
     if verdict_on is not None and not (verdict := verdict_on(checkpoint)).health.resumable:
         return checkpoint, (f"health {verdict.health}: {verdict.why}",)
     # The slot is checked while nothing else will read it: all its digests, here and now, where something records them.
-    full = checkpoint.kind == "slot" and checkpoint.vouched
-    report = verify(backend_for(backend, checkpoint), checkpoint, Level.FULL if full else Level.STRUCTURE)
+    level = Level.STRUCTURE if reading is None else Level.FULL
+    report = verify(backend_for(backend, checkpoint), checkpoint, level, progress=reading)
     return report.checkpoint, tuple(map(str, report.findings))
 
 
@@ -243,7 +262,9 @@ def _at_path(backend: Backend, listing: Listing, path: str) -> Checkpoint:
     return Checkpoint(-1, -1, -1, "export", (part,), ("neither its name nor a manifest tells its step",))
 
 
-def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, verdict: Verdict | None) -> str:
+def _why(
+    checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, verdict: Verdict | None, *, read_slot: bool
+) -> str:
     warning = healthy = ""
     if verdict is not None and not verdict.health.resumable:
         warning = f", although its health is {verdict.health} ({verdict.why})"
@@ -252,8 +273,8 @@ def _why(checkpoint: Checkpoint, skipped: list[Skipped], selection: Selection, v
     if selection.named:
         return f"you named it{warning}"
     vouched = "its files are whole"
-    if checkpoint.kind == "slot" and checkpoint.vouched:
-        vouched = "all its digests match"
+    if checkpoint.kind == "slot":
+        vouched = "all its digests match" if checkpoint.vouched and read_slot else vouched
     elif checkpoint.status is Status.COMMITTED:
         vouched = "its manifest is checked while it is copied"
     newer = f", {len(skipped)} newer one{'s' * (len(skipped) > 1)} skipped" if skipped else ""

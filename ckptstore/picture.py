@@ -86,7 +86,7 @@ def compose(backend: Backend, *, metric: str = "") -> Picture:
         checkpoints.append(listing.slot)
     marks = [Mark(c.step, health.of(c, ledger).health, c.status, c.kind) for c in checkpoints]
     try:
-        point = resume_point(backend, listing)
+        point = resume_point(backend, listing, read_slot=False)
         resume_step, why = point.checkpoint.step, point.why
     except CkptStoreError as error:
         resume_step, why = -1, str(error)

@@ -29,7 +29,7 @@ from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
 from ckptstore.parts import find_manifest, read_part
 from ckptstore.two_places import choice
-from ckptstore.verify import verify
+from ckptstore.verify import Notify, verify
 
 ANY = Selection()
 
@@ -103,12 +103,13 @@ def plan(
     *,
     failed: Mapping[str, str] | None = None,
     ignore_pending: bool = False,
+    notify: Notify | None = None,
 ) -> Plan:
-    """What `setup` would do now, and why. Writes nothing."""
+    """What `setup` would do now, and why. Writes nothing; `notify` is told where it reads all of the slot."""
     listing = scan(backend)
     refuse_steps(listing)
     options = configured(options, listing.run)
-    chosen = choice(backend, listing, selection, failed)
+    chosen = choice(backend, listing, selection, failed, notify=notify)
     point, found = chosen.point, chosen.found
     slots = slots_for(listing, point.checkpoint, options)
     first = next(iter(slots.values()))

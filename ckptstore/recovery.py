@@ -79,7 +79,7 @@ def setup(
     slot is not read once more.
     """
     failed: dict[str, str] = {}
-    first = planned or plan(backend, selection, options, ignore_pending=True)
+    first = planned or plan(backend, selection, options, ignore_pending=True, notify=notify)
     if first.refusals:
         raise RefusedError("; ".join(first.refusals))
     options = configured(options, first.listing.run)
@@ -98,7 +98,7 @@ def setup(
 
         while True:
             holds = not failed and scan(backend) == first.listing and not running.signs_of_life(first.listing)
-            current = first if holds else plan(backend, selection, options, failed=failed)
+            current = first if holds else plan(backend, selection, options, failed=failed, notify=tell)
             if current.refusals:
                 raise RefusedError("; ".join(current.refusals))
             if current.nothing_to_do:

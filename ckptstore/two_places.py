@@ -16,6 +16,7 @@ from ckptstore.choose import STATE_WORTH_STEPS, ResumePoint, Selection, resume_p
 from ckptstore.errors import NotFoundError, NothingToResumeError
 from ckptstore.listing import RESUMABLE, Listing, scan
 from ckptstore.model import Checkpoint, Status
+from ckptstore.verify import Notify
 
 _Failed = Mapping[str, str] | None
 
@@ -29,21 +30,23 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choice(backend: Backend, listing: Listing, selection: Selection, failed: _Failed) -> Choice:
-    """The checkpoint of `selection`: from its URL, or the one here that is newer. Errors and `failed` as of resume_point."""
+def choice(
+    backend: Backend, listing: Listing, selection: Selection, failed: _Failed, *, notify: Notify | None = None
+) -> Choice:
+    """The checkpoint of `selection`: from its URL, or a newer one here. `failed`, `notify`, errors: resume_point's."""
     if not selection.url:
-        return Choice(resume_point(backend, listing, selection, failed=failed), listing)
+        return Choice(resume_point(backend, listing, selection, failed=failed, notify=notify), listing)
     source = open_backend(selection.url)
     found = dataclasses.replace(listing, checkpoints=(), adopted=(), slot=None, recover_info=None, notes=())
     try:
         found = _scan(source, found)
         there = resume_point(source, found, selection, failed=failed, ledger_of=listing.run.path)
     except NothingToResumeError as error:
-        here, _ = _here(backend, listing, selection, failed, there=None)
+        here, _ = _here(backend, listing, selection, failed, there=None, notify=notify)
         if here is None or found.notes:  # they say that the URL is not a run's
             raise
         return Choice(here, found, (f"taken from this machine: {error}",))
-    here, notes = _here(backend, listing, selection, failed, there=there.checkpoint)
+    here, notes = _here(backend, listing, selection, failed, there=there.checkpoint, notify=notify)
     return Choice(there if here is None else here, found, notes)
 
 
@@ -58,7 +61,13 @@ def _scan(source: Backend, nothing: Listing) -> Listing:
 
 
 def _here(
-    backend: Backend, listing: Listing, selection: Selection, failed: _Failed, *, there: Checkpoint | None
+    backend: Backend,
+    listing: Listing,
+    selection: Selection,
+    failed: _Failed,
+    *,
+    there: Checkpoint | None,
+    notify: Notify | None,
 ) -> tuple[ResumePoint | None, tuple[str, ...]]:
     """What of this machine comes before `there`, and what there is to say of what does not."""
     if selection.named:
@@ -87,7 +96,7 @@ def _here(
     if not (newer.checkpoints or newer.adopted or newer.slot):
         return None, tuple(notes)
     try:
-        point = resume_point(backend, newer, dataclasses.replace(selection, url=""), failed=failed)
+        point = resume_point(backend, newer, dataclasses.replace(selection, url=""), failed=failed, notify=notify)
     except NothingToResumeError as error:
         return None, (*notes, f"what is newer here does not count: {error}")
     if there is not None:

@@ -10,7 +10,9 @@ import pytest
 from ckptstore import adopt, native
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
+from ckptstore.cli.progress import Progress
 from ckptstore.errors import AlreadyExistsError
+from ckptstore.ledger import Writer
 from ckptstore.listing import scan
 from ckptstore.lock import RunLock
 from ckptstore.mirror import mirror
@@ -96,6 +98,22 @@ def test_the_slot_is_read_once(run: Path, capfd, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(RunLock, "__enter__", meanwhile)
     done = commands.invoke(capfd, *words, "--run", run, *OLD, "--json").json
     assert done["nothing_to_do"] == "the slot already holds step 150, as the trainer saved it"
+
+
+def test_the_reading_is_shown_and_a_plot_does_without(run: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tens of gigabytes are not read in silence, and not at all for a picture."""
+    told: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Progress, "notify", lambda self, *words: told.append(words))
+    assert commands.invoke(capfd, "setup", "--run", run, *OLD, "--dry-run").code == 0
+    size = sum(path.stat().st_size for path in slot_of(run).iterdir())
+    assert told[-1] == ("verifying step 150 in the slot", size, size)
+    writer = Writer(str(run.parent / ".ckptstore/trial0/metrics.jsonl"))
+    writer.record(150, 0.0, {"grpo_actor/task_reward/avg": 0.7})
+    writer.close()
+    monkeypatch.setattr(native, "digest_files", lambda *given, **options: pytest.fail("the slot is read"))
+    shown = commands.invoke(capfd, "plot", "--run", run)
+    assert "would resume from step 150" in shown.out + shown.err, shown
+    assert "digests match" not in shown.out
 
 
 def test_a_torn_slot_is_seen_without_reading(run: Path, capfd) -> None:

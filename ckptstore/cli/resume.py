@@ -21,9 +21,9 @@ from ckptstore.cli.opening import explaining_gaps, is_interactive, open_run_for
 from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
 from ckptstore.cli.setup import (
     do_setup,
-    doable,
     outcome_json,
     plan_json,
+    planned,
     print_outcome,
     print_plan,
     print_unjudged,
@@ -44,7 +44,6 @@ from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.saving import describe
 from ckptstore.fresh import is_fresh
 from ckptstore.locate import Located, Where, current_user, named_run, relative_fileroot
-from ckptstore.plan import plan as make_plan
 from ckptstore.supervise import run_confirmed
 
 _ENVIRONMENT = re.compile(r"[A-Z_][A-Z0-9_]*=")
@@ -113,7 +112,7 @@ def command(
     installation = find_installation(trainer.areal_dir, trainer.areal_version)
     options = setup_options(trainer, config, installation, force=force, as_is=as_is)
     with explaining_gaps(located, backend, selection):
-        plan = doable(make_plan(backend, selection, options), options)
+        plan = planned(backend, selection, options, quiet=as_json)
     blockers, overrides = plan.restoration.blockers, plan.restoration.overrides
     run = located.run
     if options.new_trial:
@@ -139,7 +138,7 @@ def command(
             echo("\nnothing was changed" + ("" if plan_only or asking else ": --yes sets it up"))
         return 0
     if yes or not plan.nothing_to_do:
-        outcome = do_setup(backend, selection, options, quiet=as_json, planned=plan)
+        outcome = do_setup(backend, selection, options, quiet=as_json, first=plan)
         if as_json:
             print_json(_document(located, outcome_json(outcome), cmd))
             return 0

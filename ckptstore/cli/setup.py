@@ -108,7 +108,7 @@ def command(
         return 0
     if dry_run:
         with explaining_gaps(located, backend, selection):
-            plan = doable(make_plan(backend, selection, options), options)
+            plan = planned(backend, selection, options, quiet=as_json)
         if as_json:
             print_json(plan_json(plan) | {"done": False})
             return 1 if plan.refusals else 0
@@ -131,6 +131,13 @@ def command(
     print_restoration(outcome.plan.restoration)
     print_unjudged(outcome.plan, selection)
     return 0
+
+
+def planned(backend: Backend, selection: Selection, options: Options, *, quiet: bool) -> Plan:
+    """The plan, with progress while it reads all of the slot; refused where it could not be carried out."""
+    with Progress(quiet=quiet) as progress:
+        plan = make_plan(backend, selection, options, notify=progress.notify)
+    return doable(plan, options)
 
 
 def doable(plan: Plan, options: Options) -> Plan:
@@ -159,11 +166,11 @@ def setup_options(trainer: Trainer, config: RunConfig | None, installation: Inst
     )
 
 
-def do_setup(backend: Backend, selection: Selection, options: Options, *, quiet: bool, planned: Plan | None = None) -> Outcome:
+def do_setup(backend: Backend, selection: Selection, options: Options, *, quiet: bool, first: Plan | None = None) -> Outcome:
     """setup with a progress bar; Ctrl-C says how to go on."""
     try:
         with Progress(quiet=quiet) as progress:
-            outcome = recovery.setup(backend, selection, options, planned=planned, notify=progress.notify)
+            outcome = recovery.setup(backend, selection, options, planned=first, notify=progress.notify)
     except KeyboardInterrupt:
         note(
             "stopped: the slot is as it was. The same command continues where it stopped; "
