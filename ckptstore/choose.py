@@ -39,7 +39,7 @@ class Selection:
     checkpoint_path: str = ""
     prefer: str = "state"  #: state: optimizer state beats weights up to STATE_WORTH_STEPS newer; newest: it does not
     include_bad: bool = False  #: although its metrics say that it is bad or suspect; one that is named is taken anyway
-    url: str = ""  #: a run in an object store to choose from, in place of the run itself
+    url: str = ""  #: a run in an object store to choose from, unless the run itself has a newer one
 
     def __post_init__(self) -> None:
         if self.step is not None and self.checkpoint_path:

@@ -79,7 +79,9 @@ def test_a_store_at_a_url(run, tmp_path):
     for call in (lambda: store.seal(46), store.setup, lambda: store.restore(46, tmp_path / "x")):
         with pytest.raises(UsageError, match="folder"):
             call()
-    assert CheckpointStore(run).setup(Selection(url=url), Options(as_is=True)).plan.point.checkpoint.step == 46
+    here = CheckpointStore(run)
+    assert here.setup(Selection(url=url, step=46), Options(as_is=True)).plan.point.checkpoint.step == 46
+    assert here.setup(Selection(url=url), Options(as_is=True)).plan.point.checkpoint.step == 140, "newer, and on this machine"
 
 
 def test_latest_of_nothing(tmp_path):
