@@ -156,6 +156,28 @@ def test_what_was_remembered_is_forgotten_when_it_is_right_again(run: Path, capf
     assert commands.invoke(capfd, "list", "--recover-info", "--run", run, "--json").json["slot"]["status"] == "COMPLETE"
 
 
+def test_an_adopted_step_is_shown_and_verified(run: Path, s3: str, capfd) -> None:
+    """`list` shows it, and says `ckptstore verify 150`."""
+    listed = commands.invoke(capfd, "list", "--run", run).out
+    assert "ckptstore verify 150" in listed
+    mirror(open_backend(run), s3)
+    for where in (run, s3):
+        done = commands.invoke(capfd, "verify", "150", "--run", where, "--json")
+        assert (done.code, [one["kind"] for one in done.json["reports"]]) == (0, ["adopted"]), done.err
+        whole = commands.invoke(capfd, "verify", "--run", where, "--json").json
+        assert [(one["step"], one["kind"]) for one in whole["reports"]] == [(46, "export"), (150, "adopted")]
+        shown = commands.invoke(capfd, "show", "150", "--run", where, "--json")
+        assert shown.json["parts"][0]["manifest_sha256"], shown.err
+        assert shown.json["kind"] == "adopted"
+    assert "adopted, step 150" in commands.invoke(capfd, "verify", "150", "--run", run).out
+    for words in (("push", "150", "--to", s3), ("seal", "150")):
+        refused = commands.invoke(capfd, *words, "--run", run)
+        assert refused.code == 1
+        assert "it is a slot that was adopted" in refused.err
+    trees.bitflip(kept(run) / "default" / WEIGHTS)
+    assert commands.invoke(capfd, "verify", "--run", run).code == 3
+
+
 def test_a_copy_in_a_bucket_vouches_too(run: Path, s3: str, capfd) -> None:
     """A pod that starts again with --from: what the slot holds is not fetched, unless it is damaged."""
     mirror(open_backend(run), s3)

@@ -151,13 +151,19 @@ def is_interactive() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def pick(listing: Listing, steps: Sequence[int]) -> list[Checkpoint]:
-    """The exports of these global steps. NotFoundError for a step that has none."""
+def pick(listing: Listing, steps: Sequence[int], *, adopted: bool = False) -> list[Checkpoint]:
+    """The exports of these global steps, and with `adopted` kept slots too. NotFoundError for a step that has none."""
     chosen = []
     for step in steps:
-        found = listing.at_step(step)
+        kept = [checkpoint for checkpoint in listing.adopted if checkpoint.step == step]
+        found = [*listing.at_step(step), *(kept if adopted else ())]
+        if kept and not found:
+            raise NotFoundError(
+                f"global step {step} is no export in {listing.run.path}: it is a slot that was adopted",
+                hint="`show`, `verify` and `setup` take it; `ckptstore watch --to URL` sends it, with its recover_info.",
+            )
         if not found:
-            there = sorted({checkpoint.step for checkpoint in listing.checkpoints})
+            there = sorted({checkpoint.step for checkpoint in (*listing.checkpoints, *(listing.adopted if adopted else ()))})
             near = min(there, key=lambda other: abs(other - step), default=None)
             raise NotFoundError(
                 f"no checkpoint of global step {step} in {listing.run.path}",

@@ -23,7 +23,7 @@ from ckptstore.cli.render import (
     steps,
 )
 from ckptstore.errors import NotFoundError, UsageError
-from ckptstore.listing import scan
+from ckptstore.listing import backend_for, scan
 from ckptstore.locate import Where
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint
@@ -46,8 +46,9 @@ def command(where: Where, log_steps: tuple[int, ...], slot: bool, as_json: bool,
     listing = scan(backend)
     if slot and listing.slot is None:
         raise NotFoundError("the recover slot is empty", hint="`ckptstore setup` fills it.")
-    found = [listing.slot] if slot and listing.slot else pick(listing, wanted)
-    checkpoint = found[-1]
+    found = [listing.slot] if slot and listing.slot else pick(listing, wanted, adopted=True)
+    checkpoint = next((one for one in reversed(found) if one.kind == "export"), found[-1])
+    backend = backend_for(backend, checkpoint)
     manifests = {part.name: find_manifest(backend, folder_of(backend, part)) for part in checkpoint.parts}
     parts = tuple(judged(backend, part, manifests[part.name]) for part in checkpoint.parts)
     checkpoint = dataclasses.replace(checkpoint, parts=parts)

@@ -95,16 +95,16 @@ def _choose(listing: Listing, steps: list[int], *, slot: bool) -> list[Checkpoin
             raise NotFoundError("the recover slot is empty", hint="`ckptstore setup` fills it.")
         return [listing.slot]
     if steps:
-        return pick(listing, steps)
-    if not listing.checkpoints:
+        return pick(listing, steps, adopted=True)
+    if not (listing.checkpoints or listing.adopted):
         raise NothingToResumeError(f"there is no checkpoint in {listing.run.path}", hint="`ckptstore list` says what is there.")
-    return list(listing.checkpoints)
+    return sorted([*listing.checkpoints, *listing.adopted], key=lambda checkpoint: checkpoint.step)
 
 
 def _print(reports: list[Report]) -> None:
     for report in reports:
         checkpoint = report.checkpoint
-        name = "slot, " if checkpoint.kind == "slot" else ""
+        name = "" if checkpoint.kind == "export" else f"{checkpoint.kind}, "
         step = f"step {checkpoint.step}" if checkpoint.step >= 0 else "unknown step"
         detail = f"{checkpoint.file_count} file{'s' * (checkpoint.file_count != 1)}, {size(checkpoint.size_bytes)}"
         detail += f", read{at}" if (at := rate(report.bytes_read, report.seconds)) else ""
