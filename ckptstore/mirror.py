@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from ckptstore import choose, mirrored, native, parallel, places
@@ -35,18 +35,28 @@ LONGEST_PAUSE_S = 300.0  #: after an error, until the next try
 NICENESS = 10  #: below the trainer's own threads
 
 
-def mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None = None, notify: Notify | None = None) -> list[Sent]:
+def mirror(
+    backend: Backend,
+    url: str,
+    *,
+    bandwidth: Bandwidth | None = None,
+    between: Callable[[], object] = lambda: None,
+    notify: Notify | None = None,
+) -> list[Sent]:
     """Push each finished checkpoint of the local run `backend` that is not in the run at `url` yet; what was sent. Thread-safe.
 
     One at a time, the newest first (choose.newest_first), also one that was saved while another was sent: the machine may
     be gone before all are there. Errors as push's: what was not sent this time is sent the next. AlreadyExistsError,
     after all others were sent, where the same step of another history is there, before a rollback: nothing is replaced;
-    IntegrityError, likewise, for a checkpoint that is damaged here.
+    IntegrityError, likewise, for a checkpoint that is damaged here. `between` is called after each that was sent, before it is
+    looked which comes next.
     """
-    return list(_mirror(backend, url, bandwidth=bandwidth, notify=notify))
+    return list(_mirror(backend, url, bandwidth=bandwidth, between=between, notify=notify))
 
 
-def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: Notify | None) -> Iterator[Sent]:
+def _mirror(
+    backend: Backend, url: str, *, bandwidth: Bandwidth | None, between: Callable[[], object], notify: Notify | None
+) -> Iterator[Sent]:
     url = normal_url(url)
     listing = scan(backend)
     if listing.framework == "areal" and not (listing.checkpoints or listing.adopted or listing.slot or listing.recover_info):
@@ -71,6 +81,7 @@ def _mirror(backend: Backend, url: str, *, bandwidth: Bandwidth | None, notify: 
             try:
                 if (content := _content(backend, checkpoint)) is None or content != there.get(name, (-1, None))[1]:
                     yield from _push(backend, url, checkpoint, bandwidth=bandwidth, notify=notify)
+                    between()
                     listing = scan(backend)
                     here = finished(listing)
                     queue = _queue(listing, record, tried)

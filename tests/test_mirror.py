@@ -125,6 +125,33 @@ def test_what_a_watch_left_does_not_wait_for_a_save(run, s3, tmp_path):
     assert (arrived(), watching.returncode) == ([46, 150], 0), said
 
 
+def test_a_save_during_a_push_is_kept_and_goes_next(run, url, capfd, monkeypatch):
+    """Three steps wait when the trainer saves the fourth: it is not overwritten in the slot while the old ones are sent."""
+    from ckptstore import mirror as mirroring
+
+    adopt.adopt(open_backend(run))
+    exported(run, 93, 9000)
+    push, pushed = mirroring._push, []
+
+    def saving(backend, url, checkpoint, **options):
+        sent = push(backend, url, checkpoint, **options)
+        pushed.append(checkpoint.step)
+        if len(pushed) == 1:
+            trees.write_recover_info(run, 160)
+            for path in (run / "default/recover_checkpoint").iterdir():
+                os.utime(path)
+        if len(pushed) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sent
+
+    monkeypatch.setattr(mirroring, "_push", saving)
+    monkeypatch.setattr(adopt, "POLL_S", 0.05)
+    trees.set_age(trees.checkpoint(run, 46), 20_000)
+    done = commands.invoke(capfd, "watch", "--run", run, "--to", url, "--json")
+    assert pushed == [150, 160, 93, 46], done.err
+    assert '"step": 160' in done.out
+
+
 # --- exports, lag, retention ---------------------------------------------------------------------------------------
 
 

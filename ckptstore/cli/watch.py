@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import signal
@@ -20,6 +21,7 @@ from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import checkpoint_json, done, echo, note, steps
 from ckptstore.errors import CkptStoreError
 from ckptstore.locate import Where
+from ckptstore.model import Checkpoint
 from ckptstore.places import side_of
 from ckptstore.push import Sent
 from ckptstore.sizes import size
@@ -75,6 +77,17 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
         note(f"this run was mirrored to {record.url}: what is not safe there yet is not removed here (see `ckptstore status`)")
     with Progress(quiet=as_json) as progress:
 
+        def show(checkpoint: Checkpoint) -> None:
+            if as_json:
+                click.echo(json.dumps({"checkpoint": checkpoint_json(checkpoint), "store": checkpoint.store}))
+            else:
+                done(f"kept {steps(checkpoint)}, {size(checkpoint.size_bytes)}, in {checkpoint.store}")
+
+        def look() -> None:
+            """What the trainer has saved while something was sent is kept at once, and sent before what is older."""
+            with contextlib.suppress(CkptStoreError):  # nothing new as a rule; the watch itself says what is in the way
+                show(adopt.adopt(backend, notify=progress.notify))
+
         def kept() -> None:
             if not url:
                 return
@@ -86,7 +99,13 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
             try:
                 sending = True
                 with StallWatch():
-                    sent = mirror(backend, url, bandwidth=bandwidth, notify=progress.notify)
+                    sent = mirror(
+                        backend,
+                        url,
+                        bandwidth=bandwidth,
+                        between=(lambda: None) if once else look,
+                        notify=progress.notify,
+                    )
                 pause_s = PUSH_EVERY_S
             except CkptStoreError as error:
                 if once:
@@ -129,10 +148,7 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
             notify=progress.notify,
         )
         for checkpoint in watching:
-            if as_json:
-                click.echo(json.dumps({"checkpoint": checkpoint_json(checkpoint), "store": checkpoint.store}))
-            else:
-                done(f"kept {steps(checkpoint)}, {size(checkpoint.size_bytes)}, in {checkpoint.store}")
+            show(checkpoint)
             if not_pushed:
                 raise not_pushed[-1]
             if once:
