@@ -7,6 +7,7 @@ never pushed, and would lose it at each start. Whoever names a step means the UR
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -73,24 +74,29 @@ def _here(
     if selection.named:
         return None, ()
 
+    bound = selection.bound
+
     def ahead(checkpoint: Checkpoint) -> bool:
+        if not checkpoint.status.usable or (bound is not None and checkpoint.step > bound):
+            return False
         return there is None or _worth(checkpoint, selection) > _worth(there, selection)
 
-    slot = listing.slot if listing.slot is not None and listing.slot.format in RESUMABLE else None
-    bound = selection.bound
-    usable = [c for c in (*listing.checkpoints, *listing.adopted, slot) if c is not None and c.status.usable]
-    within = [c for c in usable if ahead(c) and (bound is None or c.step <= bound)]
-    left = [c for c in within if there is not None and _was_left(c, there)]
+    def left(checkpoint: Checkpoint) -> bool:
+        return there is not None and _was_left(checkpoint, there)
+
+    slot = listing.slot if listing.slot is not None and listing.slot.format in RESUMABLE and ahead(listing.slot) else None
+    exports, adopted = list(filter(ahead, listing.checkpoints)), list(filter(ahead, listing.adopted))
+    passed = [c.step for c in (*exports, *adopted, slot) if c is not None and left(c)]
     newer = dataclasses.replace(
         listing,
-        checkpoints=tuple(c for c in listing.checkpoints if c in within and c not in left),
-        adopted=tuple(c for c in listing.adopted if c in within and c not in left),
-        slot=slot if slot in within and slot not in left else None,
+        checkpoints=tuple(itertools.filterfalse(left, exports)),
+        adopted=tuple(itertools.filterfalse(left, adopted)),
+        slot=None if slot is None or left(slot) else slot,
     )
     notes = []
-    if left:
+    if passed:
         notes.append(
-            f"step {max(c.step for c in left)} is here, and was saved before what is in {selection.url}: a history that was "
+            f"step {max(passed)} is here, and was saved before what is in {selection.url}: a history that was "
             "left. Without --from it counts"
         )
     if not (newer.checkpoints or newer.adopted or newer.slot):
