@@ -18,7 +18,7 @@ from ckptstore.frameworks.areal import layout
 from ckptstore.listing import RESUMABLE, Listing, backend_for, never_stepped, read_adopted
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.parts import find_manifest, read_part, with_dcp_holdings
-from ckptstore.verify import Notify, verify
+from ckptstore.verify import OWN_SUMS, Notify, verify
 
 if TYPE_CHECKING:
     from ckptstore.health import Verdict
@@ -124,7 +124,7 @@ def resume_point(
             break
         if newest is not None and "optimizer" not in candidate.holds:
             continue
-        reading = _reading(candidate, notify) if read_slot and candidate.kind == "slot" and candidate.vouched else None
+        reading = _reading(candidate, notify) if read_slot and candidate.kind == "slot" else None
         checkpoint, reasons = _examine(backend, candidate, failed or {}, verdict_on if strict else None, reading=reading)
         if reasons:
             if newest is None:
@@ -205,7 +205,7 @@ def _examine(
         return checkpoint, tuple(map(str, checkpoint.findings))
     if verdict_on is not None and not (verdict := verdict_on(checkpoint)).health.resumable:
         return checkpoint, (f"health {verdict.health}: {verdict.why}",)
-    # The slot is checked while nothing else will read it: all its digests, here and now, where something records them.
+    # The slot is checked while nothing of ours will read it: all its digests, or where nobody took them torch's own CRC-32s.
     level = Level.STRUCTURE if reading is None else Level.FULL
     report = verify(backend_for(backend, checkpoint), checkpoint, level, progress=reading)
     return report.checkpoint, tuple(map(str, report.findings))
@@ -274,11 +274,19 @@ def _why(
         return f"you named it{warning}"
     vouched = "its files are whole"
     if checkpoint.kind == "slot":
-        vouched = "all its digests match" if checkpoint.vouched and read_slot else vouched
+        if read_slot and checkpoint.vouched:
+            vouched = "all its digests match"
+        elif own_sums(checkpoint):
+            vouched = OWN_SUMS
     elif checkpoint.status is Status.COMMITTED:
         vouched = "its manifest is checked while it is copied"
     newer = f", {len(skipped)} newer one{'s' * (len(skipped) > 1)} skipped" if skipped else ""
     return f"{selection}: {vouched}{healthy}{newer}{warning}"
+
+
+def own_sums(checkpoint: Checkpoint) -> bool:
+    """Whether it was read, and compared with what torch left in its files."""
+    return all(any(OWN_SUMS in note for note in part.notes) for part in checkpoint.parts)
 
 
 def _nothing(listing: Listing, selection: Selection, skipped: list[Skipped]) -> NothingToResumeError:

@@ -14,7 +14,7 @@ from ckptstore import side as side_folders
 from ckptstore.backends import is_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
-from ckptstore.choose import ResumePoint, Selection
+from ckptstore.choose import ResumePoint, Selection, own_sums
 from ckptstore.config import RunConfig
 from ckptstore.errors import AlreadyExistsError, BusyError, CkptStoreError, NotFoundError, RefusedError, UsageError
 from ckptstore.frameworks.areal import layout, recover_info
@@ -29,7 +29,7 @@ from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
 from ckptstore.parts import find_manifest, read_part
 from ckptstore.two_places import choice
-from ckptstore.verify import Notify, verify
+from ckptstore.verify import OWN_SUMS, Notify, verify
 
 ANY = Selection()
 
@@ -305,6 +305,8 @@ def _in_slot(
     chosen = point.checkpoint
     if all(part.path == slots[part.name] for part in chosen.parts):
         how = "every digest verified" if chosen.vouched else "as the trainer saved it"
+        if not chosen.vouched and own_sums(chosen):
+            how += f": {OWN_SUMS}"
         return f"the slot already holds step {chosen.step}, {how}"
     if old is None or old.step != chosen.step or old.step < 0:
         return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import struct
 import zipfile
@@ -10,13 +9,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from ckptstore.formats import FormatError, dcp, inert, safetensors
+from ckptstore.formats import FormatError, archives, dcp, inert, safetensors
 from ckptstore.formats.reading import not_regular, read_exactly
 from ckptstore.model import FileInfo, ReadAt
 from ckptstore.native import WEIGHT_DTYPES
 
-MAX_CODE_BYTES = 256 << 20
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _OPTIMIZER_FILE = re.compile(r"(?:^|/)(?:optim|optimizer)[^/]*$")
 _OPTIMIZER_KEY = re.compile(r"(?:^|[./])(?:optims?|optimizers?|optim(?:izer)?_state)(?:[./]|$)")
 _TORCH = {  # torch's names, of dtypes and of the storages of old
@@ -60,7 +57,7 @@ def places(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Places:
             look = _safetensors
         elif base == dcp.METADATA_NAME:
             look = partial(_dcp, files)
-        elif base.endswith(_TORCH_SUFFIXES) and base != "training_args.bin":
+        elif base.endswith(archives.SUFFIXES) and base != "training_args.bin":
             look = _torch_file
         else:
             continue
@@ -98,7 +95,7 @@ def _dcp(files: Mapping[str, FileInfo], read_at: ReadAt, info: FileInfo) -> Iter
         file = folder + item.file
         if file not in files or files[file].kind != "file" or item.offset + item.length > files[file].size_bytes:
             raise FormatError(f"{item.file[:80]!a} does not hold all that it names there")
-        window = _Window(read_at, file, item.offset, item.length)
+        window = archives.Window(read_at, file, item.offset, item.length)
         dtype = _TORCH.get(tensor.dtype, tensor.dtype)
         # An item is an archive of one tensor, which holds exactly one storage.
         for offset, length in _storages(window).values():
@@ -112,7 +109,7 @@ def _plain_key(key: str) -> str:
 
 
 def _torch_file(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
-    window = _Window(read_at, info.name, 0, info.size_bytes)
+    window = archives.Window(read_at, info.name, 0, info.size_bytes)
     storages = _storages(window)
     optimizer = _OPTIMIZER_FILE.search(info.name) is not None
     for key, (name, dtype) in _named_storages(_code(window)).items():
@@ -131,77 +128,21 @@ def _whole(place: Place) -> Place:
 # --- archives as torch.save makes them ---------------------------------------------------------------------------------
 
 
-class _Window(io.RawIOBase):
-    """A range of a file, as a file."""
-
-    def __init__(self, read_at: ReadAt, name: str, offset: int, length: int) -> None:
-        self._read_at, self.name, self.begin, self.length, self._at = read_at, name, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        at = offset + (0, self._at, self.length)[whence]
-        if at < 0:
-            raise OSError("before the beginning")
-        self._at = at
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(self.length - self._at, 0)
-        wanted = left if size is None or size < 0 else min(size, left)
-        data = self._read_at(self.name, self.begin + self._at, wanted) if wanted else b""
-        self._at += len(data)
-        return data
-
-    def at(self, offset: int, size: int) -> bytes:
-        """What lies there; less, or nothing, outside."""
-        if offset < 0:
-            return b""
-        self.seek(offset)
-        return self.read(size)
-
-
-def _open(window: _Window) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(window)
-    except (zipfile.BadZipFile, OSError, struct.error, ValueError, NotImplementedError, EOFError) as error:
-        raise FormatError(f"not an archive of torch.save ({str(error)[:60]})") from None
-
-
-def _storages(window: _Window) -> dict[str, tuple[int, int]]:
+def _storages(window: archives.Window) -> dict[str, tuple[int, int]]:
     """Storage key → offset in the file and length in bytes. Little-endian ones only."""
     found: dict[str, tuple[int, int]] = {}
-    with _open(window) as archive:
-        for entry in archive.infolist():
-            _, _, name = entry.filename.partition("/")
-            if name == "byteorder" and entry.file_size <= 16 and _content(archive, entry) != b"little":
-                raise FormatError("not little-endian")
-            if not name.startswith("data/") or not entry.file_size:
-                continue
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                raise FormatError("an archive whose records are compressed")
-            local = window.at(entry.header_offset, 30)
-            if len(local) < 30 or not local.startswith(b"PK\3\4"):
-                raise FormatError("an archive's record without its header")
-            name_bytes, extra_bytes = struct.unpack_from("<2H", local, 26)
-            begin = entry.header_offset + 30 + name_bytes + extra_bytes
-            if begin + entry.file_size > window.length:
-                raise FormatError("an archive's record that ends behind the archive")
-            found[name.removeprefix("data/")] = (window.begin + begin, entry.file_size)
+    for record in archives.records(window):
+        if record.name == "byteorder" and window.at(record.offset - window.begin, min(record.length, 16)) != b"little":
+            raise FormatError("not little-endian")
+        if record.name.startswith("data/"):
+            found[record.name.removeprefix("data/")] = (record.offset, record.length)
     return found
 
 
-def _code(window: _Window) -> bytes:
-    with _open(window) as archive:
+def _code(window: archives.Window) -> bytes:
+    with archives.opened(window) as archive:
         entry = next((entry for entry in archive.infolist() if entry.filename.partition("/")[2] == "data.pkl"), None)
-        if entry is None or entry.file_size > MAX_CODE_BYTES:
+        if entry is None or entry.file_size > archives.MAX_READ_BYTES:
             raise FormatError("an archive without a data.pkl of sane size")
         return _content(archive, entry)
 

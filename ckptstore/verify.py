@@ -27,15 +27,17 @@ from ckptstore.errors import (
     StorageError,
 )
 from ckptstore.fetching import Wanted, fetch
-from ckptstore.formats import check_structure, dcp
+from ckptstore.formats import archives, check_structure, dcp
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import backend_for
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
 from ckptstore.parts import files_folder_of, folder_of, judged, read_manifest, reader, vouching
 from ckptstore.server_digests import Said, ask_all
+from ckptstore.sizes import size
 
 UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
+OWN_SUMS = "the CRC-32s that torch.save left in its files match"
 
 
 #: Called with what is being done, bytes done and bytes in all.
@@ -159,7 +161,9 @@ def _refuse_outage(backend: Backend, error: object) -> None:
 
 
 def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, progress: native.Progress | None = None) -> Part:
-    """Read all of a part and compare with its manifest, as far as that still counts."""
+    """Read all of a part and compare with its manifest, as far as that still counts; else with what torch left in the files."""
+    if manifest is None and (compared := _compare_own_sums(backend, part, progress)) is not None:
+        return compared
     expected = {entry.path: entry for entry in manifest.files} if manifest else {}
     seen = manifest.inspect(part.files) if manifest else None
     void = seen is not None and seen.void
@@ -205,15 +209,33 @@ def check_digests(backend: Backend, part: Part, manifest: Manifest | None, *, pr
         notes = (*notes, f"its bytes are compared with what is recorded of its copy, {part.copy}")
     if manifest is None:
         notes = (*notes, UNSEALED)
-    elif void and not any(isinstance(result, CkptStoreError) for result in results.values()):
-        if {spec.name for spec in specs} == expected.keys():
-            notes = (
-                *notes,
-                "its times changed, its bytes did not: all digests of the manifest match (seal it again)",
-            )
-        else:
+    elif void:
+        differs = any(isinstance(result, CkptStoreError) for result in results.values())
+        if not differs and {spec.name for spec in specs} == expected.keys():
+            text = "its times changed, its bytes did not: all digests of the manifest match (seal it again)"
+            notes = (*notes, text)
+        elif not findings and (compared := _compare_own_sums(backend, part, progress)) is not None:
+            return compared
+        elif not differs:
             notes = (*notes, UNSEALED)
     return _worsen(dataclasses.replace(part, notes=notes), findings)
+
+
+def _compare_own_sums(backend: Backend, part: Part, progress: native.Progress | None) -> Part | None:
+    """The part after all of it was read and compared with the CRC-32s in its files; None where that cannot be done."""
+    if not backend.is_folder:
+        return None
+    files = {file.name: file for file in part.files}
+    try:
+        compared = archives.compare(part.path, files, reader(backend, part), progress=progress)
+    except CkptStoreError:
+        return None  # of which file, and why, is said where they are read one by one
+    if compared is None:
+        return None
+    if not compared.findings:
+        said = f"no manifest counts: {OWN_SUMS}, {size(compared.compared_bytes)} of {size(compared.total_bytes)}"
+        part = dataclasses.replace(part, notes=(*part.notes, f"{said}; the rest can be read"))
+    return _worsen(part, list(compared.findings))
 
 
 def _ask_server(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptstore import native
+from ckptstore import CheckpointStore, NothingToResumeError, native
 from ckptstore.backends import LocalBackend
+from ckptstore.formats import archives, streaming
 from ckptstore.listing import scan
 from ckptstore.manifest import parse
 from ckptstore.model import MANIFEST_NAME, Level, Status
+from ckptstore.parts import reader
 from ckptstore.seal import seal
-from ckptstore.verify import UNSEALED, verify, verify_all
+from ckptstore.verify import OWN_SUMS, UNSEALED, verify, verify_all
 from tests import trees
 from tests.fusefs import fuse_mount
 from tests.users import as_nobody, open_way_to
@@ -358,3 +363,91 @@ def test_unreadable_files_are_findings(run):
     assert "cannot be read" in str(report.findings)
     (folder(run) / MANIFEST_NAME).chmod(0o600)
     assert not as_nobody(lambda: check(run)).ok
+
+
+# --- what torch left in its files, where nobody has taken digests --------------------------------------------------
+
+
+def make_own_slot(root):
+    """The trainer's own slot, as torch writes it, that nobody sealed or adopted."""
+    run = trees.make_run(root, steps=(), slot="dcp", recover_info=93)
+    slot = run / "default/recover_checkpoint"
+    shutil.rmtree(slot)
+    weights = {f"layers.{n}.weight": torch.randn(64, 65) for n in range(4)}
+    optimizer = {
+        "state": {"layers.0.weight": {"exp_avg": torch.randn(64, 65)}},
+        "param_groups": [{"lr": 1e-6, "betas": (0.9, 1)}],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that one process is no group
+        dcp.save({"dcp": {"model": weights, "optim": optimizer}}, checkpoint_id=slot, no_dist=True)
+    trees.set_age(root, 3600)
+    return run, slot
+
+
+@pytest.fixture
+def own_slot(tmp_path):
+    return make_own_slot(tmp_path)
+
+
+def look(run):
+    listing = scan(LocalBackend(str(run)))
+    return verify(LocalBackend(str(run)), listing.slot, Level.FULL)
+
+
+def test_an_unsealed_slot_is_compared_with_torchs_own_sums(own_slot):
+    run, _ = own_slot
+    report = look(run)
+    assert report.ok
+    assert any(OWN_SUMS in note for note in report.notes)
+    assert UNSEALED not in report.notes
+
+
+@pytest.mark.parametrize("where", ["tensor", "pickle", "between"])
+def test_a_flipped_bit_in_an_unsealed_slot(own_slot, where):
+    """In the numbers, or in a pickle of an optimizer's settings; what is between the records of an archive has no sum."""
+    run, slot = own_slot
+    backend = LocalBackend(str(run))
+    part = scan(backend).slot.parts[0]
+    records = archives.checked(reader(backend, part), {file.name: file for file in part.files})
+    data = max((record for record in records if record.name.startswith("data/")), key=lambda record: record.length)
+    code = next(record for record in records if record.name == "data.pkl")
+    offset = {"tensor": data.offset + data.length // 2, "pickle": code.offset + code.length // 2, "between": data.offset - 1}
+    trees.bitflip(slot / data.file if where != "pickle" else slot / code.file, offset[where])
+    trees.set_age(run, 3600)
+    report = look(run)
+    if where == "between":
+        assert report.ok
+        return
+    assert not report.ok
+    assert report.checkpoint.status is Status.CORRUPT
+    assert "CRC-32 that torch.save left" in str(report.findings[0])
+    with pytest.raises(NothingToResumeError, match="CRC-32"):  # and no setup goes onto it
+        CheckpointStore(run).setup()
+
+
+def test_every_byte_is_read_once(own_slot, monkeypatch):
+    run, slot = own_slot
+    jobs = []
+    run_job = streaming.Job.run
+    monkeypatch.setattr(streaming.Job, "run", lambda job: (jobs.append(job), run_job(job)))
+    assert look(run).ok
+    (job,) = jobs
+    covered = sorted((part.source, part.offset, part.offset + part.length) for part in job.ranges)
+    for at, source in enumerate(job.sources):
+        mine = [(begin, end) for number, begin, end in covered if number == at]
+        assert [begin for begin, _ in mine] == [0, *(end for _, end in mine[:-1])]
+        assert mine[-1][1] == source.info.size_bytes
+    assert {source.info.name for source in job.sources} == {path.name for path in slot.iterdir()}
+
+
+def test_files_without_sums_prove_only_that_they_can_be_read(tmp_path):
+    """torch can be told to compute none."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        run, _ = make_own_slot(tmp_path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    report = look(run)
+    assert report.ok
+    assert UNSEALED in report.notes

@@ -1,0 +1,189 @@
+"""The zip archives that torch.save makes, one a file or one an item of a DCP file: where their records lie, and their CRC-32s.
+
+Nothing is unpickled. A record's bytes lie as they are, so they can be compared with the CRC-32 that torch left in the
+directory at the end, by whoever has no manifest of ours. The format: https://pytorch.org/docs/stable/notes/serialization.html
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from ckptstore import native
+from ckptstore.formats import dcp, streaming
+from ckptstore.formats.reading import FormatError
+from ckptstore.model import FileInfo, Finding, ReadAt, Status
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")  #: of files that may be one archive each
+MAX_READ_BYTES = 256 << 20  #: of a directory, or of a pickle
+
+
+class Record(NamedTuple):
+    """A record of an archive: `length` bytes of the file from `offset` on."""
+
+    name: str  #: without the archive's own
+    file: str
+    offset: int
+    length: int
+    crc32: int
+
+
+class Window(io.RawIOBase):
+    """A range of a file, as a file."""
+
+    def __init__(self, read_at: ReadAt, name: str, offset: int, length: int) -> None:
+        self._read_at, self.name, self.begin, self.length, self._at = read_at, name, offset, length, 0
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As of any file; OSError before the beginning."""
+        at = offset + (0, self._at, self.length)[whence]
+        if at < 0:
+            raise OSError("before the beginning")
+        self._at = at
+        return self._at
+
+    def tell(self) -> int:
+        """Where it is."""
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of any file, but at most MAX_READ_BYTES: OSError."""
+        left = max(self.length - self._at, 0)
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > MAX_READ_BYTES:
+            raise OSError(f"{wanted} bytes in one piece")
+        data = self._read_at(self.name, self.begin + self._at, wanted) if wanted else b""
+        self._at += len(data)
+        return data
+
+    def at(self, offset: int, size: int) -> bytes:
+        """What lies there; less, or nothing, outside."""
+        if offset < 0:
+            return b""
+        self.seek(offset)
+        return self.read(size)
+
+
+def opened(window: Window) -> zipfile.ZipFile:
+    """The archive there; FormatError where there is none."""
+    try:
+        return zipfile.ZipFile(window)
+    except (zipfile.BadZipFile, OSError, struct.error, ValueError, NotImplementedError, EOFError) as error:
+        raise FormatError(f"not an archive of torch.save ({str(error)[:60]})") from None
+
+
+def records(window: Window) -> Iterator[Record]:
+    """All records with any bytes. FormatError for what torch.save does not make."""
+    with opened(window) as archive:
+        for entry in archive.infolist():
+            if not entry.file_size:
+                continue
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise FormatError("an archive whose records are compressed")
+            local = window.at(entry.header_offset, 30)
+            if len(local) < 30 or not local.startswith(b"PK\3\4"):
+                raise FormatError("an archive's record without its header")
+            name_bytes, extra_bytes = struct.unpack_from("<2H", local, 26)
+            begin = entry.header_offset + 30 + name_bytes + extra_bytes
+            if begin + entry.file_size > window.length:
+                raise FormatError("an archive's record that ends behind the archive")
+            name = entry.filename.partition("/")[2]
+            yield Record(name, window.name, window.begin + begin, entry.file_size, entry.CRC)
+
+
+def checked(read_at: ReadAt, files: Mapping[str, FileInfo]) -> list[Record]:
+    """The records in a part's files of which torch left a CRC-32, each once, by file and offset.
+
+    What is no archive, or was saved without CRC-32s (torch.serialization.set_crc32_options), has none. OSError is the medium's.
+    """
+    found: dict[tuple[str, int, int], Record] = {}
+    for window in _windows(read_at, files):
+        try:
+            here = list(records(window))
+        except FormatError:
+            continue  # it proves nothing; what is wrong with it, the structure's checks say
+        # Told to compute none, writers leave 0 in every record. Records that share bytes are not torch's.
+        if any(record.crc32 for record in here) and sum(record.length for record in here) <= window.length:
+            found |= {(record.file, record.offset, record.length): record for record in here}
+    return [found[key] for key in sorted(found)]
+
+
+def _windows(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Iterator[Window]:
+    for name, info in files.items():
+        if info.kind != "file" or not info.size_bytes:
+            continue
+        if name.endswith(SUFFIXES):
+            yield Window(read_at, name, 0, info.size_bytes)
+        elif name.rpartition("/")[2] == dcp.METADATA_NAME:
+            try:
+                items = dcp.load_metadata(read_at, info).items
+            except FormatError:
+                continue
+            folder = name.removesuffix(dcp.METADATA_NAME)
+            for file, offset, length in dict.fromkeys((folder + item.file, item.offset, item.length) for item in items):
+                if file in files and files[file].kind == "file" and offset + length <= files[file].size_bytes:
+                    yield Window(read_at, file, offset, length)
+
+
+class Compared(NamedTuple):
+    """`compared_bytes` of the `total_bytes` that were read have a CRC-32; `findings`: the first of each file that differs."""
+
+    findings: tuple[Finding, ...]
+    compared_bytes: int
+    total_bytes: int
+
+
+def compare(
+    root: str | os.PathLike[str],
+    files: Mapping[str, FileInfo],
+    read_at: ReadAt,
+    *,
+    progress: native.Progress | None = None,
+) -> Compared | None:
+    """Read all of a part's files below `root` once, and compare them with the CRC-32s in them; None where there are none.
+
+    Raises what native.copy_files does of files that cannot be read, or change meanwhile.
+    """
+    known = checked(read_at, files)
+    regular = [info for info in files.values() if info.kind == "file"]
+    total_bytes = sum(info.size_bytes for info in regular)
+    compared_bytes = sum(record.length for record in known)
+    if not known or compared_bytes > total_bytes:
+        return None
+    number = {info.name: at for at, info in enumerate(regular)}
+    ranges = [streaming.Range(number[record.file], record.offset, record.length) for record in known]
+    ranges += [streaming.Range(number[name], begin, end - begin) for name, begin, end in _between(known, regular)]
+    with streaming.opened(root, regular) as descriptors:
+        sources = [streaming.Source(info, fd) for info, fd in zip(regular, descriptors, strict=True)]
+        job = streaming.Job(sources, [], ranges, progress=progress)
+        job.run()
+    findings: dict[str, Finding] = {}
+    for record, crc in zip(known, job.crc32(), strict=False):
+        if crc != record.crc32:
+            problem = f"the CRC-32 that torch.save left of the bytes from {record.offset:,} on does not match"
+            findings.setdefault(record.file, Finding(record.file, problem, Status.CORRUPT))
+    return Compared(tuple(findings.values()), compared_bytes, total_bytes)
+
+
+def _between(known: list[Record], regular: list[FileInfo]) -> Iterator[tuple[str, int, int]]:
+    """What of the files lies in none of the records: it is read, too, so that all of them is."""
+    ends = {info.name: 0 for info in regular}
+    for record in known:
+        if record.offset > ends[record.file]:
+            yield record.file, ends[record.file], record.offset
+        ends[record.file] = max(ends[record.file], record.offset + record.length)
+    for info in regular:
+        if info.size_bytes > ends[info.name]:
+            yield info.name, ends[info.name], info.size_bytes
