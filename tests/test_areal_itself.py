@@ -20,7 +20,11 @@ from typing import Any
 import pytest
 import torch
 
+from ckptstore.backends import LocalBackend
+from ckptstore.formats import archives
 from ckptstore.frameworks.areal.launch import find_installation
+from ckptstore.listing import scan
+from ckptstore.parts import reader
 from tests import trees
 
 ROOT = Path(__file__).parent.parent
@@ -288,3 +292,23 @@ def test_a_flipped_bit_is_never_resumed_from(trained: Trained, tmp_path: Path) -
     said = trial.setup("--max-step", str(ADOPTED))
     assert (said["checkpoint"]["step"], bool(said["skipped"])) == (1, True)
     judge(trial.train(ADOPTED + 3, *overrides(said)), trained.truth, said, moments=FRESH)
+
+
+@pytest.mark.skipif(IN_HF_FILES, reason="safetensors hold no sums")
+@pytest.mark.parametrize("trained", ["tied-1"], indirect=True)
+def test_a_flipped_bit_in_its_own_slot(trained: Trained, tmp_path: Path) -> None:
+    """Which AReaL loads without an error: torch's own CRC-32s tell, and the newest with optimizer state is taken."""
+    trial = trained.trial.copied(tmp_path / "run")
+    backend = LocalBackend(str(trial.folder))
+    (part,) = scan(backend).slot.parts
+    records = archives.checked(reader(backend, part), {file.name: file for file in part.files})
+    largest = max((record for record in records if record.name.startswith("data/")), key=lambda record: record.length)
+    file = Path(part.path, largest.file)
+    times = file.stat()
+    trees.bitflip(file, largest.offset + largest.length // 2)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert trial.train(UNTIL)[0]["start"] == UNTIL, "AReaL sees it itself"
+    said = trial.setup()
+    assert (said["checkpoint"]["kind"], said["checkpoint"]["step"]) == ("adopted", ADOPTED)
+    assert "CRC-32" in str(said["skipped"])
+    judge(trial.train(ADOPTED + 4), trained.truth, said, moments="kept")

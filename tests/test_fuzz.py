@@ -37,7 +37,7 @@ from ckptstore import (
 from ckptstore.backends.local import LocalBackend
 from ckptstore.backends.s3control import xml_of
 from ckptstore.errors import CkptStoreError, IntegrityError
-from ckptstore.formats import FormatError, check_structure, dcp, inert, safetensors, torchzip
+from ckptstore.formats import FormatError, archives, check_structure, dcp, inert, safetensors, torchzip
 from ckptstore.frameworks.areal import layout, recover_info, saving, trainer_logs
 from ckptstore.model import FileInfo, Status
 from ckptstore.seal import describe
@@ -75,6 +75,16 @@ def _places(name: str) -> Callable[[Path, bytes], Any]:
         found = tensors.places(_read_at(data), {name: FileInfo(name, len(data), 0, 1)})
         for place in found.found:
             assert 0 <= place.offset <= place.offset + place.length <= len(data), f"{place} is not in {len(data)} bytes"
+
+    return read
+
+
+def _sums(name: str) -> Callable[[Path, bytes], Any]:
+    def read(folder: Path, data: bytes) -> None:
+        info = LocalBackend(str(folder)).tree()[""].entries
+        files = {entry.name: FileInfo(entry.name, entry.size_bytes, entry.mtime_ns, entry.inode) for entry in info}
+        found = archives.compare(folder, files, _read_at(data))
+        assert found is None or 0 < found.compared_bytes <= found.total_bytes
 
     return read
 
@@ -140,6 +150,8 @@ TARGETS = (
     Target("weights of safetensors", "x.safetensors", _places("x.safetensors"), ()),
     Target("weights of .pt", "tensor.pt", _places("tensor.pt"), ()),
     Target("weights of a deflated .pt", "deflated.pt", _places("deflated.pt"), ()),
+    Target("sums in a .pt", "tensor.pt", _sums("tensor.pt"), ()),
+    Target("sums in a deflated .pt", "deflated.pt", _sums("deflated.pt"), ()),
     Target("journal", "journal.json", _journal),
     Target("pins", "pins.json", lambda folder, _: pins.read(str(folder))),
     Target("mirror", "mirror.json", lambda folder, _: mirrored.read(str(folder))),
