@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointStore": "ckptstore.store",
     "Keep": "ckptstore.retention",
-    "SaveHandle": "ckptstore.background",
-    "wait_all": "ckptstore.background",
+    "SaveHandle": "ckptstore.saves.background",
+    "wait_all": "ckptstore.saves.background",
     "Selection": "ckptstore.choose",
     "ResumePoint": "ckptstore.choose",
     "Options": "ckptstore.plan",
@@ -61,8 +61,6 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from ckptstore.backends import open_backend as open_backend
-    from ckptstore.background import SaveHandle as SaveHandle
-    from ckptstore.background import wait_all as wait_all
     from ckptstore.breaker import CircuitBreaker as CircuitBreaker
     from ckptstore.choose import ResumePoint as ResumePoint
     from ckptstore.choose import Selection as Selection
@@ -99,6 +97,8 @@ if TYPE_CHECKING:
     from ckptstore.recovery import setup as setup
     from ckptstore.recovery import undo as undo
     from ckptstore.retention import Keep as Keep
+    from ckptstore.saves.background import SaveHandle as SaveHandle
+    from ckptstore.saves.background import wait_all as wait_all
     from ckptstore.schedule import SaveSchedule as SaveSchedule
     from ckptstore.store import CheckpointStore as CheckpointStore
     from ckptstore.verify import Report as Report

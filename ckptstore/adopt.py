@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import ckptstore
-from ckptstore import mirrored, native
+from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
@@ -38,6 +38,7 @@ from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest, recorded_time
 from ckptstore.model import FRESH_OPTIMIZER, Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
+from ckptstore.transfer import mirrored
 from ckptstore.verify import Notify, check_part_structure
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ckptstore import damage, owner, prepared
+from ckptstore import damage
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
@@ -22,6 +22,7 @@ from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, Finding, Part, Status, worst
 from ckptstore.native import Folder
 from ckptstore.parts import find_manifest, folder_of, read_part, vouching, with_dcp_holdings, worsen
+from ckptstore.saves import owner, prepared
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
 _MIRROR = f"{layout.MAIN_PART}/{layout.SIDE}"  #: of a run in an object store

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from ckptstore import commit, mirrored, places, probe, running
+from ckptstore import commit, places, probe, running
 from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.backends import is_url, open_backend
@@ -28,6 +28,7 @@ from ckptstore.listing import RESUMABLE, Listing, backend_for, scan, with_copy
 from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
 from ckptstore.parts import find_manifest, read_part
+from ckptstore.transfer import mirrored
 from ckptstore.two_places import choice
 from ckptstore.verify import OWN_SUMS, Notify, verify
 

@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptstore import native, push
+from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.errors import (
@@ -36,14 +36,15 @@ from ckptstore.errors import (
     UsageError,
     from_os_error,
 )
-from ckptstore.fetching import Wanted, fetch
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import scan
 from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, FileInfo, Level, Part
 from ckptstore.parts import as_recorded, files_folder_of, find_manifest, folder_of, look_again, read_manifest
-from ckptstore.receiving import fill
+from ckptstore.transfer import push
+from ckptstore.transfer.fetching import Wanted, fetch
+from ckptstore.transfer.receiving import fill
 from ckptstore.verify import Notify, Report, verify_all
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal
 
-from ckptstore import choose, mirrored, node_sets, parallel, pins, places, steps, uploading, verify
+from ckptstore import choose, parallel, pins, places, verify
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.config import RunConfig
@@ -28,6 +28,8 @@ from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Status
 from ckptstore.parts import folder_of, manifest_told
+from ckptstore.saves import node_sets, steps, uploading
+from ckptstore.transfer import mirrored
 
 _NONE: Mapping[int, str] = {}
 _AT_ONCE = 16  #: requests to a store: one after the other, a thousand steps take minutes

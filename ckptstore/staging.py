@@ -20,7 +20,7 @@ from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Finding, Part, Statu
 from ckptstore.names import check_names
 from ckptstore.parts import find_manifest, folder_of, judged, look_again, read_part
 from ckptstore.plan import Options, Plan, world_size
-from ckptstore.receiving import fill
+from ckptstore.transfer.receiving import fill
 from ckptstore.verify import Notify
 
 BLOCKING = "blocking"

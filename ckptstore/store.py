@@ -8,10 +8,9 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckptstore import background, native, recovery, retention, saving, steps
+from ckptstore import native, recovery, retention
 from ckptstore import side as side_folders
 from ckptstore.backends import Bandwidth, open_backend
-from ckptstore.background import OnBusy, SaveHandle
 from ckptstore.choose import ResumePoint, Selection, resume_point
 from ckptstore.errors import (
     AlreadyExistsError,
@@ -25,14 +24,16 @@ from ckptstore.errors import (
 )
 from ckptstore.listing import Listing, scan
 from ckptstore.manifest import Manifest
-from ckptstore.mirror import Mirror
 from ckptstore.model import Checkpoint, Level, Part
 from ckptstore.parts import folder_of, read_manifest
 from ckptstore.plan import Options
 from ckptstore.recovery import Outcome
 from ckptstore.retention import Decision, Keep
-from ckptstore.saving import Metrics
+from ckptstore.saves import background, saving, steps
+from ckptstore.saves.background import OnBusy, SaveHandle
+from ckptstore.saves.saving import Metrics
 from ckptstore.seal import seal
+from ckptstore.transfer.mirror import Mirror
 from ckptstore.verify import Notify, Report, verify_all
 
 

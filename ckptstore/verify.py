@@ -26,15 +26,15 @@ from ckptstore.errors import (
     SourceChangedError,
     StorageError,
 )
-from ckptstore.fetching import Wanted, fetch
 from ckptstore.formats import archives, check_structure, dcp
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import backend_for
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, Finding, Level, Part, Status, worst
 from ckptstore.parts import files_folder_of, folder_of, judged, read_manifest, reader, vouching
-from ckptstore.server_digests import Said, ask_all
 from ckptstore.sizes import size
+from ckptstore.transfer.fetching import Wanted, fetch
+from ckptstore.transfer.server_digests import Said, ask_all
 
 UNSEALED = "no manifest: full proves the structure and that every byte can be read, not which bytes were written (seal it)"
 OWN_SUMS = "the CRC-32s that torch.save left in its files match"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ckptstore import stalls
+from ckptstore.backends import stalls
 
 #: What can happen to a request. `lost` and `reset` differ in whether the server ever saw it.
 KINDS = ("reset", "lost", "cut", "stall", "slowdown", "internal", "flip", "flip_up", "error_in_200")

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ckptstore import adopt, damage, halt, ledger, mirrored, pins
+from ckptstore import adopt, damage, halt, ledger, pins
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.cli import run as run_cli
@@ -28,6 +28,7 @@ from ckptstore.errors import CkptStoreError
 from ckptstore.ledger import Record, Writer
 from ckptstore.model import Finding, Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import mirrored
 from tests import mutations, trees
 
 PATIENCE_S = 10.0  #: of one call on a store of a few hundred kilobytes, on a machine that does other things too

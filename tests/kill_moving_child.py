@@ -31,7 +31,8 @@ def during(owner: Any, name: str, phase: str) -> None:
 
 
 tell("start-up")
-from ckptstore import claims, cli, pull, push  # noqa: E402
+from ckptstore import cli  # noqa: E402
+from ckptstore.transfer import claims, pull, push  # noqa: E402
 
 for owner, name, phase in (
     (claims.Place, "find", "look"),

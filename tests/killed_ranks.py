@@ -34,9 +34,10 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ckptstore import CheckpointStore, native, steps
+from ckptstore import CheckpointStore, native
 from ckptstore.model import Status
 from ckptstore.retention import Keep
+from ckptstore.saves import steps
 from ckptstore.torch import StoreWriter
 
 RESAVED = 10**9  # the step that every other save replaces

@@ -34,12 +34,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from ckptstore import CheckpointStore, native, prepared, steps
+from ckptstore import CheckpointStore, native
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, NothingToResumeError, NotWholeError
 from ckptstore.model import MANIFEST_NAME, Status
 from ckptstore.parts import read_manifest
 from ckptstore.retention import Keep
+from ckptstore.saves import prepared, steps
 from ckptstore.torch import StoreReader, StoreWriter, nodes, resume_step, resuming
 from tests import killed_ranks
 from tests.killed_ranks import END_S, GROUP_TIMEOUT_S, Board, await_end, free_port

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from ckptstore import CheckpointStore, steps
+from ckptstore import CheckpointStore
+from ckptstore.saves import steps
 from ckptstore.torch import nodes, resuming
 from tests import powercut
 from tests.crashing import content

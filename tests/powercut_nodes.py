@@ -30,8 +30,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ckptstore import CheckpointStore, owner, prepared, steps
+from ckptstore import CheckpointStore
 from ckptstore.model import MANIFEST_NAME, Status
+from ckptstore.saves import owner, prepared, steps
 from ckptstore.torch import StoreReader, StoreWriter, nodes, resume_step, resuming
 from tests import powercut
 from tests.killed_ranks import GROUP_TIMEOUT_S, free_port

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptstore import CheckpointStore, cli, steps
+from ckptstore import CheckpointStore, cli
 from ckptstore.errors import CkptStoreError
 from ckptstore.model import Status
 from ckptstore.retention import Keep
+from ckptstore.saves import steps
 from tests import powercut, trees
 from tests.crashing import content, without_manifest
 from tests.test_steps import write

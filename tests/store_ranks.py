@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from ckptstore import CheckpointStore, saving
+from ckptstore import CheckpointStore
+from ckptstore.saves import saving
 from ckptstore.torch import StoreReader, StoreWriter
 from tests import areal_model
 from tests.areal_ranks import full, sharded

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import claims, leftovers, listing
-from ckptstore import push as pushing
+from ckptstore import listing
 from ckptstore.backends import Blob, open_backend
 from ckptstore.backends.object import ObjectBackend
 from ckptstore.cli import clean as clean_cli
@@ -21,6 +20,8 @@ from ckptstore.frameworks.areal import layout
 from ckptstore.manifest import parse
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME, Level, Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import claims, leftovers
+from ckptstore.transfer import push as pushing
 from ckptstore.verify import verify
 from tests import commands, trees
 from tests.test_push_pull import EXPORT, bring, crash, keys, other_content, same, send
@@ -109,8 +110,8 @@ def test_the_stores_own_word_follows_it_too(s3, run, tmp_path, monkeypatch):
 def test_a_load_follows_it_too(url, tmp_path):
     """A store of steps that was mirrored while somebody else had claimed its place."""
     torch = pytest.importorskip("torch")
-    from ckptstore.mirror import mirror
     from ckptstore.torch import load, save
+    from ckptstore.transfer.mirror import mirror
 
     store = CheckpointStore(tmp_path / "store")
     save(store, 1, {"weight": torch.arange(5000)})

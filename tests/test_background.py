@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, Keep, background, native, steps, wait_all
+from ckptstore import CheckpointStore, Keep, native, wait_all
 from ckptstore.errors import BusyError, CkptStoreError, NotFoundError, RefusedError, SourceChangedError, UsageError
 from ckptstore.lock import RunLock
+from ckptstore.saves import background, steps
 from tests.crashing import content, without_manifest
 from tests.test_steps import step_folder, write
 

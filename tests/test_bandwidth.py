@@ -11,8 +11,8 @@ import pytest
 
 from ckptstore.backends import Bandwidth, open_backend
 from ckptstore.cli import moving
-from ckptstore.fetching import RANGE_BYTES
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer.fetching import RANGE_BYTES
 from tests import commands, trees
 from tests.test_push_pull import EXPORT, add_big_file, same
 from tests.test_remote_looking import sealed_run

@@ -15,13 +15,14 @@ from collections.abc import Callable
 import fsspec
 import pytest
 
-from ckptstore import claims, conditions, leftovers, listing, sending
-from ckptstore import push as pushing
+from ckptstore import listing
 from ckptstore.backends import Blob
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import CkptStoreError
 from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import claims, conditions, leftovers, sending
+from ckptstore.transfer import push as pushing
 from ckptstore.verify import verify
 from tests.test_attempts import cut_short
 from tests.test_push_pull import EXPORT, other_content

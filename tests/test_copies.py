@@ -15,8 +15,8 @@ from ckptstore.errors import AlreadyExistsError
 from ckptstore.ledger import Writer
 from ckptstore.listing import scan
 from ckptstore.lock import RunLock
-from ckptstore.mirror import mirror
 from ckptstore.model import Status
+from ckptstore.transfer.mirror import mirror
 from tests import commands, trees
 from tests.crashing import content, without_manifest
 

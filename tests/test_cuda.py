@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from ckptstore import CheckpointStore
-from ckptstore.background import wait_all
 from ckptstore.errors import SourceChangedError, UsageError
-from ckptstore.sending import PART_BYTES
+from ckptstore.saves.background import wait_all
+from ckptstore.transfer.sending import PART_BYTES
 
 torch = pytest.importorskip("torch")
 ckpt = pytest.importorskip("ckptstore.torch")

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, loading, native
+from ckptstore import CheckpointStore, native
 from ckptstore.errors import DigestMismatchError, UsageError
-from ckptstore.sending import PART_BYTES
+from ckptstore.saves import loading
+from ckptstore.transfer.sending import PART_BYTES
 from tests import reads
 from tests.test_torch_state import same
 

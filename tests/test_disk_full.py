@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import native, receiving
+from ckptstore import native
 from ckptstore.errors import NoSpaceError
 from ckptstore.model import Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import receiving
 from tests import trees
 from tests.commands import invoke
 from tests.native.conftest import mounted

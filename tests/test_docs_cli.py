@@ -15,8 +15,8 @@ from ckptstore.breaker import CircuitBreaker
 from ckptstore.cli import EPILOG, VERBS
 from ckptstore.errors import TrainingHalted
 from ckptstore.frameworks.areal import launch
-from ckptstore.mirror import mirror
 from ckptstore.rules import REWARD
+from ckptstore.transfer.mirror import mirror
 from tests import commands, trees
 from tests.test_docs import options_of
 

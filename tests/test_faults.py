@@ -26,8 +26,8 @@ from ckptstore.errors import (
     UnavailableError,
 )
 from ckptstore.model import Level, Status
-from ckptstore.pull import pull
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer.pull import pull
 from ckptstore.verify import verify
 from tests import commands, faults, trees
 from tests.test_push_pull import EXPORT, add_big_file, bring, same, send

@@ -18,22 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ckptstore import (
-    claims,
-    config,
-    damage,
-    halt,
-    importing,
-    journal,
-    ledger,
-    lock,
-    manifest,
-    mirrored,
-    pins,
-    side,
-    tensors,
-    untrusted,
-)
+from ckptstore import config, damage, halt, importing, journal, ledger, lock, manifest, pins, side, tensors, untrusted
 from ckptstore.backends.local import LocalBackend
 from ckptstore.backends.s3control import xml_of
 from ckptstore.errors import CkptStoreError, IntegrityError
@@ -42,6 +27,7 @@ from ckptstore.frameworks.areal import layout, recover_info, saving, trainer_log
 from ckptstore.model import FileInfo, Status
 from ckptstore.seal import describe
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import claims, mirrored
 from tests import commands, fuzzed, mutations, trees
 
 QUICK_CASES = 20

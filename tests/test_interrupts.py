@@ -290,7 +290,7 @@ def test_a_mirror_is_left_by_ctrl_c(silent, run):
 
 LEFT_BEHIND = """
 import sys, threading
-from ckptstore.pull import pull
+from ckptstore.transfer.pull import pull
 from ckptstore.store import CheckpointStore
 store = CheckpointStore(sys.argv[1])
 try:

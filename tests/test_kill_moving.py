@@ -19,11 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import leftovers, listing
+from ckptstore import listing
 from ckptstore.backends import open_backend
 from ckptstore.errors import NotFoundError
 from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, Checkpoint, Level, Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import leftovers
 from ckptstore.verify import verify
 from tests import trees
 from tests.test_push_pull import EXPORT, bring, other_content, same, send

@@ -8,14 +8,15 @@ import time
 
 import pytest
 
-from ckptstore import claims, conditions, leftovers, listing
-from ckptstore import push as pushing
+from ckptstore import listing
 from ckptstore.backends import open_backend
 from ckptstore.backends.s3control import control
 from ckptstore.cli import clean as clean_cli
 from ckptstore.errors import NotFoundError
 from ckptstore.model import CLAIM_NAME, Level, Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import claims, conditions, leftovers
+from ckptstore.transfer import push as pushing
 from ckptstore.verify import verify
 from tests import commands, faults, trees
 from tests.test_push_pull import EXPORT, crash, keys, send

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import CheckpointStore, adopt, choose, mirrored
+from ckptstore import CheckpointStore, adopt, choose
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError, UsageError
 from ckptstore.listing import mirror_of, scan
-from ckptstore.mirror import mirror
 from ckptstore.model import MANIFEST_NAME, Level, Status
-from ckptstore.pull import pull
 from ckptstore.retention import Keep
+from ckptstore.transfer import mirrored
+from ckptstore.transfer.mirror import mirror
+from ckptstore.transfer.pull import pull
 from ckptstore.verify import verify
 from tests import commands, trees
 from tests.crashing import content, without_manifest
@@ -127,7 +128,7 @@ def test_what_a_watch_left_does_not_wait_for_a_save(run, s3, tmp_path):
 
 def test_a_save_during_a_push_is_kept_and_goes_next(run, url, capfd, monkeypatch):
     """Three steps wait when the trainer saves the fourth: it is not overwritten in the slot while the old ones are sent."""
-    from ckptstore import mirror as mirroring
+    from ckptstore.transfer import mirror as mirroring
 
     adopt.adopt(open_backend(run))
     exported(run, 93, 9000)
@@ -384,7 +385,7 @@ def test_in_the_background(tmp_path, url):
 
 def test_an_outage_is_waited_out(tmp_path, monkeypatch, caplog):
     """Nothing comes to the trainer; it is logged and told, and the next try goes on."""
-    from ckptstore import mirror as mirroring
+    from ckptstore.transfer import mirror as mirroring
 
     monkeypatch.setattr(mirroring, "POLL_S", 0.05)
     url = f"memory://outage-{tmp_path.name}-{os.getpid()}"
@@ -407,7 +408,7 @@ def test_an_outage_is_waited_out(tmp_path, monkeypatch, caplog):
 
 def test_what_is_refused_there_keeps_nobody_waiting(tmp_path, s3, monkeypatch, caplog):
     """Two machines train one run by mistake. `wait` ends, the store is not asked without pause, and later steps go at once."""
-    from ckptstore import mirror as mirroring
+    from ckptstore.transfer import mirror as mirroring
 
     passes = []
     monkeypatch.setattr(mirroring, "POLL_S", 1.5)

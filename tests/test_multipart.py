@@ -24,10 +24,8 @@ from typing import NamedTuple
 
 import pytest
 
-from ckptstore import conditions, leftovers, listing, native, parallel, sending, stalls
-from ckptstore import multipart as multiparts
-from ckptstore import push as pushing
-from ckptstore.backends import connections, open_backend, s3control, s3multipart
+from ckptstore import listing, native, parallel
+from ckptstore.backends import connections, open_backend, s3control, s3multipart, stalls
 from ckptstore.backends import object as object_backend
 from ckptstore.backends.connections import Connections
 from ckptstore.backends.s3control import Upload, control
@@ -35,6 +33,9 @@ from ckptstore.backends.s3multipart import S3Multipart, multipart
 from ckptstore.errors import AccessError, DigestMismatchError, StorageError, TransitError
 from ckptstore.model import Level, Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import conditions, leftovers, sending
+from ckptstore.transfer import multipart as multiparts
+from ckptstore.transfer import push as pushing
 from ckptstore.verify import verify
 from tests import commands, faults, servers, trees
 from tests.test_backend_contract import curl
@@ -632,7 +633,7 @@ def test_clean_spares_what_a_living_push_goes_on_with(s3, run):
 
 PUSHING = """
 import sys
-from ckptstore import sending
+from ckptstore.transfer import sending
 from ckptstore.cli import run
 
 sending.PART_BYTES = int(sys.argv[1])

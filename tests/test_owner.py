@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, node_sets, owner, prepared, steps
+from ckptstore import CheckpointStore
 from ckptstore.errors import BusyError
-from ckptstore.owner import Life
+from ckptstore.saves import node_sets, owner, prepared, steps
+from ckptstore.saves.owner import Life
 from tests import commands
 from tests.fusefs import fuse_mount
 from tests.test_steps import KILLED, write

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from ckptstore import native, retention, steps
+from ckptstore import native, retention
 from ckptstore import side as side_folders
+from ckptstore.saves import steps
 from tests import powercut
 from tests.powercut_writers import NEW, OTHERS, OURS, Prune, Resave, Result, Save, campaign
 

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("torch.distributed.checkpoint")
 
-from ckptstore import node_sets, steps
+from ckptstore.saves import node_sets, steps
 from ckptstore.torch import nodes, resuming
 from tests import powercut
 from tests import warm as warm  # the other rank has torch imported

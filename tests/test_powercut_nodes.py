@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("torch.distributed.checkpoint")
 
 from ckptstore import side as side_folders
-from ckptstore import steps
+from ckptstore.saves import steps
 from ckptstore.torch import nodes
 from tests import powercut
 from tests import warm as warm  # the other rank has torch imported

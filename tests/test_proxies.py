@@ -12,12 +12,13 @@ from datetime import timedelta
 
 import pytest
 
-from ckptstore import conditions, native
+from ckptstore import native
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
 from ckptstore.backends.s3control import control
 from ckptstore.errors import NotFoundError, StorageError, UnavailableError, UsageError
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import conditions
 from tests import servers, trees
 from tests.forward import ForwardProxy
 from tests.test_push_pull import add_big_file, bring, same, send

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, gathering
+from ckptstore import CheckpointStore
 from ckptstore.backends import open_backend
 from ckptstore.errors import IntegrityError, NotWholeError
 from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.parts import read_manifest
-from ckptstore.sharing import deal
+from ckptstore.transfer import gathering
+from ckptstore.transfer.sharing import deal
 from ckptstore.verify import verify
 from tests import commands, warm
 from tests.faults import Proxy

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import fetching, listing, sending
-from ckptstore import push as pushing
+from ckptstore import listing
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend, profile
 from ckptstore.errors import (
@@ -31,9 +30,11 @@ from ckptstore.errors import (
 )
 from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, Level, Status
 from ckptstore.model import CLAIM_NAME as CLAIM
-from ckptstore.pull import pull
-from ckptstore.push import push
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import fetching, sending
+from ckptstore.transfer import push as pushing
+from ckptstore.transfer.pull import pull
+from ckptstore.transfer.push import push
 from ckptstore.verify import verify
 from tests import commands, trees
 from tests.test_remote_looking import sealed_run, upload
@@ -426,7 +427,7 @@ def test_an_interrupted_pull_goes_on(url, run, tmp_path, monkeypatch):
 
 
 def test_wrong_chunks_in_a_stage_are_fetched_again(url, run, tmp_path, monkeypatch):
-    import ckptstore.pull as pulling
+    import ckptstore.transfer.pull as pulling
 
     path = add_big_file(run, 30)
     trees.set_age(path.parent, 3600)

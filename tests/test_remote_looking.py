@@ -162,7 +162,7 @@ def test_a_flipped_bit_is_found(url, tmp_path, position):
 
 def test_large_files_in_chunks(url, tmp_path):
     """More than one request and chunk a file; the digests are the engine's own, and a flipped bit in the middle is found."""
-    from ckptstore.fetching import Wanted, fetch
+    from ckptstore.transfer.fetching import Wanted, fetch
 
     data = os.urandom((40 << 20) + 12345)
     (tmp_path / "big").write_bytes(data)

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptstore import CheckpointStore, retention, steps
+from ckptstore import CheckpointStore, retention
 from ckptstore.errors import CkptStoreError, RefusedError, UsageError
 from ckptstore.model import Status
 from ckptstore.retention import Candidate, Keep, decide
+from ckptstore.saves import steps
 from tests import commands, trees
 from tests.crashing import Crash, Operations, content
 from tests.test_steps import step_folder, write

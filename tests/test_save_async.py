@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, native, steps
-from ckptstore import background as core
+from ckptstore import CheckpointStore, native
 from ckptstore.errors import BusyError, CkptStoreError, UsageError
 from ckptstore.retention import Keep
+from ckptstore.saves import background as core
+from ckptstore.saves import steps
 from tests import warm
 from tests.test_torch_state import same
 
@@ -228,7 +229,7 @@ if sys.argv[2] == "raise":
 if sys.argv[2] == "fork":
     child = os.fork()
     if child == 0:
-        from ckptstore import background as core
+        from ckptstore.saves import background as core
         from ckptstore.torch import background
         os._exit(5 if core._lines or background._buffers else 0)
     assert os.waitpid(child, 0)[1] == 0

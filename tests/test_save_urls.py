@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, claims, listing, native, retention, uploading
-from ckptstore import push as pushing
+from ckptstore import CheckpointStore, listing, native, retention
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
@@ -31,12 +30,15 @@ from ckptstore.errors import (
     UsageError,
 )
 from ckptstore.frameworks.steps import generations_in
-from ckptstore.mirror import mirror
 from ckptstore.model import ATTEMPT_PREFIX, MANIFEST_NAME, Status
 from ckptstore.parts import read_manifest
-from ckptstore.pull import pull
 from ckptstore.retention import Keep
-from ckptstore.server_digests import Said
+from ckptstore.saves import uploading
+from ckptstore.transfer import claims
+from ckptstore.transfer import push as pushing
+from ckptstore.transfer.mirror import mirror
+from ckptstore.transfer.pull import pull
+from ckptstore.transfer.server_digests import Said
 from tests import commands, faults, servers, warm
 from tests.test_push_pull import send
 from tests.test_remote_looking import sealed_run
@@ -256,7 +258,7 @@ def test_a_store_that_fails_in_the_middle(
     store = CheckpointStore(s3)
     store.save(1, source)
     monkeypatch.setattr(object_backend, "TRIES", 1)
-    monkeypatch.setattr("ckptstore.sending.FILE_TRIES", 1)
+    monkeypatch.setattr("ckptstore.transfer.sending.FILE_TRIES", 1)
     proxy.choose = faults.always(kind, "PUT", "large.bin")
     with pytest.raises(StorageError, match=r"large\.bin"):
         CheckpointStore(s3).save(1, source)

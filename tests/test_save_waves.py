@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, native, steps
+from ckptstore import CheckpointStore, native
 from ckptstore.errors import SourceChangedError, StorageError, UsageError
+from ckptstore.saves import steps
 from tests.test_torch_state import same
 
 torch = pytest.importorskip("torch")
@@ -158,6 +159,6 @@ def test_a_write_that_fails(store: CheckpointStore, gate: Gate) -> None:
 def test_usage(store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="the least"):
         ckpt.save_async(store, 1, make(1), max_host_bytes=1000)
-    monkeypatch.setattr("ckptstore.sending.MAX_PARTS", 1)  # as for a file of hundreds of GB, whose parts are larger
+    monkeypatch.setattr("ckptstore.transfer.sending.MAX_PARTS", 1)  # as for a file of hundreds of GB, whose parts are larger
     with pytest.raises(UsageError, match=r"max_host_bytes is 16,777,216, and 50,331,648 are the least"):
         save(CheckpointStore(f"memory://waves-{tmp_path.name}"), 1, make(1))

@@ -219,7 +219,7 @@ def test_a_file_that_arrives_damaged(proxy: faults.Proxy, seaweed: servers.Serve
 def test_a_store_that_fails_in_the_middle(proxy: faults.Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save(s3, 1, make(1)).wait(60)
     monkeypatch.setattr(object_backend, "TRIES", 1)
-    monkeypatch.setattr("ckptstore.sending.FILE_TRIES", 2)
+    monkeypatch.setattr("ckptstore.transfer.sending.FILE_TRIES", 2)
     proxy.choose = faults.always("reset", "PUT", "partNumber=2")
     handle = save(s3, 1, make(2))
     with pytest.raises(StorageError, match=r"model\.safetensors"):
@@ -251,7 +251,7 @@ def test_a_file_system_that_fails_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_upload_that_outlives_its_save(proxy: faults.Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file fails while another one's requests hang: their buffers are not used again, whatever becomes of them."""
     monkeypatch.setattr(object_backend, "TRIES", 1)
-    monkeypatch.setattr("ckptstore.sending.FILE_TRIES", 1)
+    monkeypatch.setattr("ckptstore.transfer.sending.FILE_TRIES", 1)
     ended = threading.Event()
 
     def choose(request: faults.Request) -> str:

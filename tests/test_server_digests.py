@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from ckptstore import listing, native
-from ckptstore import push as pushing
 from ckptstore.backends import object as object_backend
 from ckptstore.backends import open_backend, s3control
 from ckptstore.backends.s3control import control
 from ckptstore.errors import AccessError, NotFoundError, StorageError, TransitError, UnavailableError
 from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import push as pushing
 from ckptstore.verify import verify
 from tests import commands, faults, servers, trees
 from tests.test_backend_contract import curl

@@ -13,10 +13,10 @@ from ckptstore import listing, staging
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import StorageError
-from ckptstore.mirror import mirror
 from ckptstore.model import MANIFEST_NAME, Level, Status
-from ckptstore.push import push
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer.mirror import mirror
+from ckptstore.transfer.push import push
 from ckptstore.verify import verify
 from tests import commands, trees
 from tests.test_push_pull import flip

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from ckptstore import listing
 from ckptstore.backends import open_backend
-from ckptstore.fetching import Wanted
 from ckptstore.model import MANIFEST_NAME, Level, Status
-from ckptstore.sharing import deal, share_of
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer.fetching import Wanted
+from ckptstore.transfer.sharing import deal, share_of
 from ckptstore.verify import verify
 from tests import commands, trees, warm
 from tests.faults import Proxy

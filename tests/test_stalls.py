@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ckptstore import listing, stalls
-from ckptstore.backends import open_backend
+from ckptstore import listing
+from ckptstore.backends import open_backend, stalls
 from ckptstore.model import Level, Status
 from ckptstore.store import CheckpointStore
 from ckptstore.verify import verify
@@ -174,7 +174,8 @@ import sys
 from datetime import timedelta
 for name in ("awscrt", "awscrt.auth", "awscrt.http"):  # our own uploads find it themselves: tests/test_multipart.py
     sys.modules[name] = None
-from ckptstore import sending, stalls
+from ckptstore.transfer import sending
+from ckptstore.backends import stalls
 from ckptstore.backends import object as objects
 sending.FILE_TRIES = 2
 stalls.STALL_S = stalls.ANSWER_S = 1.0

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import CheckpointStore, native, seal, steps
+from ckptstore import CheckpointStore, native, seal
 from ckptstore.errors import (
     AlreadyExistsError,
     BusyError,
@@ -33,6 +33,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.model import Status
 from ckptstore.parts import find_manifest
 from ckptstore.retention import Keep
+from ckptstore.saves import steps
 from tests import commands, trees
 from tests.crashing import Crash, Operations, Tree, content, without_manifest
 
@@ -355,7 +356,8 @@ def _sweep_in_place(room: Path) -> None:
 
 KILLED = """
 import sys
-from ckptstore import CheckpointStore, steps
+from ckptstore import CheckpointStore
+from ckptstore.saves import steps
 store = CheckpointStore(sys.argv[1])
 real = steps.side_folders.write_manifest
 def write_manifest(*args, **kwargs):

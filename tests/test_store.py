@@ -25,7 +25,7 @@ from ckptstore.errors import (
 from ckptstore.model import MANIFEST_NAME, Status
 from ckptstore.parts import read_manifest
 from ckptstore.plan import Options
-from ckptstore.push import push
+from ckptstore.transfer.push import push
 from tests import trees
 from tests.fusefs import fuse_mount
 from tests.users import as_nobody, open_way_to

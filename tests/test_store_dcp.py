@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, native, steps
+from ckptstore import CheckpointStore, native
 from ckptstore.errors import IntegrityError, UsageError
 from ckptstore.formats import dcp as dcp_format
 from ckptstore.model import Status
+from ckptstore.saves import steps
 from tests import reads, trees, warm
 from tests.test_torch_state import same
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, errors, manifest, node_sets, prepared, retention, steps
+from ckptstore import CheckpointStore, errors, manifest, retention
 from ckptstore import side as side_folders
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.cli import run as command
@@ -25,6 +25,7 @@ from ckptstore.errors import CkptStoreError, ManifestError, NotFoundError, Stora
 from ckptstore.manifest import Manifest
 from ckptstore.model import NodeSet, Status
 from ckptstore.retention import Candidate, Keep
+from ckptstore.saves import node_sets, prepared, steps
 
 torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")

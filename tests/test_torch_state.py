@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, loading, native
+from ckptstore import CheckpointStore, native
 from ckptstore.backends import LocalBackend
 from ckptstore.errors import (
     CkptStoreError,
@@ -27,6 +27,7 @@ from ckptstore.errors import (
     UsageError,
 )
 from ckptstore.manifest import FileEntry
+from ckptstore.saves import loading
 from tests import reads, trees
 
 torch = pytest.importorskip("torch")

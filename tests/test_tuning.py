@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptstore import fetching, multipart, native, parallel, sending, tuning
+from ckptstore import native, parallel
 from ckptstore.backends import open_backend, s3multipart
 from ckptstore.backends.s3control import control
-from ckptstore.fetching import Wanted, fetch
-from ckptstore.tuning import HOLD_S, WARM_S, Tuner
+from ckptstore.transfer import fetching, multipart, sending, tuning
+from ckptstore.transfer.fetching import Wanted, fetch
+from ckptstore.transfer.tuning import HOLD_S, WARM_S, Tuner
 from tests.faults import Meter
 
 MIB = 1 << 20

@@ -8,8 +8,8 @@ import pytest
 
 from ckptstore.backends import open_backend
 from ckptstore.cli import VERBS
-from ckptstore.push import push
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer.push import push
 from tests import commands, trees
 from tests.test_remote_looking import sealed_run
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import fetching, multipart, sending, unfinished
 from ckptstore.backends import open_backend, s3multipart
 from ckptstore.backends.s3control import control
 from ckptstore.model import Status
 from ckptstore.store import CheckpointStore
+from ckptstore.transfer import fetching, multipart, sending, unfinished
 from tests import trees, warm
 from tests.faults import Meter
 from tests.test_push_pull import EXPORT, same, send

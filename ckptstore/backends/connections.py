@@ -25,8 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptstore import stalls
-from ckptstore.backends import proxies
+from ckptstore.backends import proxies, stalls
 from ckptstore.parallel import Stop
 
 if TYPE_CHECKING:

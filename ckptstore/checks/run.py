@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from ckptstore import halt, owner, prepared, probe, running, steps
+from ckptstore import halt, probe, running
 from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
@@ -17,6 +17,7 @@ from ckptstore.frameworks.areal.era import of as era_of
 from ckptstore.listing import RESUMABLE
 from ckptstore.lock import busy, has_flock
 from ckptstore.model import FRESH_OPTIMIZER, Checkpoint, Status
+from ckptstore.saves import owner, prepared, steps
 
 _SETUP = "`ckptstore setup` puts the newest good checkpoint there; --dry-run shows which."
 _OPTIMIZER_SHARD = re.compile(r"optim_world_size_([0-9]{1,6})_rank_[0-9]+\.pt")

@@ -8,7 +8,6 @@ import time
 
 import click
 
-from ckptstore import owner, prepared, steps
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
@@ -18,6 +17,7 @@ from ckptstore.errors import UsageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.locate import Where
 from ckptstore.lock import RunLock
+from ckptstore.saves import owner, prepared, steps
 from ckptstore.sizes import size
 
 LONG_DEAD = "7d"
@@ -105,7 +105,7 @@ def _kept(side: str, *, but: set[str], old_slots: bool) -> list[tuple[str, str]]
 
 
 def _clean_remote(backend: Backend, older_than_s: float, *, dry_run: bool, as_json: bool) -> None:
-    from ckptstore import leftovers
+    from ckptstore.transfer import leftovers
 
     found, notes = leftovers.look(backend, older_than_s=older_than_s)
     gone = [one for one in found if dry_run or leftovers.remove(backend, one)]

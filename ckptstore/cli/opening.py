@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from ckptstore import commit, native, steps
+from ckptstore import commit, native
 from ckptstore import journal as journals
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend, is_url, normal_url, open_backend
@@ -26,6 +26,7 @@ from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, NoRunError, RemoteError, Where, locate, named_run
 from ckptstore.lock import busy
 from ckptstore.model import Checkpoint
+from ckptstore.saves import steps
 
 
 def open_run(

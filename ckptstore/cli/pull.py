@@ -16,10 +16,10 @@ from ckptstore.cli.render import done, echo, field, item, note, print_json, rate
 from ckptstore.errors import UsageError
 from ckptstore.listing import scan
 from ckptstore.locate import Where
-from ckptstore.pull import Fetched, pull
-from ckptstore.receiving import Bringing, bring
 from ckptstore.rendezvous import Rendezvous, launch
 from ckptstore.sizes import size
+from ckptstore.transfer.pull import Fetched, pull
+from ckptstore.transfer.receiving import Bringing, bring
 
 
 @click.command("pull", cls=Verb, short_help="Checkpoints from an object store, every range verified.")
@@ -74,7 +74,7 @@ def command(
             if told is None or dry_run:
                 bring_all(bring)
             else:
-                from ckptstore import sharing
+                from ckptstore.transfer import sharing
 
                 with Rendezvous(run, told) as group:
                     if not group.leads:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ckptstore import gathering
 from ckptstore.backends import Backend, open_backend
+from ckptstore.backends.stalls import StallWatch
 from ckptstore.choose import newest_first
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, read_words
 from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
@@ -22,10 +22,10 @@ from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint
-from ckptstore.push import Sending, Sent, push
 from ckptstore.rendezvous import Launch, Rendezvous, launch
 from ckptstore.sizes import size
-from ckptstore.stalls import StallWatch
+from ckptstore.transfer import gathering
+from ckptstore.transfer.push import Sending, Sent, push
 
 
 @click.command("push", cls=Verb, short_help="Checkpoints into an object store, verified, committed at the end.")
@@ -96,7 +96,7 @@ def command(
             if told is None or (dry_run and not of_nodes):
                 send_all()
             else:
-                from ckptstore import sharing
+                from ckptstore.transfer import sharing
 
                 with _meeting(told) if of_nodes else Rendezvous(located.run.path, told) as group:
                     if not group.leads:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ckptstore import halt, health, importing, mirrored, pins
+from ckptstore import halt, health, importing, pins
 from ckptstore import ledger as ledgers
 from ckptstore import side as side_folders
 from ckptstore.cli import condition
@@ -20,9 +20,10 @@ from ckptstore.health import Health
 from ckptstore.ledger import Ledger, Writer
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
-from ckptstore.mirrored import Lag
 from ckptstore.model import Checkpoint
 from ckptstore.rules import match
+from ckptstore.transfer import mirrored
+from ckptstore.transfer.mirrored import Lag
 
 _SHOWN = 6
 

@@ -12,8 +12,9 @@ from types import FrameType
 
 import click
 
-from ckptstore import adopt, mirrored
+from ckptstore import adopt
 from ckptstore.backends import is_url, normal_url, open_backend
+from ckptstore.backends.stalls import StallWatch
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
 from ckptstore.cli.moving import MAX_BANDWIDTH, bounded
 from ckptstore.cli.opening import open_run
@@ -23,9 +24,9 @@ from ckptstore.errors import CkptStoreError
 from ckptstore.locate import Where
 from ckptstore.model import Checkpoint
 from ckptstore.places import side_of
-from ckptstore.push import Sent
 from ckptstore.sizes import size
-from ckptstore.stalls import StallWatch
+from ckptstore.transfer import mirrored
+from ckptstore.transfer.push import Sent
 
 PUSH_EVERY_S, PUSH_AT_MOST_S = 60.0, 300.0  #: between two looks at what waits to be pushed; after failures in a row
 
@@ -92,7 +93,7 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
             if not url:
                 return
             nonlocal sending, pause_s, due_s
-            from ckptstore.mirror import mirror
+            from ckptstore.transfer.mirror import mirror
 
             sent: list[Sent] = []
             pause_s = min(pause_s * 2, PUSH_AT_MOST_S)
@@ -129,7 +130,7 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
             """Until the next look; what waits to be pushed does not wait for a save."""
             nonlocal due_s
             if url and time.monotonic() >= due_s:
-                from ckptstore.mirror import is_safe
+                from ckptstore.transfer.mirror import is_safe
 
                 if is_safe(backend, url):
                     due_s = time.monotonic() + PUSH_EVERY_S

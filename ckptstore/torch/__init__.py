@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from ckptstore.background import SaveHandle, wait_all
+from ckptstore.saves.background import SaveHandle, wait_all
 from ckptstore.torch.background import save_async
 from ckptstore.torch.reader import StoreReader
 from ckptstore.torch.resuming import resume_step

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from ckptstore import background, native, saving
-from ckptstore.background import OnBusy, SaveHandle
+from ckptstore import native
 from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
-from ckptstore.saving import Metrics
+from ckptstore.saves import background, saving
+from ckptstore.saves.background import OnBusy, SaveHandle
+from ckptstore.saves.saving import Metrics
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import memory, simple
 from ckptstore.torch import state as states

@@ -15,14 +15,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from ckptstore import native, sending, uploading
+from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import UsageError
 from ckptstore.formats import streaming
 from ckptstore.parallel import Stopped
+from ckptstore.saves import uploading
+from ckptstore.saves.uploading import Written
 from ckptstore.torch import memory
 from ckptstore.torch.filling import Block, File, Ring, Streams, fill
-from ckptstore.uploading import Written
+from ckptstore.transfer import sending
 
 BLOCK_BYTES = native.CHUNK_BYTES
 RING_BYTES = 64 * BLOCK_BYTES  #: of host memory, where nobody bounds it

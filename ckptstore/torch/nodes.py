@@ -31,15 +31,16 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ckptstore import native, node_sets, prepared, steps
+from ckptstore import native
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError, CommitUncertain, IntegrityError, NotCommitted, RankError, from_os_error
 from ckptstore.formats import dcp
 from ckptstore.manifest import Manifest, content_of
 from ckptstore.model import NodeSet
 from ckptstore.native import Digest
-from ckptstore.steps import Draft
-from ckptstore.uploading import Written
+from ckptstore.saves import node_sets, prepared, steps
+from ckptstore.saves.steps import Draft
+from ckptstore.saves.uploading import Written
 
 POLL_S = 0.02
 BEGIN_S = 60.0  #: so long a node's ranks wait for the first of them to begin its draft

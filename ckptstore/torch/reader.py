@@ -31,9 +31,9 @@ from torch.futures import Future
 
 from ckptstore.errors import IntegrityError, NotWholeError, UsageError
 from ckptstore.formats import FormatError, dcp, torchzip
-from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.parts import files_folder_of
+from ckptstore.saves.loading import Want, read_into, read_whole
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import resuming
 from ckptstore.torch.bounce import onto, target_of

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from ckptstore import node_sets, parallel, prepared, steps
+from ckptstore import parallel
 from ckptstore.backends.local import LocalBackend
 from ckptstore.choose import gone_bad
 from ckptstore.errors import CkptStoreError, IntegrityError, NothingToResumeError, RankError
@@ -32,7 +32,8 @@ from ckptstore.frameworks.steps import read_signs
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, NodeSet, Status
 from ckptstore.parts import folder_of, manifest_told, read_part
-from ckptstore.prepared import Prepared
+from ckptstore.saves import node_sets, prepared, steps
+from ckptstore.saves.prepared import Prepared
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.simple import see_nothing
 from ckptstore.verify import verify

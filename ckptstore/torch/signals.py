@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from ckptstore.background import wait_all
 from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.ranks import together
 from ckptstore.retention import prune_after
+from ckptstore.saves.background import wait_all
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.background import save_async
 

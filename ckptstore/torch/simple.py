@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 
-from ckptstore import native, saving
+from ckptstore import native
 from ckptstore.choose import gone_bad
 from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.formats import FormatError, safetensors
 from ckptstore.frameworks.steps import STATE_NAME
-from ckptstore.loading import Want, read_into, read_whole
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Part
 from ckptstore.parts import files_folder_of, folder_of, read_manifest, reader
 from ckptstore.retention import Keep, prune_after
-from ckptstore.saving import Metrics
+from ckptstore.saves import saving
+from ckptstore.saves.loading import Want, read_into, read_whole
+from ckptstore.saves.saving import Metrics
+from ckptstore.saves.uploading import Written
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, memory
 from ckptstore.torch import state as states
 from ckptstore.torch.bounce import onto, target_of
 from ckptstore.torch.filling import File, Streams, in_memory
-from ckptstore.uploading import Written
 
 CONFIG_NAME = "config.json"
 SUFFIX = ".safetensors"

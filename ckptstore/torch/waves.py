@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from ckptstore import saving
 from ckptstore.errors import SourceChangedError, UsageError
 from ckptstore.manifest import Manifest
 from ckptstore.retention import Keep
+from ckptstore.saves import saving
+from ckptstore.saves.uploading import Written
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, simple
 from ckptstore.torch import state as states
 from ckptstore.torch.blocks import BLOCK_BYTES
 from ckptstore.torch.filling import Streams
-from ckptstore.uploading import Written
 
 
 class Waves:

@@ -30,16 +30,17 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckptstore import native, node_sets, saving, steps
+from ckptstore import native
 from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.formats import dcp, torchzip
 from ckptstore.manifest import Manifest
-from ckptstore.saving import Metrics
+from ckptstore.saves import node_sets, saving, steps
+from ckptstore.saves.saving import Metrics
+from ckptstore.saves.uploading import Written
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import blocks, nodes
 from ckptstore.torch.filling import File, Streams, Tail, in_memory
 from ckptstore.torch.memory import plain
-from ckptstore.uploading import Written
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ckptstore import native, parallel
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, DigestMismatchError
 from ckptstore.formats.streaming import mismatch
-from ckptstore.tuning import Tuner
+from ckptstore.transfer.tuning import Tuner
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

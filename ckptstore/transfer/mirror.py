@@ -16,16 +16,17 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 
-from ckptstore import choose, mirrored, native, parallel, places
+from ckptstore import choose, native, parallel, places
 from ckptstore.backends import Bandwidth, normal_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import Listing, mirror_of, scan
-from ckptstore.mirrored import Lag, Record, finished
 from ckptstore.model import Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
-from ckptstore.push import Sent, push
+from ckptstore.transfer import mirrored
+from ckptstore.transfer.mirrored import Lag, Record, finished
+from ckptstore.transfer.push import Sent, push
 from ckptstore.verify import Notify
 
 log = logging.getLogger(__name__)

@@ -20,14 +20,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ckptstore import claims, parallel, unfinished
+from ckptstore import parallel
 from ckptstore.backends.base import Backend, Blob
 from ckptstore.backends.s3control import Upload
-from ckptstore.conditions import PROBE
 from ckptstore.errors import ManifestError, NotFoundError
 from ckptstore.manifest import parse
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME, REMOVING_PREFIX
 from ckptstore.parts import read_manifest
+from ckptstore.transfer import claims, unfinished
+from ckptstore.transfer.conditions import PROBE
 
 THREADS = 8
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ckptstore import conditions, native, pages, server_digests
+from ckptstore import native, pages
 from ckptstore.backends import interruptible
 from ckptstore.backends.base import Backend
 from ckptstore.errors import (
@@ -42,8 +42,9 @@ from ckptstore.model import MANIFEST_NAME, FileInfo
 from ckptstore.names import check_names
 from ckptstore.native import Folder
 from ckptstore.parts import read_manifest
-from ckptstore.sending import Outgoing, send
-from ckptstore.steps import manifest_of
+from ckptstore.saves.steps import manifest_of
+from ckptstore.transfer import conditions, server_digests
+from ckptstore.transfer.sending import Outgoing, send
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import IntegrityError, SourceChangedError, from_os_error
-from ckptstore.fetching import Wanted, fetch
 from ckptstore.formats import streaming
 from ckptstore.manifest import FileEntry
+from ckptstore.transfer.fetching import Wanted, fetch
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

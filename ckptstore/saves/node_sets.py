@@ -11,10 +11,10 @@ import os
 import re
 import secrets
 
-from ckptstore import owner, prepared, steps
 from ckptstore import side as side_folders
 from ckptstore.errors import BusyError, RefusedError, from_os_error
 from ckptstore.model import NodeSet
+from ckptstore.saves import owner, prepared, steps
 from ckptstore.untrusted import open_regular
 
 IDENTITY = "id"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, SupportsFloat
 
-from ckptstore import native, steps, uploading
+from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import UsageError
 from ckptstore.manifest import Manifest
-from ckptstore.uploading import Upload, Written
+from ckptstore.saves import steps, uploading
+from ckptstore.saves.uploading import Upload, Written
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -14,11 +14,11 @@ from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import IntegrityError, NoSpaceError, from_os_error
-from ckptstore.fetching import Wanted, fetch
 from ckptstore.manifest import Manifest
 from ckptstore.model import Part
 from ckptstore.parts import files_folder_of
 from ckptstore.sizes import size
+from ckptstore.transfer.fetching import Wanted, fetch
 from ckptstore.verify import check_part_structure
 
 

@@ -30,10 +30,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from ckptstore import conditions, multipart, native, pages, server_digests
+from ckptstore import native, pages
 from ckptstore.backends.base import Backend, Fill
-from ckptstore.claims import RENEW_S, Place
-from ckptstore.conditions import Conditions
 from ckptstore.errors import (
     AccessError,
     IntegrityError,
@@ -50,8 +48,11 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import ATTEMPT_PREFIX, Checkpoint, Part
 from ckptstore.parts import folder_of, read_manifest, read_part
 from ckptstore.seal import describe
-from ckptstore.sending import Outgoing, look, part_size, send
-from ckptstore.server_digests import Said, ask_all
+from ckptstore.transfer import conditions, multipart, server_digests
+from ckptstore.transfer.claims import RENEW_S, Place
+from ckptstore.transfer.conditions import Conditions
+from ckptstore.transfer.sending import Outgoing, look, part_size, send
+from ckptstore.transfer.server_digests import Said, ask_all
 from ckptstore.verify import Notify
 
 if TYPE_CHECKING:

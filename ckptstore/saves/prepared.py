@@ -19,11 +19,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ckptstore import manifest as manifests
-from ckptstore import owner
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError
 from ckptstore.manifest import Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
+from ckptstore.saves import owner
 from ckptstore.untrusted import open_regular
 
 _PLACE = re.compile(r"(?:save|old-step-[0-9]+)-([0-9a-f]{32})")

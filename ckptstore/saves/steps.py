@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ckptstore
-from ckptstore import native, owner, places, prepared, probe
+from ckptstore import native, places, probe
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import (
@@ -46,6 +46,7 @@ from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
 from ckptstore.names import check_names
+from ckptstore.saves import owner, prepared
 from ckptstore.untrusted import open_regular
 
 PART = "default"

@@ -28,7 +28,7 @@ from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Part, Status
 from ckptstore.names import check_name, check_names
 from ckptstore.parts import find_manifest, folder_of, judged, read_manifest, read_part
-from ckptstore.receiving import Bringing, bring, fill
+from ckptstore.transfer.receiving import Bringing, bring, fill
 from ckptstore.verify import Notify
 
 UNVOUCHED = "no manifest came with it: its structure is whole, and which bytes were written nobody can say (seal it)"

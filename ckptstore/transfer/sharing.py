@@ -18,20 +18,21 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptstore import gathering, native
 from ckptstore import manifest as manifests
+from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import CkptStoreError, IntegrityError, from_os_error
-from ckptstore.fetching import Wanted
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Status
 from ckptstore.names import check_name, check_names
 from ckptstore.parts import find_manifest, read_part
-from ckptstore.pull import Fetched
-from ckptstore.push import send_share
-from ckptstore.receiving import bring
 from ckptstore.rendezvous import Rendezvous
+from ckptstore.transfer import gathering
+from ckptstore.transfer.fetching import Wanted
+from ckptstore.transfer.pull import Fetched
+from ckptstore.transfer.push import send_share
+from ckptstore.transfer.receiving import bring
 
 SEEN_WITHIN_S = 20.0  #: network file systems show another machine's rename some seconds later
 

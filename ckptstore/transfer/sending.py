@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptstore import multipart, native, parallel
+from ckptstore import native, parallel
 from ckptstore.backends.base import Backend
 from ckptstore.errors import NoSpaceError, StorageError
-from ckptstore.tuning import Tuner
+from ckptstore.transfer import multipart
+from ckptstore.transfer.tuning import Tuner
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
