@@ -9,10 +9,11 @@ import ckptstore
 from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import CkptStoreError, IntegrityError, ManifestError, NotFoundError, RefusedError, SourceChangedError
+from ckptstore.formats import archives
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part, Status
 from ckptstore.names import check_names
-from ckptstore.parts import find_manifest, folder_of, read_manifest
+from ckptstore.parts import find_manifest, folder_of, read_manifest, reader
 from ckptstore.side import write_manifest
 from ckptstore.verify import check_part_structure
 
@@ -20,7 +21,8 @@ from ckptstore.verify import check_part_structure
 def seal(backend: Backend, checkpoint: Checkpoint, *, progress: native.Progress | None = None) -> list[Manifest]:
     """Digest every file and write one manifest a part. Parts that a valid manifest describes keep theirs.
 
-    IntegrityError for a checkpoint that is not whole: a manifest would vouch for damage.
+    IntegrityError for a checkpoint that is not whole, also by the CRC-32s that torch left in its files: a manifest would vouch
+    for damage.
     SourceChangedError when a file is written meanwhile: nothing is sealed then.
     """
     if not checkpoint.status.usable:
@@ -56,12 +58,7 @@ def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: nat
             f"{part.path}/{early} was written before 1970, by its time, which no manifest can say",
             hint="Was the clock wrong? `touch` sets the file's time.",
         )
-    specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in part.files]
-    digests = {}
-    for name, result in native.digest_files(part.path, specs, progress=progress).items():
-        if isinstance(result, CkptStoreError):
-            raise result
-        digests[name] = result
+    digests = _digests(backend, checkpoint, part, progress)
     _refuse_other_than_saved(backend, checkpoint, part, digests)
     return Manifest(
         step=checkpoint.step,
@@ -75,6 +72,26 @@ def describe(backend: Backend, checkpoint: Checkpoint, part: Part, progress: nat
         chunk_bytes=native.CHUNK_BYTES,
         tool=f"ckptstore {ckptstore.__version__}",
     )
+
+
+def _digests(
+    backend: Backend, checkpoint: Checkpoint, part: Part, progress: native.Progress | None
+) -> Mapping[str, native.Digest]:
+    """Of each file; compared in the same read with what torch left in them: no manifest shall vouch for a flipped bit."""
+    compared = archives.compare(part.path, {file.name: file for file in part.files}, reader(backend, part), progress=progress)
+    if compared is not None:
+        if compared.findings:
+            raise IntegrityError(
+                f"step {checkpoint.step}, {part.name}/{compared.findings[0]}", hint="Only whole checkpoints are sealed."
+            )
+        return compared.digests
+    specs = [native.FileSpec(file.name, file.size_bytes, file.mtime_ns, file.inode) for file in part.files]
+    digests = {}
+    for name, result in native.digest_files(part.path, specs, progress=progress).items():
+        if isinstance(result, CkptStoreError):
+            raise result
+        digests[name] = result
+    return digests
 
 
 def _refuse_other_than_saved(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ckptstore import CheckpointStore, NothingToResumeError, native
 from ckptstore.backends import LocalBackend
+from ckptstore.errors import IntegrityError
 from ckptstore.formats import archives, streaming
 from ckptstore.listing import scan
 from ckptstore.manifest import parse
@@ -424,6 +425,26 @@ def test_a_flipped_bit_in_an_unsealed_slot(own_slot, where):
     assert "CRC-32 that torch.save left" in str(report.findings[0])
     with pytest.raises(NothingToResumeError, match="CRC-32"):  # and no setup goes onto it
         CheckpointStore(run).setup()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_no_manifest_vouches_for_a_flipped_bit(own_slot, damaged):
+    """Its digests are of the same read, and those of the engine."""
+    run, slot = own_slot
+    (file,) = slot.glob("*.distcp")
+    if damaged:
+        trees.bitflip(file, file.stat().st_size // 2)
+        trees.set_age(run, 3600)
+    backend = LocalBackend(str(run))
+    checkpoint = scan(backend).slot
+    if damaged:
+        with pytest.raises(IntegrityError, match=r"CRC-32 that torch\.save left"):
+            seal(backend, checkpoint)
+        return
+    (manifest,) = seal(backend, checkpoint)
+    specs = [native.FileSpec(entry.path, entry.size_bytes) for entry in manifest.files]
+    digests = native.digest_files(slot, specs)
+    assert {entry.path: (entry.crc, entry.chunks) for entry in manifest.files} == digests
 
 
 def test_every_byte_is_read_once(own_slot, monkeypatch):

@@ -138,8 +138,12 @@ def _windows(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Iterator[Window]
 
 
 class Compared(NamedTuple):
-    """`compared_bytes` of the `total_bytes` that were read have a CRC-32; `findings`: the first of each file that differs."""
+    """`compared_bytes` of the `total_bytes` that were read have a CRC-32; `findings`: the first of each file that differs.
 
+    `digests`: of each file, as native.digest_files makes them, from the same read.
+    """
+
+    digests: Mapping[str, native.Digest]
     findings: tuple[Finding, ...]
     compared_bytes: int
     total_bytes: int
@@ -174,7 +178,12 @@ def compare(
         if crc != record.crc32:
             problem = f"the CRC-32 that torch.save left of the bytes from {record.offset:,} on does not match"
             findings.setdefault(record.file, Finding(record.file, problem, Status.CORRUPT))
-    return Compared(tuple(findings.values()), compared_bytes, total_bytes)
+    segments: dict[str, list[tuple[int, int, int]]] = {info.name: [] for info in regular}
+    for piece in job.pieces:
+        part = ranges[piece.range]
+        segments[regular[part.source].name].append((part.offset + piece.begin, piece.length, piece.crc64))
+    digests = {name: streaming.digest(pieces) for name, pieces in segments.items()}
+    return Compared(digests, tuple(findings.values()), compared_bytes, total_bytes)
 
 
 def _between(known: list[Record], regular: list[FileInfo]) -> Iterator[tuple[str, int, int]]:
