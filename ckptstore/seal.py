@@ -13,7 +13,7 @@ from ckptstore.formats import archives
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part, Status
 from ckptstore.names import check_names
-from ckptstore.parts import find_manifest, folder_of, read_manifest, reader
+from ckptstore.parts import find_manifest, folder_of, read_manifest
 from ckptstore.side import write_manifest
 from ckptstore.verify import check_part_structure
 
@@ -78,7 +78,7 @@ def _digests(
     backend: Backend, checkpoint: Checkpoint, part: Part, progress: native.Progress | None
 ) -> Mapping[str, native.Digest]:
     """Of each file; compared in the same read with what torch left in them: no manifest shall vouch for a flipped bit."""
-    compared = archives.compare(part.path, {file.name: file for file in part.files}, reader(backend, part), progress=progress)
+    compared = archives.compare(part.path, {file.name: file for file in part.files}, progress=progress)
     if compared is not None:
         if compared.findings:
             raise IntegrityError(

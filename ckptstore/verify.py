@@ -227,7 +227,7 @@ def _compare_own_sums(backend: Backend, part: Part, progress: native.Progress | 
         return None
     files = {file.name: file for file in part.files}
     try:
-        compared = archives.compare(part.path, files, reader(backend, part), progress=progress)
+        compared = archives.compare(part.path, files, progress=progress)
     except CkptStoreError:
         return None  # of which file, and why, is said where they are read one by one
     if compared is None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ckptstore import native
+from ckptstore.errors import from_os_error
 from ckptstore.formats import dcp, streaming
 from ckptstore.formats.reading import FormatError
 from ckptstore.model import FileInfo, Finding, ReadAt, Status
@@ -150,26 +151,29 @@ class Compared(NamedTuple):
 
 
 def compare(
-    root: str | os.PathLike[str],
-    files: Mapping[str, FileInfo],
-    read_at: ReadAt,
-    *,
-    progress: native.Progress | None = None,
+    root: str | os.PathLike[str], files: Mapping[str, FileInfo], *, progress: native.Progress | None = None
 ) -> Compared | None:
     """Read all of a part's files below `root` once, and compare them with the CRC-32s in them; None where there are none.
 
     Raises what native.copy_files does of files that cannot be read, or change meanwhile.
     """
-    known = checked(read_at, files)
     regular = [info for info in files.values() if info.kind == "file"]
-    total_bytes = sum(info.size_bytes for info in regular)
-    compared_bytes = sum(record.length for record in known)
-    if not known or compared_bytes > total_bytes:
-        return None
     number = {info.name: at for at, info in enumerate(regular)}
-    ranges = [streaming.Range(number[record.file], record.offset, record.length) for record in known]
-    ranges += [streaming.Range(number[name], begin, end - begin) for name, begin, end in _between(known, regular)]
+    total_bytes = sum(info.size_bytes for info in regular)
     with streaming.opened(root, regular) as descriptors:
+
+        def read_at(name: str, offset: int, length: int) -> bytes:  # ten times an item of a DCP file, which has many
+            try:
+                return os.pread(descriptors[number[name]], length, offset)
+            except OSError as error:
+                raise from_os_error(error, doing="reading", path=os.path.join(root, name)) from error
+
+        known = checked(read_at, files)
+        compared_bytes = sum(record.length for record in known)
+        if not known or compared_bytes > total_bytes:
+            return None
+        ranges = [streaming.Range(number[record.file], record.offset, record.length) for record in known]
+        ranges += [streaming.Range(number[name], begin, end - begin) for name, begin, end in _between(known, regular)]
         sources = [streaming.Source(info, fd) for info, fd in zip(regular, descriptors, strict=True)]
         job = streaming.Job(sources, [], ranges, progress=progress)
         job.run()
