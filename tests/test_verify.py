@@ -447,6 +447,27 @@ def test_no_manifest_vouches_for_a_flipped_bit(own_slot, damaged):
     assert {entry.path: (entry.crc, entry.chunks) for entry in manifest.files} == digests
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_the_trainer_saved_over_a_sealed_slot(own_slot, damaged):
+    """The manifest in it is of what was there before, and proves nothing any more; torch's sums do."""
+    run, slot = own_slot
+    backend = LocalBackend(str(run))
+    seal(backend, scan(backend).slot)
+    manifest = slot / MANIFEST_NAME
+    kept = manifest.read_bytes()
+    make_own_slot(run.parents[3])
+    manifest.write_bytes(kept)
+    trees.set_age(manifest, 2 * 3600)
+    (file,) = slot.glob("*.distcp")
+    if damaged:
+        trees.bitflip(file, file.stat().st_size // 2)
+        trees.set_age(file, 3600)
+    report = look(run)
+    assert report.ok is not damaged, report
+    told = str(report.findings) if damaged else str(report.notes)
+    assert ("CRC-32 that torch.save left" if damaged else OWN_SUMS) in told
+
+
 def test_every_byte_is_read_once(own_slot, monkeypatch):
     run, slot = own_slot
     jobs = []

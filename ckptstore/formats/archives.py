@@ -107,7 +107,7 @@ def records(window: Window) -> Iterator[Record]:
 def checked(read_at: ReadAt, files: Mapping[str, FileInfo]) -> list[Record]:
     """The records in a part's files of which torch left a CRC-32, each once, by file and offset.
 
-    What is no archive, or was saved without CRC-32s (torch.serialization.set_crc32_options), has none. OSError is the medium's.
+    What is no archive, or was saved without CRC-32s (torch.serialization.set_crc32_options), has none. Raises as `read_at`.
     """
     found: dict[tuple[str, int, int], Record] = {}
     for window in _windows(read_at, files):
