@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickletools
+import random
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from ckptstore.saves import loading
 from tests import reads, trees
 
 torch = pytest.importorskip("torch")
+dcp = pytest.importorskip("torch.distributed.checkpoint")
 ckpt = pytest.importorskip("ckptstore.torch")
 from ckptstore.torch import memory, simple  # noqa: E402
 from ckptstore.torch import state as states  # noqa: E402
@@ -74,6 +76,20 @@ def test_everything_comes_back(store: CheckpointStore) -> None:
     assert store.verify(3).ok
     for path in Path(store.folder).rglob("*"):
         assert path.suffix in ("", ".json", ".safetensors"), path
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_what_is_drawn_from_a_seed_stays(store: CheckpointStore) -> None:
+    """A run that saves draws the same numbers as one that does not: it can be compared with it, and resumed bit for bit."""
+    state = {"w": torch.ones(1000), "n": torch.nn.Linear(3, 3).state_dict()}
+    before = random.getstate(), torch.get_rng_state()
+    ckpt.save(store, 1, state)
+    ckpt.save_async(store, 2, state).wait()
+    ckpt.load(store)
+    dcp.save(state, storage_writer=ckpt.StoreWriter(store, 3))
+    dcp.load(state, storage_reader=ckpt.StoreReader(store, 3))
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
 
 
 @pytest.mark.parametrize("name", memory.DTYPES)

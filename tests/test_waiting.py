@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import random
 import socket
 import threading
 import time
@@ -80,8 +81,10 @@ def test_why_there_is_no_answer(endpoint):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     endpoint(port)
+    drawn = random.getstate()
     with pytest.raises(StorageError, match=rf"Connection refused \(GET to http://127.0.0.1:{port}, \d tries\)$"):
         list(open_backend(PLACE).list())
+    assert random.getstate() == drawn, "an outage changes what the trainer draws from its seed"
 
 
 @pytest.mark.parametrize(

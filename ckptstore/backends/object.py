@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 #: A request is tried again for so long: a store that is overloaded or restarts comes back, one that is gone is named.
 RETRY_FOR = timedelta(seconds=60)
 TRIES = 8
+_chance = random.Random()  # ours alone: a retry must not change what the trainer draws from the `random` that it has seeded
 #: A request on which nothing comes for so long has stalled.
 STALL = timedelta(seconds=10)
 #: The longest that one request may take. Uploads have no other bound here: for them the library counts the time of sending as
@@ -354,7 +355,7 @@ class Tries:
         if self.made >= TRIES or now_s - self._begun_s > RETRY_FOR.total_seconds():
             return False
         waiting.notice(self._of, now_s - self._begun_s)
-        sleep(min(0.1 * 2**self.made, 5) * random.uniform(0.5, 1))
+        sleep(min(0.1 * 2**self.made, 5) * _chance.uniform(0.5, 1))
         self.made += 1
         return True
 
