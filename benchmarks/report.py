@@ -5,6 +5,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import TextWrapper
 
 GB = 1e9
 INTRODUCTION = """# Performance
@@ -147,24 +148,31 @@ def in_short(tables: dict[str, list[Row]]) -> str:
     return "In short (1.17× X: 1.17 times as fast as X):\n\n" + "\n".join(lines) + "\n\n" if lines else ""
 
 
-def machine(runs: list[dict]) -> str:
-    """The machine, and when each run was made, of what, and how busy it was."""
-    info = runs[0]["machine_info"]
+def machine(info: dict) -> list[str]:
+    """What the figures of a run depend on."""
     cpu = info.get("cpu", {})
-    facts = [
+    return [
         f"{cpu.get('brand_raw', 'unknown processor')}, {info.get('cores', '?')} cores, AVX-512: "
         f"{'yes' if info.get('avx512') else 'no'}, CRC path: {info.get('crc64', '?')}",
         f"{info.get('memory_bytes', 0) / GB:.0f} GB memory, kernel {info.get('release', '?')}",
         info.get("file_system", "?"),
     ]
+
+
+def provenance(runs: list[dict]) -> str:
+    """Each machine; and when the runs there were made, of what, and how busy it was."""
+    machines = defaultdict(list)
     for run in runs:
         tables = ", ".join(dict.fromkeys(group.partition(",")[0] for group in tables_of(run)))
-        commit, load = run["commit_info"], run["machine_info"].get("load", [0])
-        facts.append(
-            f"{tables}: {run['machine_info'].get('size', '?')} a run, {run['datetime'][:16].replace('T', ' ')}, commit "
-            f"{commit.get('id', '?')[:12]}{' with changes' if commit.get('dirty') else ''}, load average then {load[0]:.1f}"
+        commit, info = run["commit_info"], run["machine_info"]
+        machines[tuple(machine(info))].append(
+            f"{tables}: {info.get('size', '?')} a run, {run['datetime'][:16].replace('T', ' ')}, commit "
+            f"{commit.get('id', '?')[:12]}{' with changes' if commit.get('dirty') else ''}, load average then "
+            f"{info.get('load', [0])[0]:.1f}"
         )
-    return "\n".join(f"- {fact}" for fact in facts) + "\n\n"
+    lines = TextWrapper(width=128, initial_indent="- ", subsequent_indent="  ")
+    parts = ["\n".join(map(lines.fill, (*facts, *made))) for facts, made in machines.items()]
+    return "\n\nOn another machine:\n\n".join(parts) + "\n\n"
 
 
 def picture(tables: dict[str, list[Row]], path: Path) -> bool:
@@ -212,12 +220,12 @@ def picture(tables: dict[str, list[Row]], path: Path) -> bool:
 
 
 def write(sources: list[Path], page: Path) -> None:
-    """Write the page from one JSON, or from several of the same machine (tables that were run one by one)."""
+    """Write the page from one JSON, or from several (tables that were run one by one)."""
     runs = [json.loads(source.read_text()) for source in sources]
     tables = tables_of({"benchmarks": [benchmark for run in runs for benchmark in run["benchmarks"]]})
     info = runs[0]["machine_info"]
     command = "./run bench" + (f" --size {info.get('size', '')}" if len(runs) == 1 else ", table by table")
-    text = INTRODUCTION.format(command=command) + machine(runs)
+    text = INTRODUCTION.format(command=command) + provenance(runs)
     page.parent.mkdir(parents=True, exist_ok=True)
     drawing = page.with_suffix(".svg")
     if picture(tables, drawing):
