@@ -221,12 +221,14 @@ class Pace:
 class Meter:
     """Passes TCP to a port and counts the bytes of each way, headers and all: what really went over the wire.
 
-    As slow as a line that gives each connection so much, or all of them together.
+    As slow as a line that gives each connection so much, or all of them together. From `hold_at_bytes` on nothing goes up:
+    who sends is surely in the middle of it.
     """
 
     server_port: int
     each_bytes_per_s: float = math.inf
     together_bytes_per_s: float = math.inf
+    hold_at_bytes: float = math.inf
     up_bytes: int = 0
     down_bytes: int = 0
     ends: list[socket.socket] = field(default_factory=list)  #: of all connections that were made
@@ -260,6 +262,8 @@ class Meter:
                         self.down_bytes += len(data)
                 mine.wait(len(data))
                 self._all.wait(len(data))
+                while up and self.up_bytes >= self.hold_at_bytes:
+                    time.sleep(0.002)
                 target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -663,14 +664,15 @@ def test_kill_9_in_the_middle_of_a_file(seaweed, s3, tmp_path):
     """What is sent again is what was on its way: at most one part a stream, and of what the store tells to have, none."""
     run = make(tmp_path, 128)
     total = CheckpointStore(run).get(46).size_bytes
-    meter = faults.Meter(seaweed.port, together_bytes_per_s=150e6)
+    meter = faults.Meter(seaweed.port, together_bytes_per_s=150e6, hold_at_bytes=total * 0.75)
     try:
         process = push_through(meter.port, run, s3)
-        while meter.up_bytes < total * 0.75:
+        while meter.up_bytes < meter.hold_at_bytes:
             assert process.poll() is None, process.communicate()
             time.sleep(0.002)
         process.kill()
         process.communicate()
+        meter.hold_at_bytes = math.inf
         before = -1
         while before != (before := meter.up_bytes):  # what the kernel still held
             time.sleep(0.3)
