@@ -209,7 +209,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     writer = Writer(path)
     writer.judges(judges, 1.0)
     writer.record(3, 1763000000.123, metrics)
-    writer.records([Record(4, 5.0, metrics), Record(5, 6.0, metrics)])
+    writer.records([Record(4, 5.0, metrics), Record(5, 6.0, metrics)], imported_at_s=8.0)
     writer.event("trip", 9, 7.0, since_step=4)
     writer.sync()
     writer.close()
@@ -402,13 +402,39 @@ def test_importing_twice_changes_nothing_and_mixes_with_what_was_observed(tmp_pa
         writer.record(step, 1000.0 + step, {REWARD: GOOD})
     imported = [Record(step, 1000.0 + step - 0.25, {"loss": NAN, REWARD: GOOD}) for step in range(6)]
     for _ in range(2):
-        writer.records(importing.new_to(ledger.read(path), imported))
+        writer.records(importing.new_to(ledger.read(path), imported), imported_at_s=time.time())
     writer.close()
     found = ledger.read(path)
     assert len(found.branches) == 1, "times put the imported steps where they belong"
     assert [record.step for record in found.line()] == list(range(6))
     assert all(record.metrics.keys() == {"loss", REWARD} for record in found.line())
     assert len(Path(path).read_text().splitlines()) == 3 + 6
+
+
+@pytest.mark.parametrize("set_by_s", [-7200.0, 7200.0, 36 * 3600.0])
+@pytest.mark.parametrize("until", [110, 500])
+def test_a_clock_that_was_set_mixes_no_history(tmp_path: Path, set_by_s: float, until: int) -> None:
+    """The clock is wrong from step 100 on, or up to step 110; zeros from step 120 on. An import is of one file, in its order."""
+    times = {step: 1.7e9 + 75 * step + (set_by_s if 100 <= step < until else 0.0) for step in range(200)}
+    records = [Record(step, at_s, {REWARD: 0.0 if step >= 120 else GOOD}) for step, at_s in times.items()]
+    observed, imported = Writer(str(tmp_path / "observed")), Writer(str(tmp_path / "imported"))
+    for record in records:
+        observed.record(*record)
+    imported.records(records, imported_at_s=1.8e9)
+    for writer in (observed, imported):
+        writer.close()
+        found = ledger.read(writer.path)
+        assert [record.step for record in found.line()] == list(range(200))
+        for step in (95, 105, 115, 121, 150, 187):
+            assert of(step, found, times[step] - 10) is (Health.BAD if step >= 120 else Health.GOOD), step
+
+
+def test_the_rotated_log_may_be_imported_last(tmp_path: Path) -> None:
+    writer = Writer(str(tmp_path / "metrics.jsonl"))
+    for number, steps in enumerate((range(100, 200), range(100))):
+        writer.records((Record(step, 1.7e9 + step, {REWARD: GOOD}) for step in steps), imported_at_s=1.8e9 + number)
+    writer.close()
+    assert [record.step for record in ledger.read(writer.path).line()] == list(range(200))
 
 
 @settings(max_examples=300, deadline=None)
@@ -439,7 +465,7 @@ def _written(record: Record) -> bytes:
     read_end, write_end = os.pipe()
     writer = Writer("-")
     writer._descriptor = write_end
-    writer.records([record])
+    writer.records([record], imported_at_s=1.5)
     writer.close()
     with os.fdopen(read_end, "rb") as file:
         return file.read()

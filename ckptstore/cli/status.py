@@ -104,7 +104,7 @@ def _import(side: str, path: str, axis: str) -> str:
     writer = Writer(ledgers.path_in(side))
     ledger = ledgers.read(writer.path)
     fresh = importing.new_to(ledger, found.records)
-    writer.records(fresh)
+    writer.records(fresh, imported_at_s=time.time())
     writer.sync()
     writer.close()
     if writer.lost is not None:
