@@ -414,7 +414,7 @@ def test_importing_twice_changes_nothing_and_mixes_with_what_was_observed(tmp_pa
 @pytest.mark.parametrize("set_by_s", [-7200.0, 7200.0, 36 * 3600.0])
 @pytest.mark.parametrize("until", [110, 500])
 def test_a_clock_that_was_set_mixes_no_history(tmp_path: Path, set_by_s: float, until: int) -> None:
-    """The clock is wrong from step 100 on, or up to step 110; zeros from step 120 on. An import is of one file, in its order."""
+    """The clock is wrong from step 100 on, or up to step 110; zeros from step 120 on. An import keeps its file's order."""
     times = {step: 1.7e9 + 75 * step + (set_by_s if 100 <= step < until else 0.0) for step in range(200)}
     records = [Record(step, at_s, {REWARD: 0.0 if step >= 120 else GOOD}) for step, at_s in times.items()]
     observed, imported = Writer(str(tmp_path / "observed")), Writer(str(tmp_path / "imported"))
