@@ -172,12 +172,13 @@ def newest_first(run: str, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint
 
 
 def _judge(run: str) -> Judge | None:
-    """What tells a checkpoint's health; None where no metrics were recorded."""
-    if not places.has_ledger(run):
+    """What tells a checkpoint's health; None where there are no metrics."""
+    if not places.has_metrics(run):
         return None
-    from ckptstore import health  # 20 ms, and most runs have no ledger
+    from ckptstore import health  # 20 ms, where many runs have none
 
-    return functools.partial(health.of, ledger=health.ledger_of(run))
+    ledger = health.ledger_of(run)
+    return functools.partial(health.of, ledger=ledger) if ledger else None
 
 
 def _reading(slot: Checkpoint, notify: Notify | None) -> native.Progress:

@@ -13,12 +13,14 @@ unknown  nothing tells: no metrics, none at or after its step, or none that was 
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from ckptstore import importing
 from ckptstore import ledger as ledgers
 from ckptstore.ledger import Judges, Ledger, Line
 from ckptstore.model import Checkpoint
@@ -165,8 +167,30 @@ def replay_of(ledger: Ledger, branch: int = -1) -> Replay:
 
 
 def ledger_of(run: str) -> Ledger:
-    """The ledger of a run given by its folder; an empty one where nothing was recorded."""
-    return ledgers.read(ledgers.path_in(ledgers.side_of(run)))
+    """The ledger of a run given by its folder, with what the trainer's log tells where nobody recorded while it trained.
+
+    Empty where neither has a metric.
+    """
+    path = ledgers.path_in(ledgers.side_of(run))
+    found = ledgers.read(path)
+    if found.observed or not (logged := importing.of_run(run)):
+        return found
+    return ledgers.read(path, logged=logged)
+
+
+def keep_log(run: str) -> None:
+    """Record what the trainer's log tells, where nobody did: what is trained from now on may be watched, and the log gone.
+
+    The side folder must exist. OSError where it cannot be written.
+    """
+    writer = ledgers.Writer(ledgers.path_in(ledgers.side_of(run)))
+    found = ledgers.read(writer.path)
+    if not found.observed and (fresh := importing.new_to(found, importing.of_run(run))):
+        writer.records(fresh, imported_at_s=time.time())
+        writer.sync()
+        writer.close()
+    if writer.lost is not None:
+        raise writer.lost
 
 
 def of(checkpoint: Checkpoint, ledger: Ledger) -> Verdict:

@@ -80,6 +80,8 @@ class Ledger:
     events: tuple[Event, ...] = ()
     judges: Judges = DEFAULT_JUDGES
     damaged_lines: int = 0
+    observed: bool = False  #: whether any of it was recorded while it happened: then it is all there is to know
+    logged: bool = False  #: whether the trainer's log tells some of it
     _lines: dict[int, Line] = field(default_factory=dict, repr=False, compare=False)
     replays: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)  #: of health.py alone
 
@@ -134,14 +136,17 @@ def _step(record: Record) -> int:
     return record.step
 
 
-def read(path: str) -> Ledger:
-    """Read a ledger; an empty one where there is no file. StorageError or AccessError where it cannot be read."""
+def read(path: str, *, logged: Iterable[Record] = ()) -> Ledger:
+    """Read a ledger; an empty one where there is no file. StorageError or AccessError where it cannot be read.
+
+    `logged`: what the trainer's log tells, in its order, is taken in too.
+    """
     try:
         with open_regular(path) as file:
             file.seek(max(os.fstat(file.fileno()).st_size - MAX_BYTES, 0))
-            return from_lines(_lines_of(file))
+            return from_lines(_lines_of(file), logged=logged)
     except FileNotFoundError:
-        return Ledger()
+        return from_lines((), logged=logged)
     except OSError as error:
         raise from_os_error(error, doing="reading", path=path) from error
 
@@ -151,21 +156,24 @@ def _lines_of(file: Any) -> Iterator[bytes]:
         yield line
 
 
-def from_lines(lines: Iterable[bytes]) -> Ledger:
-    """Sort out the lines of a ledger. Never raises for what they hold."""
+def from_lines(lines: Iterable[bytes], *, logged: Iterable[Record] = ()) -> Ledger:
+    """Sort out the lines of a ledger, and what a log tells beside it. Never raises for what they hold."""
     blocks: dict[float, list[Record]] = {0.0: []}  # what was recorded at the time; then each import
     events: list[Event] = []
     judges = DEFAULT_JUDGES
     damaged, newest_s = 0, 0.0
+
+    def placed(record: Record) -> Record:
+        nonlocal newest_s
+        newest_s = record.at_s or newest_s  # one without a time keeps its place in the file
+        return record._replace(at_s=newest_s)
+
     for line in lines:
         if not line.strip():
             continue
         parsed = _parse(line)
         if isinstance(parsed, _Line):
-            # A record without a time keeps its place in the file.
-            record = parsed.record if parsed.record.at_s else parsed.record._replace(at_s=newest_s)
-            newest_s = record.at_s
-            blocks.setdefault(parsed.imported_at_s, []).append(record)
+            blocks.setdefault(parsed.imported_at_s, []).append(placed(parsed.record))
         elif isinstance(parsed, Event):
             events.append(parsed)
         elif isinstance(parsed, Judges):
@@ -174,8 +182,9 @@ def from_lines(lines: Iterable[bytes]) -> Ledger:
             damaged += parsed is None
     # An import brings old steps late: time says where they belong. Within a block the order in the file does: a clock that
     # was set, or another machine's, must not mix what came one after the other.
-    records = list(heapq.merge(*blocks.values(), key=lambda record: record.at_s))
-    return Ledger(_branches(records), tuple(events), judges, damaged)
+    told = [placed(record) for record in logged]
+    records = list(heapq.merge(*blocks.values(), told, key=lambda record: record.at_s))
+    return Ledger(_branches(records), tuple(events), judges, damaged, observed=bool(blocks[0.0]), logged=bool(told))
 
 
 class _Line(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import math
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptstore import health, importing, ledger
-from ckptstore.errors import NotFoundError, UsageError
+from ckptstore.errors import NotFoundError, StorageError, UsageError
 from ckptstore.health import Health
 from ckptstore.ledger import Judges, Ledger, Record, Writer
 from ckptstore.model import Checkpoint, Part, Status
@@ -333,6 +334,17 @@ def test_import_of_areals_log(tmp_path: Path) -> None:
     assert second.metrics == {REWARD: 0.0}
     assert second.at_s - first.at_s == pytest.approx(75 - 0.123, abs=1e-3)
     assert time.localtime(first.at_s)[:5] == (2025, 11, 12, 10, 0)
+
+
+def test_a_log_may_be_gzipped_and_is_refused_where_that_is_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "main.log.2.gz"
+    path.write_bytes(gzip.compress(AREAL_LOG.encode()))
+    assert [record.step for record in importing.read(str(path)).records] == [0, 1]
+    for damaged in (path.read_bytes()[:-30], path.read_bytes()[:40] + b"\0" * 9 + path.read_bytes()[49:]):
+        path.write_bytes(damaged)
+        with pytest.raises((UsageError, StorageError), match=r"main\.log\.2"):
+            importing.read(str(path))
+        path.write_bytes(gzip.compress(AREAL_LOG.encode()))
 
 
 @pytest.mark.parametrize(
