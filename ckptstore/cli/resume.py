@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ckptstore import running
 from ckptstore.backends import normal_url, open_backend
 from ckptstore.choose import Selection
 from ckptstore.cli.common import JSON, Trainer, Verb, location_options, selection_options, trainer_options
@@ -43,6 +44,7 @@ from ckptstore.frameworks.areal.launch import (
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.saving import describe
 from ckptstore.fresh import is_fresh
+from ckptstore.listing import scan
 from ckptstore.locate import Located, Where, current_user, named_run, relative_fileroot
 from ckptstore.supervise import run_confirmed
 
@@ -113,6 +115,9 @@ def command(
     options = setup_options(trainer, config, installation, force=force, as_is=as_is)
     with explaining_gaps(located, backend, selection):
         plan = planned(backend, selection, options, quiet=as_json)
+        alone = execute and yes and not (force or options.new_trial)  # nobody is there who could say it again
+        if alone and len(plan.refusals) == 1 and running.wait_for_quiet(lambda: scan(backend), note):
+            plan = planned(backend, selection, options, quiet=as_json)
     blockers, overrides = plan.restoration.blockers, plan.restoration.overrides
     run = located.run
     if options.new_trial:
