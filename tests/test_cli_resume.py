@@ -264,6 +264,14 @@ def test_exec_becomes_the_training(run: Path, tmp_path: Path, step: int) -> None
     assert slot_step(run) == (93 if step == 93 else 0)
 
 
+def test_a_step_without_its_option_is_no_command(cli: Cli, run: Path) -> None:
+    for words in (["93"], ["--yes", "93"], ["a.b=c", "93"]):
+        result = cli("resume", *words, *TRAINER)
+        assert result.code == 2
+        assert "--step 93" in result.err
+    assert slot_step(run) == 0
+
+
 @pytest.mark.parametrize("writes_on", [False, True])
 def test_a_job_that_follows_the_one_that_has_just_ended_waits(
     cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch, writes_on: bool

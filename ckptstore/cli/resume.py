@@ -100,6 +100,8 @@ def command(
     if execute and not yes and not asking:
         raise UsageError("--exec replaces the slot, and there is no terminal to ask on", hint="Say --yes to mean it.")
     overrides, own = _split(words)
+    if own and own[0].isascii() and own[0].isdigit():  # as `verify 93` has it: no command is called so
+        raise UsageError(f"{own[0]!r} is no command", hint=f"Steps are given by an option here: --step {own[0]}.")
     where = dataclasses.replace(where, overrides=overrides)
     if or_start:
         if not execute or not own:
@@ -228,8 +230,8 @@ def _refuse_strangers(located: Located, config: RunConfig | None, own: tuple[str
             f"{source} says fileroot {fileroot}{relative}, and the run lies elsewhere: AReaL would start fresh",
             run,
             os.path.join(os.path.abspath(fileroot), "checkpoints", run.user, run.experiment, run.trial),
-            hint=f"Give {'your command' if own or config is None else f'--config {config.path}'} "
-            + f"cluster.fileroot={run.fileroot}"
+            hint=f"Give {'your command' if own or config is None else f'--config {shlex.quote(config.path)}'} "
+            + shlex.quote(f"cluster.fileroot={run.fileroot}")
             + (", or start from the folder that the run was started in." if relative_fileroot(config) else "."),
         )
 
