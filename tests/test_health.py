@@ -121,7 +121,7 @@ def test_metrics_recorded_now_and_then() -> None:
     ]
     found = ledger.from_lines(lines)
     assert of(45, found) is Health.GOOD
-    assert of(95, found) is Health.UNKNOWN, "between a good and a bad one"
+    assert of(95, found) is Health.SUSPECT, "between a good and a bad one"
     assert of(105, found) is Health.BAD
 
 
@@ -481,6 +481,37 @@ def _written(record: Record) -> bytes:
     writer.close()
     with os.fdopen(read_end, "rb") as file:
         return file.read()
+
+
+def test_zeros_tell_nothing_where_they_are_usual_and_nobody_chose_a_rule() -> None:
+    """A sparse reward: one step in twelve is not 0, for 20 steps at most. Half of the run would be given up for it."""
+    sparse = [GOOD / 500 if step % 25 in (3, 4) else 0.0 for step in range(300)]
+    zero = Zero(patience=10)
+    for saved in (60, 145, 299):
+        assert of(saved, ledger_of(sparse)) is Health.UNKNOWN
+        assert of(saved, ledger_of(sparse, rules=[zero])) in (Health.BAD, Health.SUSPECT), "a rule that was chosen holds"
+    assert of(53, ledger_of(sparse)) is Health.UNKNOWN
+    assert of(60, ledger_of(sparse[:88])) is Health.BAD, "three times is not usual yet"
+    longer = ledger_of([*sparse, *[0.0] * 100])
+    assert of(390, longer) is Health.BAD, "so many zeros are not usual in this run"
+    assert of(145, longer) is Health.UNKNOWN
+    assert of(300, ledger_of([*sparse, NAN, NAN])) in (Health.BAD, Health.SUSPECT)
+    outage = [GOOD] * 100 + [0.0] * 20 + [GOOD] * 100 + [0.0] * 30
+    assert [of(step, ledger_of(outage)) for step in (110, 125, 150, 230)] == ["bad", "suspect", "good", "bad"]
+
+
+@pytest.mark.parametrize(("zeros", "expected"), [(0, "good"), (1, "suspect"), (15, "suspect")])
+def test_between_the_last_good_record_and_the_first_bad_one(zeros: int, expected: str) -> None:
+    """Metrics are recorded every fifth step: the collapse may have begun before the save of step 48."""
+    lines = [
+        json.dumps({"step": step, "at": step, "m": {REWARD: GOOD if step < 50 else 0.0}}).encode()
+        for step in range(0, 50 + 5 * zeros + 5 * (not zeros), 5)
+    ]
+    if not zeros:
+        lines[-1] = json.dumps({"step": 50, "at": 50, "m": {REWARD: GOOD}}).encode()
+    found = ledger.from_lines(lines)
+    assert of(48, found) == expected
+    assert of(43, found) == of(45, found) == "good"
 
 
 def test_a_realistic_run_end_to_end(tmp_path: Path) -> None:
