@@ -1000,6 +1000,7 @@ def test_a_dry_run_says_that_nothing_can_be_written(cli: Cli, tmp_path: Path) ->
         assert "is mounted read-only" in flat(result.err)
         assert "mount it for writing" in flat(cli("setup", "--run", run, "--as-is").err)
         assert "mount it for writing" in flat(cli("status", "--run", run, "--pin", 46).err)
+        assert "trial0 is mounted read-only: the trainer's next save fails there" in flat(cli("doctor", "--run", run).out)
 
 
 def test_a_linked_trial_is_one_run_by_all_its_names(cli: Cli, run: Path, tmp_path: Path) -> None:
