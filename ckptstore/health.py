@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from ckptstore import importing
 from ckptstore import ledger as ledgers
-from ckptstore.ledger import Judges, Ledger, Line
+from ckptstore.ledger import Judges, Ledger, Line, Record
 from ckptstore.model import Checkpoint
 from ckptstore.rules import Rule, Sign, match, server_rule
 from ckptstore.streak import Watch
@@ -198,9 +198,8 @@ def ledger_of(run: str) -> Ledger:
     """
     path = ledgers.path_in(ledgers.side_of(run))
     found = ledgers.read(path)
-    if found.observed or not (logged := importing.of_run(run)):
-        return found
-    return ledgers.read(path, logged=logged)
+    logged = _logged(run, found)
+    return ledgers.read(path, logged=logged) if logged else found
 
 
 def keep_log(run: str) -> None:
@@ -210,12 +209,18 @@ def keep_log(run: str) -> None:
     """
     writer = ledgers.Writer(ledgers.path_in(ledgers.side_of(run)))
     found = ledgers.read(writer.path)
-    if not found.observed and (fresh := importing.new_to(found, importing.of_run(run))):
+    if fresh := importing.new_to(found, _logged(run, found)):
         writer.records(fresh, imported_at_s=time.time())
         writer.sync()
         writer.close()
     if writer.lost is not None:
         raise writer.lost
+
+
+def _logged(run: str, found: Ledger) -> tuple[Record, ...]:
+    """What the trainer's log tells beside a ledger: all of it, or where a breaker once recorded what came later."""
+    newest_s = max((branch[-1].at_s for branch in found.branches), default=0.0)
+    return importing.of_run(run, after_s=newest_s if found.observed else 0.0)
 
 
 def of(checkpoint: Checkpoint, ledger: Ledger) -> Verdict:

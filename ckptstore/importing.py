@@ -42,6 +42,7 @@ _METRIC = re.compile(r"[A-Za-z_][\w./\-:@ ]{0,200}")
 _GLOBAL_COLUMNS = ("global_step", "globalstep")
 _STEP_COLUMNS = ("step", "_step", "log_step", "train_step", "train step", "train/step", "iteration", "iter")
 _GZIP = b"\x1f\x8b"
+LAST_WORDS_S = 1800.0  #: a trainer's log may go on for so long behind its last step: a hang, an error, the servers' end
 MAX_LOG_BYTES = 64 << 20  #: of the trainer's logs, from the end: a thousand steps and more
 _TIME_COLUMNS = ("at", "time", "timestamp", "_timestamp", "wall_time", "ts")
 
@@ -257,10 +258,10 @@ class _State(NamedTuple):
     inode: int
 
 
-def of_run(run: str) -> tuple[Record, ...]:
+def of_run(run: str, *, after_s: float = 0.0) -> tuple[Record, ...]:
     """What the trainer's own log, and those rotated away from it, tell of a run, oldest first; nothing where there is none.
 
-    Files that cannot be read are passed over.
+    With `after_s` only what is later, and nothing where the log ends soon after. Files that cannot be read are passed over.
     """
     folder, found = layout.run_ref(run).logs, []
     with contextlib.suppress(OSError), os.scandir(folder or "/nonexistent") as entries:
@@ -268,7 +269,10 @@ def of_run(run: str) -> tuple[Record, ...]:
             if entry.name == layout.MAIN_LOG or entry.name.startswith((f"{layout.MAIN_LOG}.", f"{layout.MAIN_LOG}-")):
                 info = entry.stat(follow_symlinks=False)
                 found.append(_State(info.st_mtime_ns, entry.path, info.st_size, info.st_ino))
-    return _of_logs(tuple(sorted(found)))
+    if not found or (after_s and max(found).mtime_ns / 1e9 < after_s + LAST_WORDS_S):
+        return ()
+    records = _of_logs(tuple(sorted(found)))
+    return tuple(record for record in records if record.at_s > after_s) if after_s else records
 
 
 @functools.lru_cache(maxsize=1)

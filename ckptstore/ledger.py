@@ -80,7 +80,7 @@ class Ledger:
     events: tuple[Event, ...] = ()
     judges: Judges = DEFAULT_JUDGES
     damaged_lines: int = 0
-    observed: bool = False  #: whether any of it was recorded while it happened: then it is all there is to know
+    observed: bool = False  #: whether any of it was recorded while it happened
     logged: bool = False  #: whether the trainer's log tells some of it
     _lines: dict[int, Line] = field(default_factory=dict, repr=False, compare=False)
     replays: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)  #: of health.py alone

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -446,9 +447,27 @@ def test_what_the_log_told_is_kept_by_setup_and_the_log_is_read_on(cli: Cli, run
     assert "190 steps, of the trainer's log" in status
     side = run.parent / ".ckptstore/trial0/metrics.jsonl"
     with side.open("a") as file:  # from here on a breaker records
-        file.write('{"step":94,"at":1764100000.0,"m":{"grpo_actor/task_reward/avg":0.5}}\n')
+        file.write('{"step":94,"at":1795700000.0,"m":{"grpo_actor/task_reward/avg":0.5}}\n')
     assert "of the trainer's log" not in cli("status").out
     assert "step 140: grpo_actor/task_reward/avg was 0" in " ".join(cli("status").out.split())
+
+
+@pytest.mark.parametrize(("hours", "seen"), [(0, False), (10, True)])
+def test_the_log_is_read_on_where_the_breaker_was_taken_away(cli: Cli, run: Path, hours: int, seen: bool) -> None:
+    """It recorded up to step 100; zeros came from step 120 on, with $CIRCUIT_BREAKER_ENABLED=0. A log ends a bit later."""
+    log = next((run.parents[3] / "logs").glob("*/*/*")) / "main.log"
+    write_log(log, range(150), zero_from=120)
+    start_s = time.mktime(time.strptime("20261124-12:00", "%Y%m%d-%H:%M"))
+    side = run.parent / ".ckptstore/trial0"
+    side.mkdir(parents=True)
+    with (side / "metrics.jsonl").open("w") as file:
+        file.writelines(
+            f'{{"step":{n},"at":{start_s + n + 0.1},"m":{{"grpo_actor/task_reward/avg":0.7}}}}\n' for n in range(100)
+        )
+    os.utime(log, (start_s + 110 + 3600 * hours,) * 2)
+    result = cli("setup", "--as-is", "--dry-run")
+    assert ("step 140: health bad" in flat(result.out)) is seen, result.out
+    assert cli("status").out.count("150 steps, of the trainer's log") == seen
 
 
 def test_setup_places_the_checkpoint_and_keeps_the_old_slot(cli: Cli, run: Path) -> None:
