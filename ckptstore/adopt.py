@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import ckptstore
-from ckptstore import native
+from ckptstore import choose, native, pins, places
 from ckptstore import side as side_folders
 from ckptstore.backends.base import Backend
 from ckptstore.backends.local import LocalBackend
@@ -160,16 +160,19 @@ def watch(
 def prune(backend: Backend, *, keep: int, into: str = "") -> list[int]:
     """Remove all but the `keep` (at least 1) whole adopted steps that were adopted last; the steps removed.
 
-    By time, not by number: after a rollback the steps of the abandoned history have the higher numbers. Of a run that is
-    mirrored, what is not safe there yet stays.
+    By time, not by number: after a rollback the steps of the abandoned history have the higher numbers. The last one that the
+    metrics call good stays too: the newest may all be of a time when training has gone bad. So does what is pinned, and of a
+    run that is mirrored what is not safe there yet.
     """
     side = _place(backend.location, into)
     whole = sorted(
         (checkpoint for checkpoint in read_adopted(side) if checkpoint.status is Status.COMMITTED),
         key=lambda checkpoint: os.stat(checkpoint.store).st_ctime_ns,
     )
-    unsafe = mirrored.unsafe(side, whole)
-    doomed = [checkpoint for checkpoint in whole[: -max(keep, 1)] if checkpoint.step not in unsafe]
+    stays = {*mirrored.unsafe(side, whole), *(pin.step for pin in pins.read(places.side_of(backend.location)))}
+    if len(whole) > max(keep, 1) and (good := choose.newest_good(backend.location, whole)) is not None:
+        stays.add(good.step)
+    doomed = [checkpoint for checkpoint in whole[: -max(keep, 1)] if checkpoint.step not in stays]
     for checkpoint in doomed:
         side_folders.discard(side, os.path.relpath(adopted_folder(side, checkpoint.step), side))
     return [checkpoint.step for checkpoint in doomed]

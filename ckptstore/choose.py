@@ -158,6 +158,13 @@ def gone_bad(run: str, checkpoints: Iterable[Checkpoint]) -> dict[int, str]:
     return {step: f"health {found.health}: {found.why}" for step, found in verdicts if not found.health.resumable}
 
 
+def newest_good(run: str, checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+    """Of checkpoints in the order of their saves the last one that the run's metrics call good; None where they do of none."""
+    verdict_on = _judge(run)
+    good = [found for found in checkpoints if verdict_on is not None and verdict_on(found).health == "good"]
+    return good[-1] if good else None
+
+
 def newest_first(run: str, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """In the order in which a machine that may be gone soon sends them: the one that was saved last comes first, those of a
     time when training had gone bad come last.
@@ -172,12 +179,13 @@ def newest_first(run: str, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint
 
 
 def _judge(run: str) -> Judge | None:
-    """What tells a checkpoint's health; None where no metrics were recorded."""
-    if not places.has_ledger(run):
+    """What tells a checkpoint's health; None where there are no metrics."""
+    if not places.has_metrics(run):
         return None
-    from ckptstore import health  # 20 ms, and most runs have no ledger
+    from ckptstore import health  # 20 ms, where many runs have none
 
-    return functools.partial(health.of, ledger=health.ledger_of(run))
+    ledger = health.ledger_of(run)
+    return functools.partial(health.of, ledger=ledger) if ledger else None
 
 
 def _reading(slot: Checkpoint, notify: Notify | None) -> native.Progress:

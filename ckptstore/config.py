@@ -32,6 +32,12 @@ class RunConfig:
     values: Mapping[str, Any]
     overrides: tuple[str, ...] = ()
 
+    @property
+    def unread(self) -> str:
+        """The other files that Hydra composes it of (`defaults:`), which are not read: what it lacks may be there."""
+        names = self.values.get("defaults")
+        return ", ".join(str(name) for name in names if name != "_self_")[:200] if isinstance(names, list) else ""
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value at a dotted key; `default` where it is missing, null, or a reference that cannot be resolved."""
         value = self._resolve(_lookup(self.values, key), 0)

@@ -5,28 +5,39 @@ was updated with; the next step's, what its weights then did. So:
 
 bad      its own step lies in a stretch of bad steps that used up a rule's patience, or after one that the run ended in
 suspect  its own step is bad, but the stretch was short, or the run ended in it; or a long one ended only just before it; or
-         the next step is NaN, or went bad while the inference server was alive: then its weights are the likeliest cause
+         the next step is NaN, or went bad while the inference server was alive: then its weights are the likeliest cause; or
+         its own step is not recorded, and a bad stretch begins with the next one that is
 good     its own step is good, or those around it where metrics are recorded only now and then
-unknown  nothing tells: no metrics, none at or after its step, or none that was ever good (a cold start)
+unknown  nothing tells: no metrics, none at or after its step, or none that was ever good (a cold start); or it is 0 where 0 is
+         usual in this run, and nobody has chosen a rule (a sparse reward)
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from ckptstore import importing
 from ckptstore import ledger as ledgers
-from ckptstore.ledger import Judges, Ledger, Line
+from ckptstore.ledger import Judges, Ledger, Line, Record
 from ckptstore.model import Checkpoint
 from ckptstore.rules import Rule, Sign, match, server_rule
 from ckptstore.streak import Watch
 
 #: Metrics so many steps away say nothing about a step.
 NEAR_STEPS = 20
+#: Where more of the steps between good ones are bad, and so many stretches ended by themselves, a rule that nobody chose does
+#: not fit the run: a sparse reward.
+SPARSE = 0.25
+SPARSE_STRETCHES = 4
+#: But a stretch so many times as long as any that the run came out of is none of the usual ones.
+UNUSUAL = 3
 
 
 class Health(StrEnum):
@@ -80,7 +91,7 @@ class _Seen(NamedTuple):
     value: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Track:
     """One rule's view of a line of history: the steps that were not silent, and the bad stretches."""
 
@@ -88,6 +99,22 @@ class Track:
     key: str  #: of its metric, as it was recorded last
     seen: tuple[_Seen, ...]
     stretches: tuple[Stretch, ...]
+
+    @functools.cached_property
+    def bad_between(self) -> float:
+        """The share of bad steps (not of NaN) between the first good one and the last."""
+        good = [at for at, item in enumerate(self.seen) if item.sign is Sign.GOOD]
+        between = self.seen[good[0] : good[-1]] if good else ()
+        bad = sum(item.sign is Sign.BAD and (item.value is None or math.isfinite(item.value)) for item in between)
+        return bad / len(between) if between else 0.0
+
+    def is_usual(self, step: int) -> bool:
+        """Whether a bad step, or one beside it, is what this run is used to."""
+        usual = [stretch.steps for stretch in self.stretches if stretch.over]
+        if len(usual) < SPARSE_STRETCHES or self.bad_between <= SPARSE:
+            return False
+        unusual = (stretch for stretch in self.stretches if not stretch.over and stretch.steps > UNUSUAL * max(usual))
+        return not any(stretch.first_step <= step for stretch in unusual)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +192,35 @@ def replay_of(ledger: Ledger, branch: int = -1) -> Replay:
 
 
 def ledger_of(run: str) -> Ledger:
-    """The ledger of a run given by its folder; an empty one where nothing was recorded."""
-    return ledgers.read(ledgers.path_in(ledgers.side_of(run)))
+    """The ledger of a run given by its folder, with what the trainer's log tells where nobody recorded while it trained.
+
+    Empty where neither has a metric.
+    """
+    path = ledgers.path_in(ledgers.side_of(run))
+    found = ledgers.read(path)
+    logged = _logged(run, found)
+    return ledgers.read(path, logged=logged) if logged else found
+
+
+def keep_log(run: str) -> None:
+    """Record what the trainer's log tells, where nobody did: what is trained from now on may be watched, and the log gone.
+
+    The side folder must exist. OSError where it cannot be written.
+    """
+    writer = ledgers.Writer(ledgers.path_in(ledgers.side_of(run)))
+    found = ledgers.read(writer.path)
+    if fresh := importing.new_to(found, _logged(run, found)):
+        writer.records(fresh, imported_at_s=time.time())
+        writer.sync()
+        writer.close()
+    if writer.lost is not None:
+        raise writer.lost
+
+
+def _logged(run: str, found: Ledger) -> tuple[Record, ...]:
+    """What the trainer's log tells beside a ledger: all of it, or where a breaker once recorded what came later."""
+    newest_s = max((branch[-1].at_s for branch in found.branches), default=0.0)
+    return importing.of_run(run, after_s=newest_s if found.observed else 0.0)
 
 
 def of(checkpoint: Checkpoint, ledger: Ledger) -> Verdict:
@@ -182,12 +236,21 @@ def at_step(step: int, ledger: Ledger, *, saved_at_s: float) -> Verdict:
         return Verdict(Health.UNKNOWN, "no metrics are recorded")
     found = replay_of(ledger, ledger.branch_of(step, saved_at_s))
     verdicts = [_by_rule(step, track, found.server) for track in found.tracks]
+    if ledger.judges is ledgers.DEFAULT_JUDGES:  # nobody has said what is bad in this run
+        verdicts = [_or_usual(step, track, verdict) for track, verdict in zip(found.tracks, verdicts, strict=True)]
     if not verdicts:
         return Verdict(Health.UNKNOWN, "nothing judges its metrics")
     # The first rule is what the run is about; of the others only what is wrong counts.
     worst = max(verdicts, key=lambda verdict: _WORST_LAST.index(verdict.health))
     chosen = verdicts[0] if worst.health.resumable else worst
     return chosen._replace(value=verdicts[0].value, metric=verdicts[0].metric)
+
+
+def _or_usual(step: int, track: Track, verdict: Verdict) -> Verdict:
+    if verdict.health.resumable or not track.is_usual(step) or not math.isfinite(verdict.value or 0.0):
+        return verdict
+    why = f"{track.key} {track.rule.said} at {track.bad_between:.0%} of the steps between good ones: usual, which tells nothing"
+    return verdict._replace(health=Health.UNKNOWN, why=why)
 
 
 def _by_rule(step: int, track: Track, server: dict[int, bool]) -> Verdict:
@@ -207,14 +270,18 @@ def _by_rule(step: int, track: Track, server: dict[int, bool]) -> Verdict:
             if stretch.confirmed or not stretch.over:
                 return verdict(Health.BAD if stretch.confirmed else Health.SUSPECT, str(stretch))
             return verdict(Health.SUSPECT, f"{stretch}, then it was good again")
+    for stretch in track.stretches:
         if stretch.confirmed and stretch.over and stretch.last_step < step:
-            good = sum(1 for item in seen if stretch.last_step < item.step <= step)
+            good = sum(item.sign is Sign.GOOD for item in seen if stretch.last_step < item.step <= step)
             if good < track.rule.patience:
                 return verdict(Health.SUSPECT, f"{good} good steps since {stretch}")
     following = seen[after] if after < len(seen) and seen[after].step - step <= NEAR_STEPS else None
     if following is not None and following.sign is Sign.BAD and following.armed:
         if following.value is not None and not math.isfinite(following.value):
             return verdict(Health.SUSPECT, f"{metric} is {following.value} at step {following.step}, right after it")
+        begun = next((stretch for stretch in track.stretches if stretch.first_step == following.step), None)
+        if own is None and begun is not None and (begun.confirmed or not begun.over):
+            return verdict(Health.SUSPECT, f"its own step is not recorded, the next that is, {following.step}, went bad")
         if server.get(following.step, False):
             what = f"{metric} went bad at step {following.step}, right after it, while the inference server was alive"
             return verdict(Health.SUSPECT, what)

@@ -7,22 +7,32 @@ which no log counting from 1 has. `axis` overrules.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
+import gzip
+import io
 import itertools
 import json
 import math
 import os
 import re
+import sys
 import time
+import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from ckptstore import ledger as ledgers
 from ckptstore.errors import UsageError, from_os_error
+from ckptstore.frameworks.areal import layout
 from ckptstore.ledger import MAX_LINE_BYTES, MAX_METRICS, MAX_STEP, Record
+from ckptstore.untrusted import open_regular
 
 MAX_COLUMNS = 10_000
+_STEP_DONE = "Train step"
 _LOG_STEP = re.compile(r"Train step (\d{1,15})(?:/\d+)? done")
 _STAMP = re.compile(r"(\d{8})-(\d{2}:\d{2}:\d{2})(?:\.(\d{1,6}))?")
 _ISO_STAMP = re.compile(r"(\d{4}-\d{2}-\d{2})[ T](\d{2}:\d{2}:\d{2})")
@@ -31,6 +41,9 @@ _BARS = re.compile(r"[│|┃]")
 _METRIC = re.compile(r"[A-Za-z_][\w./\-:@ ]{0,200}")
 _GLOBAL_COLUMNS = ("global_step", "globalstep")
 _STEP_COLUMNS = ("step", "_step", "log_step", "train_step", "train step", "train/step", "iteration", "iter")
+_GZIP = b"\x1f\x8b"
+LAST_WORDS_S = 1800.0  #: a trainer's log may go on for so long behind its last step: a hang, an error, the servers' end
+MAX_LOG_BYTES = 64 << 20  #: of the trainer's logs, from the end: a thousand steps and more
 _TIME_COLUMNS = ("at", "time", "timestamp", "_timestamp", "wall_time", "ts")
 
 
@@ -52,8 +65,12 @@ def read(path: str, *, axis: str = "auto") -> Import:
     if axis not in ("auto", "global", "log"):
         raise UsageError(f"axis is {axis!r}, and must be auto, global or log")
     try:
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            found = from_text(file, axis=axis)
+        with open(path, "rb") as file:
+            plain = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == _GZIP else file  # as logs are rotated
+            with io.TextIOWrapper(plain, encoding="utf-8", errors="replace", newline="") as text:
+                found = from_text(text, axis=axis)
+    except (EOFError, zlib.error) as error:
+        raise UsageError(f"{path}: its compressed data is cut short or damaged: {error}") from error
     except OSError as error:
         raise from_os_error(error, doing="reading", path=path) from error
     except csv.Error as error:
@@ -197,18 +214,23 @@ def _log(lines: Iterator[str], axis: str) -> Import:
     """Lines "Train step N/M done.", and the tables that follow; of several tables of a step the first one counts."""
     rows: list[tuple[bool, int, float, dict[str, float]]] = []
     at_s = 0.0
+    before: deque[str] = deque(maxlen=64)  # nine lines of ten are the inference server's: they are looked at only for a time
     for line in lines:
+        step_done = _STEP_DONE in line
+        if not step_done and not ("│" in line or "|" in line or "┃" in line):
+            before.append(line)
+            continue
         line = _COLOUR.sub("", line)
-        at_s = _stamp_s(line) or at_s
-        if found := _LOG_STEP.search(line):
+        if step_done and (found := _LOG_STEP.search(line)):
+            stamps = (_stamp_s(_COLOUR.sub("", text)) for text in itertools.chain((line,), reversed(before)))
+            at_s = next(filter(None, stamps), at_s)
             rows.append((False, int(found[1]), at_s, {}))
-        elif rows and _BARS.search(line):
+        elif rows:
             metrics = rows[-1][3]
-            cells = [cell.strip() for cell in _BARS.split(line)]
+            cells = [cell.strip() for cell in _BARS.split(line)][: 2 * (MAX_METRICS - len(metrics))]
             for name, text in itertools.pairwise(cells):
-                value = _number(text)
-                if value is not None and _number(name) is None and _METRIC.fullmatch(name) and len(metrics) < MAX_METRICS:
-                    metrics.setdefault(name, value)
+                if text and _METRIC.fullmatch(name) and (value := _number(text)) is not None and _number(name) is None:
+                    metrics.setdefault(sys.intern(name), value)
     whole = [row for row in rows if row[3]]
     return _mapped(whole, "log", "log" if axis == "auto" else axis, len(rows) - len(whole))
 
@@ -225,6 +247,45 @@ def _stamp_s(line: str) -> float:
     except (ValueError, OverflowError):
         pass
     return 0.0
+
+
+class _State(NamedTuple):
+    """A log file as it is now: what was read of it counts as long as this holds."""
+
+    mtime_ns: int
+    path: str
+    size_bytes: int
+    inode: int
+
+
+def of_run(run: str, *, after_s: float = 0.0) -> tuple[Record, ...]:
+    """What the trainer's own log, and those rotated away from it, tell of a run, oldest first; nothing where there is none.
+
+    With `after_s` only what is later, and nothing where the log ends soon after. Files that cannot be read are passed over.
+    """
+    folder, found = layout.run_ref(run).logs, []
+    with contextlib.suppress(OSError), os.scandir(folder or "/nonexistent") as entries:
+        for entry in entries:
+            if entry.name == layout.MAIN_LOG or entry.name.startswith((f"{layout.MAIN_LOG}.", f"{layout.MAIN_LOG}-")):
+                info = entry.stat(follow_symlinks=False)
+                found.append(_State(info.st_mtime_ns, entry.path, info.st_size, info.st_ino))
+    if not found or (after_s and max(found).mtime_ns / 1e9 < after_s + LAST_WORDS_S):
+        return ()
+    records = _of_logs(tuple(sorted(found)))
+    return tuple(record for record in records if record.at_s > after_s) if after_s else records
+
+
+@functools.lru_cache(maxsize=1)
+def _of_logs(files: tuple[_State, ...]) -> tuple[Record, ...]:
+    pieces, left = [], MAX_LOG_BYTES
+    for file in reversed(files):
+        with contextlib.suppress(OSError), open_regular(file.path) as log:
+            if left > 0 and log.read(2) != _GZIP:
+                log.seek(max(file.size_bytes - left, 0))
+                left -= file.size_bytes
+                with io.TextIOWrapper(log, encoding="utf-8", errors="replace", newline="") as text:
+                    pieces.append(_log(_lines(text), "auto").records)
+    return tuple(itertools.chain.from_iterable(reversed(pieces)))
 
 
 # --- the axis ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ cannot be understood are counted and ignored. Steps are global steps, 0-based; t
 
     {"ledger":1,"at":…,"rules":[…],"alive":[…]}                 what judged the steps that follow
     {"step":187,"at":…,"m":{"grpo_actor/task_reward/avg":0.0}}  "nan", "inf", "-inf" stand for what JSON lacks
+    {"step":99,"at":…,"m":{…},"imported":…}                     the same, brought later; when it was
     {"event":"trip","step":196,"at":…,"since":187}              also: reset
 
 A run that went back (resumed from step 140 after step 240) has two lines of history: `Ledger.line` follows one of them, and
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import heapq
 import json
 import math
 import os
@@ -78,6 +80,8 @@ class Ledger:
     events: tuple[Event, ...] = ()
     judges: Judges = DEFAULT_JUDGES
     damaged_lines: int = 0
+    observed: bool = False  #: whether any of it was recorded while it happened
+    logged: bool = False  #: whether the trainer's log tells some of it
     _lines: dict[int, Line] = field(default_factory=dict, repr=False, compare=False)
     replays: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)  #: of health.py alone
 
@@ -132,14 +136,17 @@ def _step(record: Record) -> int:
     return record.step
 
 
-def read(path: str) -> Ledger:
-    """Read a ledger; an empty one where there is no file. StorageError or AccessError where it cannot be read."""
+def read(path: str, *, logged: Iterable[Record] = ()) -> Ledger:
+    """Read a ledger; an empty one where there is no file. StorageError or AccessError where it cannot be read.
+
+    `logged`: what the trainer's log tells, in its order, is taken in too.
+    """
     try:
         with open_regular(path) as file:
             file.seek(max(os.fstat(file.fileno()).st_size - MAX_BYTES, 0))
-            return from_lines(_lines_of(file))
+            return from_lines(_lines_of(file), logged=logged)
     except FileNotFoundError:
-        return Ledger()
+        return from_lines((), logged=logged)
     except OSError as error:
         raise from_os_error(error, doing="reading", path=path) from error
 
@@ -149,31 +156,43 @@ def _lines_of(file: Any) -> Iterator[bytes]:
         yield line
 
 
-def from_lines(lines: Iterable[bytes]) -> Ledger:
-    """Sort out the lines of a ledger. Never raises for what they hold."""
-    records: list[Record] = []
+def from_lines(lines: Iterable[bytes], *, logged: Iterable[Record] = ()) -> Ledger:
+    """Sort out the lines of a ledger, and what a log tells beside it. Never raises for what they hold."""
+    blocks: dict[float, list[Record]] = {0.0: []}  # what was recorded at the time; then each import
     events: list[Event] = []
     judges = DEFAULT_JUDGES
-    damaged = 0
+    damaged, newest_s = 0, 0.0
+
+    def placed(record: Record) -> Record:
+        nonlocal newest_s
+        newest_s = record.at_s or newest_s  # one without a time keeps its place in the file
+        return record._replace(at_s=newest_s)
+
     for line in lines:
         if not line.strip():
             continue
         parsed = _parse(line)
-        if isinstance(parsed, Record):
-            # A record without a time keeps its place in the file.
-            records.append(parsed if parsed.at_s else parsed._replace(at_s=records[-1].at_s if records else 0.0))
+        if isinstance(parsed, _Line):
+            blocks.setdefault(parsed.imported_at_s, []).append(placed(parsed.record))
         elif isinstance(parsed, Event):
             events.append(parsed)
         elif isinstance(parsed, Judges):
             judges = parsed
         else:
             damaged += parsed is None
-    # An import brings old steps late: time decides, and the order in the file where times are equal.
-    records.sort(key=lambda record: record.at_s)
-    return Ledger(_branches(records), tuple(events), judges, damaged)
+    # An import brings old steps late: time says where they belong. Within a block the order in the file does: a clock that
+    # was set, or another machine's, must not mix what came one after the other.
+    told = [placed(record) for record in logged]
+    records = list(heapq.merge(*blocks.values(), told, key=lambda record: record.at_s))
+    return Ledger(_branches(records), tuple(events), judges, damaged, observed=bool(blocks[0.0]), logged=bool(told))
 
 
-def _parse(line: bytes) -> Record | Event | Judges | bool | None:
+class _Line(NamedTuple):
+    record: Record
+    imported_at_s: float  #: which import brought it; 0: none
+
+
+def _parse(line: bytes) -> _Line | Event | Judges | bool | None:
     """What a line says; None for damage, True for what a newer version wrote."""
     if not line.lstrip().startswith(b"{"):  # JSON's guess at the encoding of zeros takes long
         return None
@@ -184,7 +203,7 @@ def _parse(line: bytes) -> Record | Event | Judges | bool | None:
         return None
 
 
-def _understood(document: dict[str, Any]) -> Record | Event | Judges | bool | None:
+def _understood(document: dict[str, Any]) -> _Line | Event | Judges | bool | None:
     if "ledger" in document:
         with contextlib.suppress(UsageError):
             alive = document.get("alive")
@@ -201,7 +220,8 @@ def _understood(document: dict[str, Any]) -> Record | Event | Judges | bool | No
     if not isinstance(metrics, dict) or len(metrics) > MAX_METRICS:
         return None
     values = {key: value for key, given in metrics.items() if (value := _number(given)) is not None}
-    return Record(step, at_s, values)
+    imported_at_s = _number(document.get("imported", 0))
+    return _Line(Record(step, at_s, values), imported_at_s if imported_at_s and math.isfinite(imported_at_s) else 0.0)
 
 
 def _number(value: Any) -> float | None:
@@ -245,9 +265,10 @@ class Writer:
         """Append one step's metrics."""
         self._write(self._record_line(step, at_s, metrics))
 
-    def records(self, records: Iterable[Record]) -> None:
-        """Append many, in one write as far as the system allows."""
-        self._write(b"".join(self._record_line(*record) for record in records))
+    def records(self, records: Iterable[Record], *, imported_at_s: float) -> None:
+        """Append what was recorded elsewhere, in its order, in one write as far as the system allows."""
+        mark = f',"imported":{imported_at_s:.6f}}}\n'.encode()
+        self._write(b"".join(self._record_line(*record).removesuffix(b"}\n") + mark for record in records))
 
     def event(self, name: str, step: int, at_s: float, *, since_step: int) -> None:
         """Append something that happened."""

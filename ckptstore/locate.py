@@ -230,6 +230,7 @@ def _fileroot(where: Where, config: RunConfig | None, *, remote: bool) -> tuple[
         "nobody said where the runs are, and there are none at the usual places",
         facts=[
             *([f"{config.path} has no cluster.fileroot that could be read"] if config else []),
+            *([f"what its defaults: name is not read ({config.unread})"] if config and config.unread else []),
             *(f"there is no {os.path.abspath(os.path.join(path, 'checkpoints'))}" for path in USUAL_FILEROOTS),
         ],
         hint="Say --fileroot DIR (cluster.fileroot of the trainer's YAML), --config run.yaml or --run DIR, "

@@ -69,7 +69,7 @@ def compose(backend: Backend, *, metric: str = "") -> Picture:
     """Look at a run and put its picture together; `metric` other than what its rules watch. UsageError without metrics."""
     listing = scan(backend)
     side = ledgers.side_of(listing.run.path)
-    ledger = ledgers.read(ledgers.path_in(side))
+    ledger = health.ledger_of(listing.run.path)
     if not ledger:
         raise UsageError(
             f"no metrics are recorded for {listing.run.path}",

@@ -33,8 +33,9 @@ def trip_in(side: str) -> str:
     return os.path.join(side, "TRIPPED.json")
 
 
-def has_ledger(run: str) -> bool:
-    """Whether metrics were recorded of a run. One that cannot be looked at counts: reading it will say why."""
-    if "://" in run:  # in an object store: the ledger stays beside the trainer
+def has_metrics(run: str) -> bool:
+    """Whether a run may have metrics: a ledger, or the trainer's log. What cannot be looked at counts: reading will say why."""
+    if "://" in run:  # in an object store: ledger and log stay beside the trainer
         return False
-    return os.path.lexists(ledger_in(side_of(run)))
+    logs = layout.run_ref(run).logs
+    return os.path.lexists(ledger_in(side_of(run))) or (bool(logs) and os.path.isfile(os.path.join(logs, layout.MAIN_LOG)))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from ckptstore import commit, halt, probe, room, running
+from ckptstore import commit, halt, places, probe, room, running
 from ckptstore import side as side_folders
 from ckptstore.backends import is_url
 from ckptstore.backends.base import Backend
@@ -42,6 +43,8 @@ from ckptstore.parts import find_manifest, folder_of, read_part, reader
 from ckptstore.plan import ANY, CAREFUL, Options, Plan, configured, plan, stage_key, trial_folder
 from ckptstore.staging import BLOCKING, place_trial, stage_info, stage_part, write_info
 from ckptstore.verify import Notify
+
+log = logging.getLogger(__name__)
 
 _PLACED = ("setup", "convert")  #: origins of what a setup put into a slot: copied, or made of an export
 
@@ -102,6 +105,7 @@ def setup(
             if current.refusals:
                 raise RefusedError("; ".join(current.refusals))
             if current.nothing_to_do:
+                _remember(current.listing.run.path)
                 return Outcome(current, rolled=rolled, cleared=halt.reset(current.side))
             try:
                 outcome = _setup(backend, current, options, tell)
@@ -119,7 +123,20 @@ def setup(
                     raise
                 failed[current.point.checkpoint.parts[0].path] = f"{error} (found while copying)"
                 continue
+            _remember(current.listing.run.path)
             return dataclasses.replace(outcome, rolled=rolled, cleared=halt.reset(current.side))
+
+
+def _remember(run: str) -> None:
+    """Keep the metrics of the history that is left: once a breaker records the new one, nobody looks into the log again."""
+    if not places.has_metrics(run):
+        return
+    from ckptstore import health  # 20 ms, where many runs have none
+
+    try:
+        health.keep_log(run)
+    except (OSError, CkptStoreError) as error:  # the slot is in, which is what was asked for
+        log.warning("the metrics of the trainer's log could not be recorded: %s", error)
 
 
 def _source_at_fault(error: CkptStoreError, checkpoint: Checkpoint) -> bool:

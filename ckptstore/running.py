@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ckptstore import halt, places
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.listing import Listing
 
 RECENT_S = 120.0
+POLL_S = 5.0
 LAST_WORDS_S = 20.0  #: a halted trainer's logs end with its traceback, and its ranks end one after the other
 _TRAINERS = ("python", "torchrun", "accelerate", "deepspeed", "ray")
 
@@ -22,13 +23,35 @@ _TRAINERS = ("python", "torchrun", "accelerate", "deepspeed", "ray")
 def signs_of_life(listing: Listing, *, now_s: float | None = None) -> list[str]:
     """Why the trainer seems to be running; empty when nothing says so."""
     now_s = time.time() if now_s is None else now_s
-    signs = []
-    halted_s = _halted_at_s(listing.run)
-    for path, mtime_s in ((listing.newest_file, listing.newest_mtime_ns / 1e9), _newest_log(listing.run)):
-        if path and mtime_s > halted_s and abs(now_s - mtime_s) < RECENT_S:  # a node's clock may be ahead of ours
-            signs.append(f"{path} was written {max(now_s - mtime_s, 0):.0f} s ago")
+    signs = [f"{path} was written {max(now_s - mtime_s, 0):.0f} s ago" for path, mtime_s in _recent(listing, now_s)]
     signs.extend(f"process {pid} names this run: {command}" for pid, command in _processes(listing.run))
     return signs
+
+
+def wait_for_quiet(look: Callable[[], Listing], say: Callable[[str], None]) -> bool:
+    """Wait while nothing but the times of files says that the trainer is at work, and nothing is written any more.
+
+    A job that follows the one that has ended, and a pod that is started again, come within seconds of its last write. True
+    once it is quiet; False at once where a process names the run, and at the first new write.
+    """
+    first: set[tuple[str, float]] = set()
+    while (recent := _recent(listing := look(), time.time())) and not any(_processes(listing.run)):
+        quiet_in_s = max(at_s for _, at_s in recent) + RECENT_S - time.time()
+        if not first:
+            first = set(recent)
+            say(f"{recent[0][0]} was just written: waiting {quiet_in_s:.0f} s, to see that the trainer is no longer at work")
+        if not first.issuperset(recent):
+            return False
+        time.sleep(min(max(quiet_in_s, 0.0) + 0.01, POLL_S))
+    return not recent
+
+
+def _recent(listing: Listing, now_s: float) -> list[tuple[str, float]]:
+    """What was written in the run and in its logs so lately that a trainer may have done it."""
+    halted_s = _halted_at_s(listing.run)
+    newest = ((listing.newest_file, listing.newest_mtime_ns / 1e9), _newest_log(listing.run))
+    # A node's clock may be ahead of ours.
+    return [(path, at_s) for path, at_s in newest if path and at_s > halted_s and abs(now_s - at_s) < RECENT_S]
 
 
 def _halted_at_s(run: RunRef) -> float:

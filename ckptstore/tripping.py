@@ -60,7 +60,7 @@ def _last_good(run: str, ledger: Ledger, since: int) -> Checkpoint | None:
         log.error("the checkpoints of %s cannot be listed: %s", run, error)
         return None
     slot = [listing.slot] if listing.slot is not None else []
-    return health.last_good([*listing.checkpoints, *slot], ledger, before_step=since)
+    return health.last_good([*listing.checkpoints, *slot, *listing.adopted], ledger, before_step=since)
 
 
 def diagnose(server: Sequence[Watch], keys: Keys, ask: Callable[[], bool] | None) -> str:

@@ -93,7 +93,10 @@ def areal_run(home: Path) -> Path:
     mirrored.write(side, mirrored.Record("s3://bucket/run", {"epoch0epochstep46globalstep46": "0" * 64}, 46, 1.7e9, "slow"))
     writer = Writer(ledger.path_in(side))
     writer.judges(ledger.DEFAULT_JUDGES, 1.7e9)
-    writer.records(Record(step, 1.7e9 + step, {"grpo_actor/task_reward/avg": 0.5, "grad_norm": 1.0}) for step in range(40, 190))
+    records = [Record(step, 1.7e9 + step, {"grpo_actor/task_reward/avg": 0.5, "grad_norm": 1.0}) for step in range(40, 190)]
+    writer.records(records[:75], imported_at_s=1.8e9)
+    for record in records[75:]:
+        writer.record(*record)
     writer.event("reset", 100, 1.7e9 + 100, since_step=90)
     writer.close()
     halt.write_first(side, halt.Trip(step=187, since_step=180, saw="reward was 0", command="ckptstore resume"))

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from ckptstore import adopt, native, recovery
+from ckptstore import adopt, native, pins, recovery
+from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
-from ckptstore.choose import Selection
+from ckptstore.breaker import CircuitBreaker
+from ckptstore.choose import Selection, resume_point
 from ckptstore.errors import (
     AlreadyExistsError,
     CkptStoreError,
@@ -21,12 +23,15 @@ from ckptstore.errors import (
     NoSpaceError,
     RefusedError,
     SourceChangedError,
+    TrainingHalted,
     UsageError,
 )
 from ckptstore.frameworks.areal.launch import find_installation
-from ckptstore.listing import scan
+from ckptstore.ledger import Writer, path_in
+from ckptstore.listing import read_adopted, scan
 from ckptstore.model import Status
 from ckptstore.plan import Options
+from ckptstore.rules import REWARD
 from tests import trees
 
 
@@ -131,8 +136,6 @@ def test_optimizer_state_beats_slightly_newer_weights(run: Path) -> None:
     trees.write_model(trees.checkpoint(run, 163), seed=163)
     trees.set_age(run, 3600)
     listing = scan(open_backend(run))
-    from ckptstore.choose import resume_point
-
     point = resume_point(open_backend(run), listing, Selection(max_step=163))
     assert point.checkpoint.step == 150
     assert point.alternative is not None
@@ -156,6 +159,46 @@ def test_watch_adopts_each_save_and_keeps_the_newest(run: Path) -> None:
     seen = [c.step for c in adopt.watch(backend, keep=2, stop=stop.is_set, wait=next_save)]
     assert seen == [150, 160, 170]
     assert [c.step for c in scan(backend).adopted] == [160, 170]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_last_good_step_and_what_is_pinned_are_kept_beside_the_newest(
+    run: Path, tmp_path: Path, keep: int, elsewhere: bool
+) -> None:
+    """The reward is 0 from step 165 on, and the saves go on: with the newest alone no healthy optimizer state would be left."""
+    backend, into = open_backend(run), str(tmp_path / "other") if elsewhere else ""
+    side_folders.make_side(str(side(run)))
+    pins.add(str(side(run)), 140, why="by hand")
+    writer = Writer(path_in(str(side(run))))
+    kept = []
+    for step in (140, 150, 160, 170, 180, 190):
+        trees.write_recover_info(run, step)
+        for at in range(step - 9, step):  # the metrics of a step come after its save
+            writer.record(at, 1000.0 + at, {REWARD: 0.0 if at >= 165 else 0.7})
+        adopt.adopt(backend, into=into)
+        writer.record(step, 1000.0 + step, {REWARD: 0.0 if step >= 165 else 0.7})
+        adopt.prune(backend, keep=keep, into=into)
+        kept.append([c.step for c in read_adopted(str(tmp_path / "other/gsm8k-grpo/trial0") if elsewhere else str(side(run)))])
+    writer.close()
+    assert kept[2] == ([140, 160] if keep == 1 else [140, 150, 160]), "in good times just the newest, and what is pinned"
+    assert kept[-1] == ([140, 160, 190] if keep == 1 else [140, 160, 180, 190])
+
+
+def test_a_trip_goes_back_to_an_adopted_step(run: Path) -> None:
+    """What it names and pins, and bounds the recovery by, was the last good export: older, and without optimizer state."""
+    adopt.adopt(open_backend(run))
+    trees.write_recover_info(run, 170)  # saved over it, amid zeros
+    breaker = CircuitBreaker(run)
+    for step in range(130, 174):
+        breaker.observe({REWARD: 0.7 if step < 165 else 0.0}, step)
+    with pytest.raises(TrainingHalted) as halted:
+        breaker.observe({REWARD: 0.0}, 174)
+    error = halted.value
+    assert (error.last_good_step, error.command.split()[-2:]) == (150, ["--max-step", "150"])
+    assert [pin.step for pin in pins.read(str(side(run)))] == [150]
+    chosen = resume_point(open_backend(run), scan(open_backend(run)), Selection(max_step=150)).checkpoint
+    assert (chosen.step, chosen.kind) == (150, "adopted")
 
 
 def test_kept_on_another_disk(run: Path, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -391,30 +392,82 @@ def test_setup_dry_run_prints_the_whole_plan_and_changes_nothing(cli: Cli, run: 
     assert commands.snapshot(run.parent) == before
 
 
-def test_the_log_of_a_run_without_metrics_is_named_and_its_import_tells_what_is_bad(cli: Cli, run: Path) -> None:
-    """The reward was zero from step 120 on, and nobody watched it: the log knows."""
-    log = next((run.parents[3] / "logs").glob("*/*/*")) / "main.log"
-    assert "no metrics" not in cli("setup", "--dry-run", "--as-is").err, "there is no log"
-    log.write_text(
+def write_log(path: Path, steps: Iterable[int], *, zero_from: int, day: int = 24) -> None:
+    """What AReaL logs of these global steps."""
+    path.write_text(
         "".join(
-            f"20261124-12:{n // 60:02}:{n % 60:02}.000 StatsLogger INFO: Train step {n + 1}/200 done.\n"
-            f"│ grpo_actor/task_reward/avg │ {0.7 + n / 1e4 if n < 120 else 0:.4e} │\n"
-            for n in range(150)
+            f"202611{day}-12:{n // 60:02}:{n % 60:02}.000 StatsLogger INFO: Train step {n + 1}/200 done.\n"
+            f"│ grpo_actor/task_reward/avg │ {0.7 + n / 1e4 if n < zero_from else 0:.4e} │\n"
+            for n in steps
         )
     )
-    trees.set_age(log.parent, 3600)
-    note = "no metrics are recorded, so nothing tells whether the model was healthy at step 140"
-    result = cli("setup", "--dry-run", "--as-is")
-    assert note in " ".join(result.err.split())
+    trees.set_age(path.parent, 3600)
+
+
+def test_the_trainers_log_tells_what_is_bad_where_nobody_recorded_metrics(cli: Cli, run: Path) -> None:
+    """The reward was zero from step 120 on, and nobody watched it. A rotated log is older."""
+    log = next((run.parents[3] / "logs").glob("*/*/*")) / "main.log"
+    note = f"no metrics are recorded, nor are any found in {log}: nothing tells whether the model was healthy at step 140"
+    assert "no metrics" not in cli("setup", "--dry-run", "--as-is").err, "there is no log"
+    write_log(log, (), zero_from=0)
+    assert note in " ".join(cli("setup", "--dry-run", "--as-is").err.split())
     assert note in " ".join(cli("resume", "--as-is", "--plan").err.split())
     for named in (["--before-step", 140], ["--step", 93]):
         assert "no metrics" not in cli("setup", "--dry-run", "--as-is", *named).err
-    words = shlex.split(" ".join(result.err.split()).partition("`ckptstore ")[2].partition("`")[0])
-    assert cli(*words).code == 0
-    result = cli("setup", "--dry-run", "--as-is")
-    assert "no metrics" not in result.err
-    assert "global step 93" in result.out
-    assert "health bad" in result.out, result.out
+    assert "reward" not in cli("list").out
+    write_log(log, range(100, 150), zero_from=120)
+    write_log(log.with_name("main.log.1"), range(100), zero_from=120)
+    os.utime(log.with_name("main.log.1"), (1.7e9, 1.7e9))
+    for words in (["setup", "--dry-run", "--as-is"], ["resume", "--as-is", "--plan"]):
+        result = cli(*words)
+        assert "no metrics" not in result.err
+        assert "global step 93" in result.out
+        assert "health bad: grpo_actor/task_reward/avg was 0 at 30 steps in a row, from step 120 on" in " ".join(
+            result.out.split()
+        )
+    assert "✗ bad" in cli("list").out
+    assert "150 steps, of the trainer's log" in " ".join(cli("status").out.split())
+    assert not (run.parent / ".ckptstore/trial0/metrics.jsonl").exists(), "looking writes nothing"
+
+
+def test_what_the_log_told_is_kept_by_setup_and_the_log_is_read_on(cli: Cli, run: Path) -> None:
+    """The history that was left stays known when its log is gone; a second collapse is seen in the new one."""
+    log = next((run.parents[3] / "logs").glob("*/*/*")) / "main.log"
+    write_log(log, range(150), zero_from=120)
+    assert cli("setup", "--as-is").code == 0
+    write_log(log, range(94, 190), zero_from=170, day=25)
+    (good,) = trees.make_run(run.parents[3] / "other", steps=[165], logs=False).glob("default/epoch*")
+    shutil.copytree(good, run / "default" / good.name)
+    shutil.copytree(good, run / "default" / trees.folder_name(180))
+    trees.set_age(run / "default", 3600)
+    result = cli("setup", "--as-is", "--dry-run", "--force")
+    assert "step 180: health bad" in " ".join(result.out.split())
+    assert "global step 165" in result.out
+    assert "150 steps" not in (status := " ".join(cli("status").out.split()))
+    assert "190 steps, of the trainer's log" in status
+    side = run.parent / ".ckptstore/trial0/metrics.jsonl"
+    with side.open("a") as file:  # from here on a breaker records
+        file.write('{"step":94,"at":1795700000.0,"m":{"grpo_actor/task_reward/avg":0.5}}\n')
+    assert "of the trainer's log" not in cli("status").out
+    assert "step 140: grpo_actor/task_reward/avg was 0" in " ".join(cli("status").out.split())
+
+
+@pytest.mark.parametrize(("hours", "seen"), [(0, False), (10, True)])
+def test_the_log_is_read_on_where_the_breaker_was_taken_away(cli: Cli, run: Path, hours: int, seen: bool) -> None:
+    """It recorded up to step 100; zeros came from step 120 on, with $CIRCUIT_BREAKER_ENABLED=0. A log ends a bit later."""
+    log = next((run.parents[3] / "logs").glob("*/*/*")) / "main.log"
+    write_log(log, range(150), zero_from=120)
+    start_s = time.mktime(time.strptime("20261124-12:00", "%Y%m%d-%H:%M"))
+    side = run.parent / ".ckptstore/trial0"
+    side.mkdir(parents=True)
+    with (side / "metrics.jsonl").open("w") as file:
+        file.writelines(
+            f'{{"step":{n},"at":{start_s + n + 0.1},"m":{{"grpo_actor/task_reward/avg":0.7}}}}\n' for n in range(100)
+        )
+    os.utime(log, (start_s + 110 + 3600 * hours,) * 2)
+    result = cli("setup", "--as-is", "--dry-run")
+    assert ("step 140: health bad" in flat(result.out)) is seen, result.out
+    assert cli("status").out.count("150 steps, of the trainer's log") == seen
 
 
 def test_setup_places_the_checkpoint_and_keeps_the_old_slot(cli: Cli, run: Path) -> None:
@@ -966,6 +1019,7 @@ def test_a_dry_run_says_that_nothing_can_be_written(cli: Cli, tmp_path: Path) ->
         assert "is mounted read-only" in flat(result.err)
         assert "mount it for writing" in flat(cli("setup", "--run", run, "--as-is").err)
         assert "mount it for writing" in flat(cli("status", "--run", run, "--pin", 46).err)
+        assert "trial0 is mounted read-only: the trainer's next save fails there" in flat(cli("doctor", "--run", run).out)
 
 
 def test_a_linked_trial_is_one_run_by_all_its_names(cli: Cli, run: Path, tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ckptstore import running
 from ckptstore.frameworks.areal import launch
 from ckptstore.manifest import parse
 from ckptstore.model import MANIFEST_NAME
@@ -259,6 +262,32 @@ def test_exec_becomes_the_training(run: Path, tmp_path: Path, step: int) -> None
     assert words == [f"experiment_name={EXPERIMENT}", "trial_name=trial0", "++recover.mode=auto"]
     assert mark == "set"
     assert slot_step(run) == (93 if step == 93 else 0)
+
+
+def test_a_step_without_its_option_is_no_command(cli: Cli, run: Path) -> None:
+    for words in (["93"], ["--yes", "93"], ["a.b=c", "93"]):
+        result = cli("resume", *words, *TRAINER)
+        assert result.code == 2
+        assert "--step 93" in result.err
+    assert slot_step(run) == 0
+
+
+@pytest.mark.parametrize("writes_on", [False, True])
+def test_a_job_that_follows_the_one_that_has_just_ended_waits(
+    cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch, writes_on: bool
+) -> None:
+    """A chained job starts within seconds of the last write: a refusal would end the chain. Who writes on is at work."""
+    now_s = time.time()
+    written = trees.checkpoint(run, 140) / "README.md"
+    written.write_text("the last write")
+    os.utime(written, (now_s, now_s - 20))
+    monkeypatch.setattr(
+        running.time, "sleep", lambda s: os.utime(written) if writes_on else os.utime(written, (0, now_s - 200))
+    )
+    result = cli("resume", "--yes", "--exec", "--step", 93, *TRAINER, "--", "touch", "started")
+    assert "README.md was just written: waiting " in flat(result.err)
+    assert ("the trainer seems to be running" in flat(result.err)) is writes_on
+    assert (result.code, Path("started").exists(), slot_step(run)) == ((1, False, 0) if writes_on else (0, True, 93))
 
 
 def test_exec_passes_on_the_trainings_exit_code(run: Path, tmp_path: Path) -> None:

@@ -210,3 +210,21 @@ def test_the_learning_rate_is_the_runs_own(tmp_path: Path) -> None:
             made(text)
     with pytest.raises(RefusedError, match="nothing tells the learning rate"):
         adamw.from_config(None, "default", "B")
+
+
+def test_what_hydra_takes_from_other_files_is_not_taken_for_a_default(tmp_path: Path) -> None:
+    """What the slot says of the optimizer beats the YAML: our default would beat what the other file says."""
+    path = tmp_path / "run.yaml"
+    for text in ("[base, {optim: fast}, _self_]", "[_self_]", "base"):
+        path.write_text(f"defaults: {text}\nactor:\n  optimizer: {{lr: 2e-6, beta1: 0.8, beta2: 0.9, eps: 1e-7}}\n")
+        config = load(str(path))
+        if text.startswith("[base"):
+            assert config.unread == "base, {'optim': 'fast'}"
+            with pytest.raises(RefusedError, match=r"actor.optimizer.weight_decay .*may be in base") as refused:
+                adamw.from_config(config, "default", "B")
+            assert "Say actor.optimizer.weight_decay=" in refused.value.hint
+            config = load(str(path), ["actor.optimizer.weight_decay=0.1"])
+            assert adamw.from_config(config, "default", "B") == adamw.AdamW(2e-6, (0.8, 0.9), 1e-7, 0.1)
+        else:
+            assert config.unread == ""
+            assert adamw.from_config(config, "default", "B").weight_decay == 0.01

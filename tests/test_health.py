@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import math
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptstore import health, importing, ledger
-from ckptstore.errors import NotFoundError, UsageError
+from ckptstore.errors import NotFoundError, StorageError, UsageError
 from ckptstore.health import Health
 from ckptstore.ledger import Judges, Ledger, Record, Writer
 from ckptstore.model import Checkpoint, Part, Status
@@ -120,7 +121,7 @@ def test_metrics_recorded_now_and_then() -> None:
     ]
     found = ledger.from_lines(lines)
     assert of(45, found) is Health.GOOD
-    assert of(95, found) is Health.UNKNOWN, "between a good and a bad one"
+    assert of(95, found) is Health.SUSPECT, "between a good and a bad one"
     assert of(105, found) is Health.BAD
 
 
@@ -209,7 +210,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     writer = Writer(path)
     writer.judges(judges, 1.0)
     writer.record(3, 1763000000.123, metrics)
-    writer.records([Record(4, 5.0, metrics), Record(5, 6.0, metrics)])
+    writer.records([Record(4, 5.0, metrics), Record(5, 6.0, metrics)], imported_at_s=8.0)
     writer.event("trip", 9, 7.0, since_step=4)
     writer.sync()
     writer.close()
@@ -335,6 +336,17 @@ def test_import_of_areals_log(tmp_path: Path) -> None:
     assert time.localtime(first.at_s)[:5] == (2025, 11, 12, 10, 0)
 
 
+def test_a_log_may_be_gzipped_and_is_refused_where_that_is_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "main.log.2.gz"
+    path.write_bytes(gzip.compress(AREAL_LOG.encode()))
+    assert [record.step for record in importing.read(str(path)).records] == [0, 1]
+    for damaged in (path.read_bytes()[:-30], path.read_bytes()[:40] + b"\0" * 9 + path.read_bytes()[49:]):
+        path.write_bytes(damaged)
+        with pytest.raises((UsageError, StorageError), match=r"main\.log\.2"):
+            importing.read(str(path))
+        path.write_bytes(gzip.compress(AREAL_LOG.encode()))
+
+
 @pytest.mark.parametrize(
     ("rows", "axis", "steps"),
     [
@@ -402,13 +414,39 @@ def test_importing_twice_changes_nothing_and_mixes_with_what_was_observed(tmp_pa
         writer.record(step, 1000.0 + step, {REWARD: GOOD})
     imported = [Record(step, 1000.0 + step - 0.25, {"loss": NAN, REWARD: GOOD}) for step in range(6)]
     for _ in range(2):
-        writer.records(importing.new_to(ledger.read(path), imported))
+        writer.records(importing.new_to(ledger.read(path), imported), imported_at_s=time.time())
     writer.close()
     found = ledger.read(path)
     assert len(found.branches) == 1, "times put the imported steps where they belong"
     assert [record.step for record in found.line()] == list(range(6))
     assert all(record.metrics.keys() == {"loss", REWARD} for record in found.line())
     assert len(Path(path).read_text().splitlines()) == 3 + 6
+
+
+@pytest.mark.parametrize("set_by_s", [-7200.0, 7200.0, 36 * 3600.0])
+@pytest.mark.parametrize("until", [110, 500])
+def test_a_clock_that_was_set_mixes_no_history(tmp_path: Path, set_by_s: float, until: int) -> None:
+    """The clock is wrong from step 100 on, or up to step 110; zeros from step 120 on. An import keeps its file's order."""
+    times = {step: 1.7e9 + 75 * step + (set_by_s if 100 <= step < until else 0.0) for step in range(200)}
+    records = [Record(step, at_s, {REWARD: 0.0 if step >= 120 else GOOD}) for step, at_s in times.items()]
+    observed, imported = Writer(str(tmp_path / "observed")), Writer(str(tmp_path / "imported"))
+    for record in records:
+        observed.record(*record)
+    imported.records(records, imported_at_s=1.8e9)
+    for writer in (observed, imported):
+        writer.close()
+        found = ledger.read(writer.path)
+        assert [record.step for record in found.line()] == list(range(200))
+        for step in (95, 105, 115, 121, 150, 187):
+            assert of(step, found, times[step] - 10) is (Health.BAD if step >= 120 else Health.GOOD), step
+
+
+def test_the_rotated_log_may_be_imported_last(tmp_path: Path) -> None:
+    writer = Writer(str(tmp_path / "metrics.jsonl"))
+    for number, steps in enumerate((range(100, 200), range(100))):
+        writer.records((Record(step, 1.7e9 + step, {REWARD: GOOD}) for step in steps), imported_at_s=1.8e9 + number)
+    writer.close()
+    assert [record.step for record in ledger.read(writer.path).line()] == list(range(200))
 
 
 @settings(max_examples=300, deadline=None)
@@ -439,10 +477,41 @@ def _written(record: Record) -> bytes:
     read_end, write_end = os.pipe()
     writer = Writer("-")
     writer._descriptor = write_end
-    writer.records([record])
+    writer.records([record], imported_at_s=1.5)
     writer.close()
     with os.fdopen(read_end, "rb") as file:
         return file.read()
+
+
+def test_zeros_tell_nothing_where_they_are_usual_and_nobody_chose_a_rule() -> None:
+    """A sparse reward: one step in twelve is not 0, for 20 steps at most. Half of the run would be given up for it."""
+    sparse = [GOOD / 500 if step % 25 in (3, 4) else 0.0 for step in range(300)]
+    zero = Zero(patience=10)
+    for saved in (60, 145, 299):
+        assert of(saved, ledger_of(sparse)) is Health.UNKNOWN
+        assert of(saved, ledger_of(sparse, rules=[zero])) in (Health.BAD, Health.SUSPECT), "a rule that was chosen holds"
+    assert of(53, ledger_of(sparse)) is Health.UNKNOWN
+    assert of(60, ledger_of(sparse[:88])) is Health.BAD, "three times is not usual yet"
+    longer = ledger_of([*sparse, *[0.0] * 100])
+    assert of(390, longer) is Health.BAD, "so many zeros are not usual in this run"
+    assert of(145, longer) is Health.UNKNOWN
+    assert of(300, ledger_of([*sparse, NAN, NAN])) in (Health.BAD, Health.SUSPECT)
+    outage = [GOOD] * 100 + [0.0] * 20 + [GOOD] * 100 + [0.0] * 30
+    assert [of(step, ledger_of(outage)) for step in (110, 125, 150, 230)] == ["bad", "suspect", "good", "bad"]
+
+
+@pytest.mark.parametrize(("zeros", "expected"), [(0, "good"), (1, "suspect"), (15, "suspect")])
+def test_between_the_last_good_record_and_the_first_bad_one(zeros: int, expected: str) -> None:
+    """Metrics are recorded every fifth step: the collapse may have begun before the save of step 48."""
+    lines = [
+        json.dumps({"step": step, "at": step, "m": {REWARD: GOOD if step < 50 else 0.0}}).encode()
+        for step in range(0, 50 + 5 * zeros + 5 * (not zeros), 5)
+    ]
+    if not zeros:
+        lines[-1] = json.dumps({"step": 50, "at": 50, "m": {REWARD: GOOD}}).encode()
+    found = ledger.from_lines(lines)
+    assert of(48, found) == expected
+    assert of(43, found) == of(45, found) == "good"
 
 
 def test_a_realistic_run_end_to_end(tmp_path: Path) -> None:

@@ -308,3 +308,11 @@ def test_a_user_without_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
     assert current_user() == "54321"
+
+
+def test_a_yaml_that_hydra_composes_says_what_of_it_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("defaults: [base, _self_]\nexperiment_name: x\ntrial_name: y\n")
+    with pytest.raises(module.NoRunError) as refused:
+        module.locate(module.Where(config="run.yaml"))
+    assert "what its defaults: name is not read (base)" in refused.value.facts

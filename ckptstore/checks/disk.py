@@ -97,6 +97,12 @@ def permissions(patient: Patient) -> Iterator[Diagnosis]:
     denied = [path for path in dict.fromkeys(must) if os.path.lexists(path) and not os.access(path, os.W_OK)]
     if denied:
         more = f" and {len(denied) - 1} more" if len(denied) > 1 else ""
+        if os.statvfs(denied[0]).f_flag & os.ST_RDONLY:
+            found = f"{denied[0]} is mounted read-only: the trainer's next save fails there"
+            yield bad(
+                "permissions", found, "Mount it for writing. If nobody mounted it so, see `dmesg`: a disk that fails does that."
+            )
+            return
         yield bad(
             "permissions",
             f"{current_user()} may not write {denied[0]}{more}: the trainer's next save fails there",

@@ -24,10 +24,10 @@ class Shown(NamedTuple):
 
 
 def of_all(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, Shown]:
-    """The verdicts on checkpoints of a run, by their identity."""
+    """The verdicts on checkpoints of a run, by their identity; none where there are no metrics."""
     ledger = ledger_of(run)
     shown = {}
-    for checkpoint in checkpoints:
+    for checkpoint in checkpoints if ledger else ():
         verdict = of(checkpoint, ledger)
         text = f"health {verdict.health}: {verdict.why}"
         shown[id(checkpoint)] = Shown(

@@ -125,10 +125,10 @@ def command(
 
 
 def _verdicts(run: str, checkpoints: Sequence[Checkpoint]) -> Verdicts:
-    """What is known of each checkpoint's health, by its identity; nothing where no metrics were recorded."""
-    if is_url(run) or not places.has_ledger(run):
+    """What is known of each checkpoint's health, by its identity; nothing where there are no metrics."""
+    if not places.has_metrics(run):
         return {}
-    from ckptstore.cli import condition  # 20 ms, and most runs have no ledger
+    from ckptstore.cli import condition  # 20 ms, where many runs have none
 
     return condition.of_all(run, checkpoints)
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ckptstore import running
 from ckptstore.backends import normal_url, open_backend
 from ckptstore.choose import Selection
 from ckptstore.cli.common import JSON, Trainer, Verb, location_options, selection_options, trainer_options
@@ -43,6 +44,7 @@ from ckptstore.frameworks.areal.launch import (
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.saving import describe
 from ckptstore.fresh import is_fresh
+from ckptstore.listing import scan
 from ckptstore.locate import Located, Where, current_user, named_run, relative_fileroot
 from ckptstore.supervise import run_confirmed
 
@@ -98,6 +100,8 @@ def command(
     if execute and not yes and not asking:
         raise UsageError("--exec replaces the slot, and there is no terminal to ask on", hint="Say --yes to mean it.")
     overrides, own = _split(words)
+    if own and own[0].isascii() and own[0].isdigit():  # as `verify 93` has it: no command is called so
+        raise UsageError(f"{own[0]!r} is no command", hint=f"Steps are given by an option here: --step {own[0]}.")
     where = dataclasses.replace(where, overrides=overrides)
     if or_start:
         if not execute or not own:
@@ -113,6 +117,9 @@ def command(
     options = setup_options(trainer, config, installation, force=force, as_is=as_is)
     with explaining_gaps(located, backend, selection):
         plan = planned(backend, selection, options, quiet=as_json)
+        alone = execute and yes and not (force or options.new_trial)  # nobody is there who could say it again
+        if alone and len(plan.refusals) == 1 and running.wait_for_quiet(lambda: scan(backend), note):
+            plan = planned(backend, selection, options, quiet=as_json)
     blockers, overrides = plan.restoration.blockers, plan.restoration.overrides
     run = located.run
     if options.new_trial:
@@ -223,8 +230,8 @@ def _refuse_strangers(located: Located, config: RunConfig | None, own: tuple[str
             f"{source} says fileroot {fileroot}{relative}, and the run lies elsewhere: AReaL would start fresh",
             run,
             os.path.join(os.path.abspath(fileroot), "checkpoints", run.user, run.experiment, run.trial),
-            hint=f"Give {'your command' if own or config is None else f'--config {config.path}'} "
-            + f"cluster.fileroot={run.fileroot}"
+            hint=f"Give {'your command' if own or config is None else f'--config {shlex.quote(config.path)}'} "
+            + shlex.quote(f"cluster.fileroot={run.fileroot}")
             + (", or start from the folder that the run was started in." if relative_fileroot(config) else "."),
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ckptstore import halt, places, recovery, room
+from ckptstore import halt, recovery, room
 from ckptstore import side as side_folders
 from ckptstore.backends import Backend
 from ckptstore.choose import Selection
@@ -35,8 +35,9 @@ from ckptstore.cli.render import (
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError
 from ckptstore.frameworks.areal.launch import Installation, find_installation, logged_config
+from ckptstore.frameworks.areal.layout import MAIN_LOG
 from ckptstore.frameworks.areal.restoration import Restoration
-from ckptstore.frameworks.areal.trainer_logs import LOG_NAME
+from ckptstore.health import ledger_of
 from ckptstore.locate import Where, current_user
 from ckptstore.model import Status
 from ckptstore.plan import Options, Plan
@@ -266,14 +267,14 @@ def print_notes(plan: Plan) -> None:
 
 
 def print_unjudged(plan: Plan, selection: Selection) -> None:
-    """That nothing tells the health of what was chosen, where the trainer's log could."""
+    """That nothing tells the health of what was chosen, although the trainer has a log."""
     run = plan.listing.run
-    log = os.path.join(run.logs, LOG_NAME)
-    if selection.named or selection.bound is not None or places.has_ledger(run.path) or not run.logs or not os.path.isfile(log):
+    log = os.path.join(run.logs, MAIN_LOG)
+    if selection.named or selection.bound is not None or not run.logs or not os.path.isfile(log) or ledger_of(run.path):
         return
     note(
-        f"no metrics are recorded, so nothing tells whether the model was healthy at step {plan.point.checkpoint.step}; "
-        f"`ckptstore status --run {shlex.quote(run.path)} --import {shlex.quote(log)}` takes them from its log"
+        f"no metrics are recorded, nor are any found in {log}: nothing tells whether the model was healthy at step "
+        f"{plan.point.checkpoint.step}. `ckptstore status --run {shlex.quote(run.path)} --import FILE` takes them from a file"
     )
 
 

@@ -61,7 +61,7 @@ def command(
     listing = scan(backend)
     if changes:
         _change(side, listing, reset=reset, imports=imports, axis=axis, pin=pin, unpin=unpin, quiet=as_json)
-    ledger = ledgers.read(ledgers.path_in(side))
+    ledger = health.ledger_of(located.run.path)
     if as_json:
         print_json(_json(located, listing, side, ledger))
     else:
@@ -104,7 +104,7 @@ def _import(side: str, path: str, axis: str) -> str:
     writer = Writer(ledgers.path_in(side))
     ledger = ledgers.read(writer.path)
     fresh = importing.new_to(ledger, found.records)
-    writer.records(fresh)
+    writer.records(fresh, imported_at_s=time.time())
     writer.sync()
     writer.close()
     if writer.lost is not None:
@@ -188,7 +188,8 @@ def _print_metrics(ledger: Ledger) -> None:
         return
     newest = line[-1]
     when = f", {age(time.time() - newest.at_s)} ago" if newest.at_s else ""
-    field("metrics", f"{len(line)} steps, the newest is {halt.both(newest.step)}{when}")
+    told = ", of the trainer's log" if ledger.logged else ""
+    field("metrics", f"{len(line)} steps{told}, the newest is {halt.both(newest.step)}{when}")
     for key in sorted(newest.metrics)[:_SHOWN]:
         history = [condition.metric(record.metrics[key]) for record in line[-5:] if key in record.metrics]
         field("", f"{key}: {' '.join(history)}")

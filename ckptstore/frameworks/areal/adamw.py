@@ -61,6 +61,11 @@ def from_config(config: RunConfig | None, part: str, era: str) -> AdamW:
         )
 
     def number(name: str, default: float) -> float:
+        if config.unread and config.get(f"{block}.{name}") is None:
+            raise RefusedError(
+                f"{block}.{name} of the fresh optimizer may be in {config.unread}, which {config.path} names and is not read",
+                hint=f"Say {block}.{name}=…, or give --config the whole YAML that AReaL keeps with the run's logs.",
+            )
         return _number(config.get(f"{block}.{name}", default), f"{block}.{name}")
 
     return AdamW(

@@ -52,8 +52,9 @@ def attach(
     """Hook AReaL's StatsLogger and RecoverHandler: instances, classes, or None for AReaL's own classes.
 
     `run` is the run's folder. Without a breaker metrics are only recorded. `adopt` keeps the newest `keep` saves of the slot,
-    copied by rank 0 in a thread; the next save waits for it. `on_save` is called on rank 0 (in that thread) with the global
-    step of each finished save, and the Checkpoint adopted of it, or None. Attaching again replaces what was attached before.
+    and the last good one, copied by rank 0 in a thread; the next save waits for it. `on_save` is called on rank 0 (in that
+    thread) with the global step of each finished save, and the Checkpoint adopted of it, or None. Attaching again replaces what
+    was attached before.
     """
     attachment = Attachment(os.path.abspath(run))
     recorder = Recorder(attachment.run) if breaker is None else None

@@ -30,6 +30,7 @@ RECOVER_INFO = "recover_info"
 #: Clocks of several nodes write into one run: files this close count as one save.
 CLOCK_SKEW_NS = 5_000_000_000
 MAIN_PART = "default"
+MAIN_LOG = "main.log"  #: the trainer's own, in the run's log folder
 SIDE = ".ckptstore"  #: our own folder beside the trials: stages, journals, old slots
 
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from ckptstore.untrusted import open_regular
 
-LOG_NAME = "main.log"  #: the trainer's own
 TAIL_BYTES = 2 << 20
 MAX_FILES = 64
 MAX_LINE_CHARS = 300
