@@ -1,11 +1,18 @@
-"""Work on threads that can be stopped: the first error, Ctrl-C and an exception of `tick` end it all within moments."""
+"""Work on threads that can be stopped: the first error, Ctrl-C and an exception of `tick` end it all within moments.
+
+Threads of our own, and no ThreadPoolExecutor: that takes nothing any more once the main thread has ended, and a save in flight
+is finished then.
+"""
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, TypeVar
 
 from ckptstore.errors import CkptStoreError
 
@@ -120,6 +127,53 @@ def each(
         raise next((error for error in errors if not isinstance(error, Stopped)), errors[0])
     if tick is not None:
         tick()
+
+
+class Pool:
+    """Threads that do what they are given, in order, also while the interpreter ends. Left, it waits for all of it."""
+
+    def __init__(self, threads: int, name: str, *, begin: Callable[[], None] = lambda: None) -> None:
+        self._begin = begin  #: on each thread, first
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._crew = [threading.Thread(target=self._work, daemon=True, name=f"{name}-{n}") for n in range(threads)]
+
+    def __enter__(self) -> Pool:
+        try:
+            for thread in self._crew:
+                start(thread)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+        for thread in self._crew:
+            thread.join()
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Have it done; its result, or what it raises, is the future's."""
+        done: Future[T] = Future()
+        self._jobs.put((done, work, arguments))
+        return done
+
+    def map(self, work: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+        """As the builtin."""
+        return [done.result() for done in [self.submit(work, *some) for some in zip(*arguments, strict=True)]]
+
+    def _work(self) -> None:
+        self._begin()
+        while (job := self._jobs.get()) is not None:
+            done, work, arguments = job
+            try:
+                done.set_result(work(*arguments))
+            except BaseException as error:
+                done.set_exception(error)
+            del job, done, work, arguments  # nothing is held while it waits
+
+    def _end(self) -> None:
+        for _ in self._crew:
+            self._jobs.put(None)
 
 
 def start(thread: threading.Thread) -> None:

@@ -19,7 +19,8 @@ from ckptstore.formats.reading import FormatError, check_safe_name, not_regular,
 from ckptstore.model import FileInfo, Finding, ReadAt, Status
 
 METADATA_NAME = ".metadata"
-MAX_METADATA_BYTES = 64 << 20
+MAX_METADATA_BYTES = 256 << 20  #: an item takes about 145 bytes: 2,000 tensors in the shards of 800 ranks
+_VALUE_BYTES = 4  #: at least, of a value in a `.metadata` of torch's, which has one in 5: bounds memory to 25 times the file
 MISSING_SHARD = "missing shard, named by .metadata"
 
 _DCP = "torch.distributed.checkpoint"
@@ -110,8 +111,13 @@ def read_metadata(data: bytes) -> DcpMetadata:
     """
     if len(data) > MAX_METADATA_BYTES:
         raise FormatError(f"a DCP metadata of {len(data)} bytes, more than are read")
+    most_values = max(inert.MAX_VALUES, len(data) // _VALUE_BYTES)
     try:
-        return _interpret(inert.read(data, lambda name: name in _ALLOWED or _DTYPE.fullmatch(name) is not None), len(data))
+        with inert.uncollected():
+            root = inert.read(
+                data, lambda name: name in _ALLOWED or _DTYPE.fullmatch(name) is not None, most_values=most_values
+            )
+            return _interpret(root, len(data))
     except FormatError as error:
         reason = error.problem
     raise FormatError(f"not a DCP metadata that can be read without executing it: {reason}")

@@ -8,8 +8,10 @@ and memory are linear in the bytes.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckptstore.formats.reading import FormatError
@@ -21,6 +23,18 @@ _NOTHING = object()  # an opcode that leaves no new value on the stack
 _INT = struct.Struct("<i")
 _UNSIGNED = struct.Struct("<I")
 _DOUBLE = struct.Struct(">d")
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which looks at a million new objects again and again: half of the time it takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Name:
@@ -56,11 +70,11 @@ class Pairs(list[Any]):
     __slots__ = ()
 
 
-def read(data: bytes, is_allowed: Callable[[str], bool]) -> Any:
-    """The value that `data` describes. FormatError if it is no whole pickle, or names something not
-    allowed.
+def read(data: bytes, is_allowed: Callable[[str], bool], *, most_values: int = MAX_VALUES) -> Any:
+    """The value that `data` describes. FormatError if it is no whole pickle, names something not
+    allowed, or makes more than `most_values` objects.
     """
-    machine = _Machine(data, is_allowed)
+    machine = _Machine(data, is_allowed, most_values)
     try:
         result = machine.run()
     except (IndexError, struct.error, UnicodeDecodeError, TypeError, AttributeError, KeyError):
@@ -72,57 +86,74 @@ def read(data: bytes, is_allowed: Callable[[str], bool]) -> Any:
 
 
 class _Machine:
-    def __init__(self, data: bytes, is_allowed: Callable[[str], bool]) -> None:
+    def __init__(self, data: bytes, is_allowed: Callable[[str], bool], most_values: int) -> None:
         self.data = data
+        self.most_values = most_values
         self.position = 0
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.values = 0
+        self.memo: list[Any] = []
         self.names: dict[tuple[str, str], Name] = {}
         self.is_allowed = is_allowed
         self.refused: set[str] = set()
 
     def run(self) -> Any:
         # The most frequent opcodes first, and inline: this loop is all the time that a large file takes.
-        data, stack, memo, push = self.data, self.stack, self.memo, self.stack.append
+        data, stack, memo, push, pop = self.data, self.stack, self.memo, self.stack.append, self.stack.pop
+        at = values = 0
         while True:
-            code = data[self.position]
-            self.position += 1
+            code = data[at]
+            at += 1
             if code == 0x94:  # MEMOIZE
-                self.count()
-                memo[len(memo)] = stack[-1]
-            elif code == 0x68:  # BINGET
-                push(memo[data[self.position]])
-                self.position += 1
+                memo.append(stack[-1])
+                continue
             elif code == 0x6A:  # LONG_BINGET
-                push(memo[_UNSIGNED.unpack_from(data, self.position)[0]])
-                self.position += 4
+                push(memo[_UNSIGNED.unpack_from(data, at)[0]])
+                at += 4
+                continue
+            elif code == 0x68:  # BINGET
+                push(memo[data[at]])
+                at += 1
+                continue
             elif code == 0x4B:  # BININT1
-                push(data[self.position])
-                self.position += 1
+                push(data[at])
+                at += 1
+                continue
+            elif code == 0x81 or code == 0x52:  # NEWOBJ, REDUCE
+                arguments, made_by = pop(), pop()
+                if type(made_by) is not Name or arguments is _MARK:
+                    raise FormatError("calls something that is no name")
+                push(Record(made_by, arguments))
+            elif code == 0x62:  # BUILD
+                state, target = pop(), stack[-1]
+                if type(target) is not Record or state is _MARK:
+                    raise FormatError("gives state to something that is no record")
+                target.state = state
+                continue
             elif code == 0x2E:  # STOP
                 if len(stack) != 1 or stack[0] is _MARK:
                     raise FormatError("not a whole pickle")
                 return stack[0]
             elif (handle := _OPCODES.get(code)) is not None:
-                self.count()
+                self.position = at
                 result = handle(self)
+                at = self.position
                 if result is not _NOTHING:
                     push(result)
             elif (sized := _SIZED.get(code)) is not None:
-                self.count()
+                self.position = at
                 push(self.sized(*sized))
+                at = self.position
             elif (constant := _CONSTANTS.get(code, _MARK)) is not _MARK:
                 push(constant)
+                continue
             elif code == 0x30:  # POP
-                stack.pop()
+                pop()
+                continue
             else:
                 raise FormatError(f"opcode {code:#04x}, which no such file needs")
-
-    def count(self) -> None:
-        self.values += 1
-        if self.values > MAX_VALUES:
-            raise FormatError("holds more values than are read")
+            values += 1
+            if values > self.most_values:
+                raise FormatError("holds more values than are read")
 
     def number(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
@@ -197,19 +228,11 @@ def _tuple(machine: _Machine, size: int) -> Any:
     return tuple(items)
 
 
-def _call(machine: _Machine, count: int) -> Any:
-    made_by, *arguments = _tuple(machine, 1 + count)
+def _call(machine: _Machine) -> Any:
+    made_by, arguments, _ = _tuple(machine, 3)
     if type(made_by) is not Name:
         raise FormatError("calls something that is no name")
-    return Record(made_by, arguments[0])
-
-
-def _build(machine: _Machine) -> Any:
-    target, state = _tuple(machine, 2)
-    if type(target) is not Record:
-        raise FormatError("gives state to something that is no record")
-    target.state = state
-    return target
+    return Record(made_by, arguments)
 
 
 def _persistent(machine: _Machine) -> Any:
@@ -222,7 +245,10 @@ def _skip(machine: _Machine, size: int) -> Any:
 
 
 def _put(machine: _Machine, size: int) -> Any:
-    machine.memo[machine.number(size)] = machine.stack[-1]
+    number, memo = machine.number(size), machine.memo
+    if number > len(memo):  # picklers count
+        raise FormatError("not a whole pickle")
+    memo[number : number + 1] = [machine.stack[-1]]
     return _NOTHING
 
 
@@ -259,11 +285,8 @@ _OPCODES: dict[int, Callable[[_Machine], Any]] = {
     0x87: lambda m: _tuple(m, 3),
     0x93: lambda m: m.named(*_tuple(m, 2)),  # STACK_GLOBAL
     0x63: lambda m: m.named(m.line(), m.line()),  # GLOBAL
-    0x52: lambda m: _call(m, 1),  # REDUCE
-    0x81: lambda m: _call(m, 1),  # NEWOBJ
-    0x92: lambda m: _call(m, 2),  # NEWOBJ_EX
+    0x92: _call,  # NEWOBJ_EX
     0x51: _persistent,  # BINPERSID
-    0x62: _build,
     0x71: lambda m: _put(m, 1),
     0x72: lambda m: _put(m, 4),
 }

@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 
@@ -19,7 +19,7 @@ from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import UsageError
 from ckptstore.formats import streaming
-from ckptstore.parallel import Stopped
+from ckptstore.parallel import Pool, Stopped
 from ckptstore.saves import uploading
 from ckptstore.saves.uploading import Written
 from ckptstore.torch import memory
@@ -120,9 +120,7 @@ class _Run:
             for name, file in files.items():
                 stack.enter_context(streaming.created(os.path.join(self.folder, name), file.size_bytes))
             # Inside of the files: no thread writes to one that is closed.
-            pool = stack.enter_context(
-                ThreadPoolExecutor(threads, "ckptstore-block", initializer=native.be_nice, initargs=(nice,))
-            )
+            pool = stack.enter_context(Pool(threads, "ckptstore-block", begin=lambda: native.be_nice(nice)))
             try:
                 for name, file in files.items():
                     for block in fill(file, self.ring, self.streams, block_bytes=BLOCK_BYTES):

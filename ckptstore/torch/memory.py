@@ -164,8 +164,13 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
-    """Whether its values are there: not so of meta and fake tensors, of those made of others, and where storage was freed."""
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether its values are there: not so of meta and fake tensors, of those made of others, and where storage was freed.
+
+    Reading at the address of one that has none would end the process.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return False
     storage = tensor.untyped_storage()
     if tensor.device.type == "meta" or storage.device.type == "meta":
         return False
@@ -175,15 +180,26 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         return False
 
 
+def is_made_of_others(tensor: torch.Tensor) -> bool:
+    """Whether its type keeps its values in other tensors (torchao's quantized ones, what a collective has not yet brought)."""
+    own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return own and not has_memory(tensor) and tensor.untyped_storage().device.type != "meta"
+
+
+def without_memory(tensor: torch.Tensor, where: str) -> UsageError:
+    """What to raise for a tensor, found at `where`, that has no plain memory."""
+    what = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
+    return UsageError(f"{where} is a tensor without plain memory ({what})", hint="Save it dense, or what it is made of.")
+
+
 def checked(tensor: torch.Tensor, where: str) -> None:
     """UsageError for a tensor, found at `where`, that has no plain memory."""
     if is_lazy(tensor):
         raise UsageError(f"{where} is not initialized yet", hint="Run the lazy module once before its state is saved.")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and hasattr(tensor, "to_local"):
         raise UsageError(f"{where} is a shard of a distributed tensor", hint="Save it with dcp.save and StoreWriter.")
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or not _has_memory(tensor):
-        what = f"{type(tensor).__name__}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
-        raise UsageError(f"{where} is a tensor without plain memory ({what})", hint="Save it dense, or what it is made of.")
+    if tensor.is_quantized or not has_memory(tensor):
+        raise without_memory(tensor, where)
     if tensor.dtype not in NAMES:
         raise UsageError(f"{where} has the dtype {tensor.dtype}, which safetensors does not know", hint="Save it as another.")
 

@@ -31,13 +31,14 @@ from torch.futures import Future
 
 from ckptstore.errors import IntegrityError, NotWholeError, UsageError
 from ckptstore.formats import FormatError, dcp, torchzip
+from ckptstore.formats.inert import uncollected
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.parts import files_folder_of
 from ckptstore.saves.loading import Want, read_into, read_whole
 from ckptstore.store import CheckpointStore
 from ckptstore.torch import resuming
 from ckptstore.torch.bounce import onto, target_of
-from ckptstore.torch.memory import bytes_of
+from ckptstore.torch.memory import bytes_of, has_memory
 from ckptstore.torch.simple import find
 
 _WAVE_BYTES = 512 << 20  # of buffers, for what cannot go straight into its target
@@ -100,7 +101,8 @@ class StoreReader(StorageReader):
         except FormatError as error:
             raise IntegrityError(f"step {self.step}: {error}", hint="Does a plain dcp.load read it?") from error
         self._metadata = found
-        return _as_torch(found)
+        with uncollected():
+            return _as_torch(found)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing more to do."""
@@ -229,7 +231,8 @@ class _Reading:
             request = self.stored.requests[0]
             target = self.planner.resolve_tensor(request).detach()
             place = _in_one_piece(request, shape)
-            plain = target.is_contiguous() and not target.is_conj() and not target.is_neg()  # its memory is its values
+            # Whether its memory is its values.
+            plain = has_memory(target) and target.is_contiguous() and not target.is_conj() and not target.is_neg()
             if place is not None and plain and target.device.type in self.direct and (
                 str(target.dtype) == f"torch.{dtype}" and tuple(target.shape) == tuple(request.lengths)
             ):  # fmt: skip

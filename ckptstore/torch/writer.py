@@ -19,7 +19,6 @@ import os
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,15 @@ from torch.futures import Future
 from ckptstore import native
 from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.formats import dcp, torchzip
+from ckptstore.formats.inert import uncollected
 from ckptstore.manifest import Manifest
+from ckptstore.parallel import Pool
 from ckptstore.saves import node_sets, saving, steps
 from ckptstore.saves.saving import Metrics
 from ckptstore.saves.uploading import Written
 from ckptstore.store import CheckpointStore
-from ckptstore.torch import blocks, nodes
+from ckptstore.torch import blocks, memory, nodes
 from ckptstore.torch.filling import File, Streams, Tail, in_memory
-from ckptstore.torch.memory import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,15 +192,14 @@ class StoreWriter(StorageWriter):
     def _write(self, place: _Place, folder: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         values = [planner.resolve_data(item) for item in items]
         streams = Streams([value for value in values if isinstance(value, torch.Tensor)])
-        kinds = [item.type for item in items]
         backend = self._store.backend
         if streams:  # by blocks: what lies on a GPU is never whole in host memory
-            archives = list(map(_archive, kinds, values))
+            archives = list(map(_archive, items, values))
             files = {place.file: File([part for archive in archives for part in archive.parts])}
             written = blocks.write(backend, folder, files, [], streams=streams, nice=self._options.nice)
         else:
-            with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), thread_name_prefix="ckptstore-crc32") as pool:
-                archives = list(pool.map(_archive, kinds, values))
+            with Pool(min(len(items), len(os.sched_getaffinity(0))), "ckptstore-crc32") as pool:
+                archives = pool.map(_archive, items, values)
                 buffers = list(itertools.chain(*pool.map(in_memory, archives)))
             written = saving.write_buffers(backend, folder, {place.file: buffers}, options=self._options)
         return _results(place, items, [archive.size_bytes for archive in archives], written)
@@ -275,8 +274,16 @@ def _metadata_of(metadata: Metadata, results: Sequence[Sequence[WriteResult]], n
         if (chosen := [result for result in ranks if _counts(result, node) and getattr(result, "again", False) == again])
     ]
     with tempfile.TemporaryDirectory(prefix="ckptstore-") as scratch:  # torch writes it to a path, and nowhere else
-        _MetadataFile(scratch, sync_files=False).finish(metadata, plain)
-        return Path(scratch, dcp.METADATA_NAME).read_bytes()
+        with uncollected():
+            _MetadataFile(scratch, sync_files=False).finish(metadata, plain)
+        content = Path(scratch, dcp.METADATA_NAME).read_bytes()
+    if len(content) > dcp.MAX_METADATA_BYTES:  # better said now than at the resume
+        raise UsageError(
+            f".metadata has {len(content):,} bytes for {sum(map(len, plain)):,} shards of tensors, and StoreReader reads "
+            f"{dcp.MAX_METADATA_BYTES:,} at most",
+            hint="Save fewer and larger tensors (experts stacked in one), or on fewer ranks.",
+        )
+    return content
 
 
 def _results(
@@ -293,14 +300,23 @@ def _results(
     return results
 
 
-def _archive(kind: WriteItemType, value: Any) -> File:
-    """One item as torch.save makes it, its tensor where it is."""
-    if kind == WriteItemType.BYTE_IO:
+def _archive(item: WriteItem, value: Any) -> File:
+    """One item as torch.save makes it, its tensor where it is. UsageError for one that is nowhere."""
+    if item.type == WriteItemType.BYTE_IO:
         return File([value.getvalue()])  # a view of its buffer that outlives it is an error on stderr (Python 3.13)
     name = str(value.dtype).removeprefix("torch.")
-    if name not in torchzip.ITEM_BYTES:  # of a newer torch, perhaps: by way of memory
+    composed = memory.is_made_of_others(value)
+    if not composed and not memory.has_memory(value):
+        raise memory.without_memory(value, item.index.fqn)
+    if composed or name not in torchzip.ITEM_BYTES:  # the dtype of a newer torch, perhaps: by way of memory, as torch does
         stream = io.BytesIO()
-        torch.save(plain(value).clone(), stream)
+        torch.save(memory.plain(value).clone(), stream)
+        stream.seek(0)
+        if unknown := torch.serialization.get_unsafe_globals_in_checkpoint(stream):  # better said now than at the resume
+            raise UsageError(
+                f"{item.index.fqn} is a {type(value).__name__}, and torch would not load it again: {', '.join(unknown)}",
+                hint="Make these known by torch.serialization.add_safe_globals, where it is saved and where it is loaded.",
+            )
         return File([stream.getvalue()])
     layout = torchzip.tensor(name, value.shape)
     return File([layout.head, value.detach(), Tail(layout.tail_bytes, layout.tail)])
