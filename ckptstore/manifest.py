@@ -124,6 +124,14 @@ class Manifest:
         """Bytes of all files."""
         return sum(file.size_bytes for file in self.files)
 
+    @property
+    def saved_at_s(self) -> float:
+        """When it was committed, in Unix seconds; 0 where it does not say so in the way that ours do."""
+        try:
+            return datetime.strptime(self.created_at, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        except ValueError:
+            return 0.0
+
     def inspect(self, files: Iterable[FileInfo]) -> Inspection:
         """Compare with what lies there now, by size, mtime and inode (level quick; reads nothing).
 

@@ -167,7 +167,7 @@ class Pool:
             done, work, arguments = job
             try:
                 done.set_result(work(*arguments))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - whoever asked for it raises it
                 done.set_exception(error)
             del job, done, work, arguments  # nothing is held while it waits
 

@@ -4,6 +4,9 @@
 step that is not a committed checkpoint: what it is, a person must say. Only good steps count for a rule: committed, and
 not of a time when training had gone bad (health); the newest step of all stays even so, or a save would delete what it has
 just saved. Where no step is good, nothing is deleted.
+
+The newest are those with the highest numbers, and those that were saved last. The two differ once training went back and goes
+on from an older step: then neither the steps that it left nor its own are deleted for the others' sake.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import os
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from datetime import datetime
 from typing import Any, Literal
 
 from ckptstore import choose, parallel, pins, places, verify
@@ -40,7 +42,8 @@ class Keep:
     """What to keep: the `last` N, every step that is a multiple of `every`, the `best` K by a recorded metric, one in
     `every_hours`; any of them.
 
-    Of the time: the oldest, and from each that is kept for it the first that was saved at least `every_hours` later.
+    The last N are the N highest, and the N that were saved last: others where training went back to an older step. Of the
+    time: the oldest, and from each that is kept for it the first that was saved at least `every_hours` later.
     """
 
     last: int = 0
@@ -115,14 +118,23 @@ class Decision:
 
 
 def decide(
-    candidates: Iterable[Candidate], keep: Keep, *, pinned: Collection[int] = (), unsafe: Mapping[int, str] = _NONE
+    candidates: Iterable[Candidate],
+    keep: Keep,
+    *,
+    pinned: Collection[int] = (),
+    unsafe: Mapping[int, str] = _NONE,
+    saved: int = -1,
 ) -> list[Decision]:
-    """The decision on each step, by step. `unsafe`: steps that are not yet in the store's mirror, and its URL."""
+    """The decision on each step, by step. `unsafe`: steps that are not yet in the store's mirror, and its URL. `saved`: the
+    step that was saved just now, which stays.
+    """
     ordered = sorted(candidates, key=lambda one: one.step)
     good = [one for one in ordered if one.good]
     newest = good[-1].step if good else None
     latest = max((one.step for one in ordered if one.status is Status.COMMITTED), default=None)
-    last = {one.step for one in good[-keep.last :]} if keep.last else set()
+    by_time = sorted((one for one in good if one.saved_at_s > 0), key=lambda one: (one.saved_at_s, one.step))
+    saved_last = by_time[-1].step if by_time else None
+    last = {one.step for one in (*good[-keep.last :], *by_time[-keep.last :])} if keep.last else set()
     ranked = [one for one in good if keep.metric in one.metrics and math.isfinite(one.metrics[keep.metric])]
     sign = 1 if keep.mode == "max" else -1
     ranked.sort(key=lambda one: (sign * one.metrics[keep.metric], one.step), reverse=True)
@@ -143,7 +155,11 @@ def decide(
             reasons.append(f"not yet safe in {unsafe[one.step]}")
         if one.step == newest:
             reasons.append("the newest good one")
-        elif one.step == latest and not reasons:  # it may be what was saved just now
+        elif one.step == saved:
+            reasons.append("saved just now")
+        elif one.step == saved_last:
+            reasons.append("the good one that was saved last")
+        elif one.step == latest and not reasons:
             reasons.append("the newest one")
         if one.step in last:
             reasons.append(f"of the last {keep.last}")
@@ -175,7 +191,7 @@ def _one_in(span_s: float, good: Iterable[Candidate]) -> set[int]:
     return chosen
 
 
-def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Decision]:
+def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False, saved: int = -1) -> list[Decision]:
     """What `prune` would do now. UsageError for what is no store of steps.
 
     Of a store that is mirrored, what is not safe there yet stays, unless `unmirrored`.
@@ -197,7 +213,7 @@ def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Deci
     candidates = _candidates(backend, listing)
     checked: set[int] = set()
     while True:
-        decisions = decide(candidates, keep, pinned=pinned, unsafe=unsafe)
+        decisions = decide(candidates, keep, pinned=pinned, unsafe=unsafe, saved=saved)
         newest = max((one.candidate.step for one in decisions if one.candidate.good), default=None)
         if newest is None or newest in checked or all(one.keep for one in decisions):
             return decisions
@@ -209,15 +225,17 @@ def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Deci
             ]
 
 
-def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Decision]:
+def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False, saved: int = -1) -> list[Decision]:
     """Delete what no rule keeps; the decisions. Interrupted anywhere, every step is there whole, or not there.
+
+    `saved`: the step that was saved just now, which stays.
 
     In a folder, step one, under the store's lock: each is renamed into the side folder, all of them durably. Step two deletes
     there; what an interruption leaves, the next save or `clean` removes. At a URL each step's manifest goes first: from then
     on it is none. Pins and the mirror's record are those of a store on this machine.
     """
     if not backend.is_folder:
-        return _prune_there(backend, keep)
+        return _prune_there(backend, keep, saved)
     root = os.path.realpath(backend.location)
     if not os.path.isdir(steps.side_of(root)):
         raise RefusedError(
@@ -227,7 +245,7 @@ def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False) -> list[Dec
     side = steps.side_of(root)
     trash = []
     with steps.locked(root, "prune"):
-        decisions = plan(backend, keep, unmirrored=unmirrored)
+        decisions = plan(backend, keep, unmirrored=unmirrored, saved=saved)
         for one in decisions:
             if not one.keep:
                 trash.append(f"trash-{secrets.token_hex(8)}")
@@ -256,15 +274,15 @@ def prune_after(backend: Backend, step: int, keep: Keep | None) -> None:
     if keep is None:
         return
     try:
-        prune(backend, keep)
+        prune(backend, keep, saved=step)
     except CkptStoreError as error:
         error.message = f"step {step} is saved, and pruning after it failed: {error.message}"
         raise
 
 
-def _prune_there(backend: Backend, keep: Keep) -> list[Decision]:
+def _prune_there(backend: Backend, keep: Keep, saved: int) -> list[Decision]:
     """`prune` at a URL: no lock, so that only what the listing showed is removed, and nothing that came since."""
-    decisions = plan(backend, keep)
+    decisions = plan(backend, keep, saved=saved)
     doomed = {one.candidate.step: one.candidate.folder for one in decisions if not one.keep}
     there: dict[int, list[Generation]] = {}
     for found in sorted(generations_in(backend.tree(max_depth=4))) if doomed else ():
@@ -300,7 +318,7 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
                 metrics,
                 checkpoint.step not in bad,
                 checkpoint.size_bytes,
-                _saved_at_s(manifest),
+                manifest.saved_at_s if manifest is not None else 0.0,
                 manifest is None
                 or manifest.group is None
                 or node_sets.known_whole(listing.run.path, checkpoint.step, manifest.group),
@@ -308,13 +326,3 @@ def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
             )
         )
     return found
-
-
-def _saved_at_s(manifest: Manifest | None) -> float:
-    """When the save was committed; 0 where the manifest does not say so in the way that ours do."""
-    if manifest is None:
-        return 0.0
-    try:
-        return datetime.strptime(manifest.created_at, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except ValueError:
-        return 0.0

@@ -106,19 +106,19 @@ class _Machine:
             if code == 0x94:  # MEMOIZE
                 memo.append(stack[-1])
                 continue
-            elif code == 0x6A:  # LONG_BINGET
+            if code == 0x6A:  # LONG_BINGET
                 push(memo[_UNSIGNED.unpack_from(data, at)[0]])
                 at += 4
                 continue
-            elif code == 0x68:  # BINGET
+            if code == 0x68:  # BINGET
                 push(memo[data[at]])
                 at += 1
                 continue
-            elif code == 0x4B:  # BININT1
+            if code == 0x4B:  # BININT1
                 push(data[at])
                 at += 1
                 continue
-            elif code == 0x81 or code == 0x52:  # NEWOBJ, REDUCE
+            if code == 0x81 or code == 0x52:  # NEWOBJ, REDUCE
                 arguments, made_by = pop(), pop()
                 if type(made_by) is not Name or arguments is _MARK:
                     raise FormatError("calls something that is no name")

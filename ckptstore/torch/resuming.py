@@ -35,7 +35,7 @@ from ckptstore.parts import folder_of, manifest_told, read_part
 from ckptstore.saves import node_sets, prepared, steps
 from ckptstore.saves.prepared import Prepared
 from ckptstore.store import CheckpointStore
-from ckptstore.torch.simple import see_nothing
+from ckptstore.torch.simple import see_nothing, warn_of_return
 from ckptstore.verify import verify
 
 _log = logging.getLogger("ckptstore")
@@ -58,6 +58,7 @@ class Seen:
     held: Mapping[int, tuple[str, NodeSet | None]] = field(default_factory=dict)
     prepared: Mapping[_Save, NodeSet] = field(default_factory=dict)
     bad: Mapping[int, str] = field(default_factory=dict)  #: what the metrics object to; they may lie on one node alone
+    saved_at_s: Mapping[int, float] = field(default_factory=dict)  #: of what is held, by the manifests
     problem: str = ""
 
 
@@ -130,6 +131,8 @@ def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None 
         )
     if step != newest:
         _log.warning("step %d is chosen, not %d: %s (name a step to load it)", step, newest, bad[newest])
+    good = {number for number, _ in _common(identities)} - bad.keys()
+    warn_of_return(step, {number: ranks[0].saved_at_s[number] for number in good})
     for whole, _ in sorted(_common(identities)):
         group = ranks[0].held[whole][1]
         nodes = {found.node for rank in ranks if (found := rank.held[whole][1]) is not None}
@@ -170,7 +173,8 @@ def _look(store: CheckpointStore, process_group: dist.ProcessGroup | None) -> li
         ready = {save: one.group for save, one in _prepared(store).items()} if name else {}
         there = _committed(store)
         bad = gone_bad(store.backend.location, [checkpoint for checkpoint, _ in there])
-        seen = Seen(name, {one.step: (identity(manifest), manifest.group) for one, manifest in there}, ready, bad)
+        names = {one.step: (identity(manifest), manifest.group) for one, manifest in there}
+        seen = Seen(name, names, ready, bad, {one.step: manifest.saved_at_s for one, manifest in there})
     except CkptStoreError as error:
         seen = Seen(problem=str(error))
     ranks: list[Seen] = _gather(seen, process_group)
