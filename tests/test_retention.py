@@ -73,6 +73,21 @@ def test_one_in_so_many_hours() -> None:
     assert kept(again, Keep(every_hours=1)) == [1, 2, 3], "by time: step 1 was saved again"
 
 
+def test_training_that_went_back() -> None:
+    """To step 500, after step 1000: what it saves since is not deleted, nor is what it left, for the other's sake."""
+    left = [Candidate(step, GOOD, saved_at_s=1e9 + step) for step in range(100, 1001, 100)]
+    since = [Candidate(step, GOOD, saved_at_s=1e9 + 2000 + step) for step in (550, 650, 750)]
+    assert kept([*left, since[0]], Keep(last=3)) == [550, 800, 900, 1000]
+    assert kept([*left, *since], Keep(last=3)) == [550, 650, 750, 800, 900, 1000]
+    assert kept([*left, *since], Keep(every=1000)) == [750, 1000], "the newest of both"
+    onward = [Candidate(step, GOOD, saved_at_s=1e9 + 2000 + step) for step in (1050, 1150, 1250)]
+    assert kept([*left, *since, *onward], Keep(last=3)) == [1050, 1150, 1250]
+    same_second = [Candidate(step, GOOD, saved_at_s=1e9) for step in (550, 900, 1000)]
+    assert kept(same_second, Keep(last=1), saved=550) == [550, 1000], "whatever the clocks say"
+    bad = [Candidate(550, GOOD, healthy=False), *left]
+    assert kept(bad, Keep(last=1), saved=550) == [550, 1000]
+
+
 def test_the_time_of_a_save(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it was committed, by its manifest, whatever the age of the files in it."""
     import datetime as times
@@ -160,15 +175,16 @@ keeps = st.builds(Keep, st.integers(1, 5), st.integers(0, 7), every_hours=st.int
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a machine may be busy
-@given(candidates, keeps, st.sets(st.integers(0, 40)))
-def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int]) -> None:
-    decisions = decide(some, keep, pinned=pinned)
+@given(candidates, keeps, st.sets(st.integers(0, 40)), st.integers(-1, 40))
+def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int], saved: int) -> None:
+    decisions = decide(some, keep, pinned=pinned, saved=saved)
     doomed = [one.candidate for one in decisions if not one.keep]
     assert sorted(one.candidate.step for one in decisions) == sorted(one.step for one in some)
-    assert all(one.status is GOOD and one.step not in pinned for one in doomed)
+    assert all(one.status is GOOD and one.step not in pinned and one.step != saved for one in doomed)
     good = [one for one in some if one.good]
     assert len([one for one in good if one not in doomed]) >= min(keep.last, len(good))
     if good:
+        assert max(good, key=lambda one: (one.saved_at_s, one.step)) not in doomed
         assert max(one.step for one in good) not in {one.step for one in doomed}
         assert max(one.step for one in some if one.status is GOOD) not in {one.step for one in doomed}
     else:
@@ -178,7 +194,7 @@ def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int]) 
         times = sorted(one.saved_at_s for one in left if one.good and one.saved_at_s)
         for one in good:
             assert not one.saved_at_s or any(0 <= one.saved_at_s - at < keep.every_hours * 3600 for at in times)
-    assert [one.keep for one in decide(left, keep, pinned=pinned)] == [True] * len(left), "a second prune finds nothing"
+    assert [one.keep for one in decide(left, keep, pinned=pinned, saved=saved)] == [True] * len(left), "a second prune finds nothing"
 
 
 # --- on the disk ---------------------------------------------------------------------------------------------------
@@ -210,6 +226,13 @@ def test_prune_and_keep_while_saving(room: Path) -> None:
     store.save(5, room / "source", keep=Keep(last=1, best=1, metric="loss", mode="min"))
     assert there(store) == [3, 5], "5 has no such metric"
     assert sorted(path.name for path in Path(steps.side_of(store.folder)).iterdir()) == ["lock"]
+
+
+def test_a_save_below_the_newest_is_kept(room: Path) -> None:
+    """It was deleted in the moment in which it was saved, where training had gone back to an older step."""
+    store = fill(room, 100, 200, 300)
+    store.save(150, room / "source", keep=Keep(last=1))
+    assert there(store) == [150, 300]
 
 
 def test_the_newest_is_verified_before_anything_goes(room: Path) -> None:

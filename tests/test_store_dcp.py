@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 import zipfile
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from ckptstore import CheckpointStore, native
 from ckptstore.errors import IntegrityError, UsageError
 from ckptstore.formats import dcp as dcp_format
+from ckptstore.formats import inert
 from ckptstore.model import Status
 from ckptstore.saves import steps
 from tests import reads, trees, warm
@@ -223,6 +225,59 @@ def test_a_save_that_fails_leaves_nothing(store: CheckpointStore, monkeypatch: p
         save(store, 2, state)
     assert [one.step for one in store.list()] == [1]
     assert sorted(path.name for path in Path(steps.side_of(store.folder)).iterdir()) == ["id", "lock"]
+
+
+@pytest.fixture
+def composed() -> Iterator[Any]:
+    """A type whose values are in two other tensors, as torchao's are in scales and integers; torch loads it again."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    with torch.serialization.safe_globals([TwoTensor]):
+        yield TwoTensor
+
+
+def test_tensors_that_are_made_of_others(store: CheckpointStore, composed: Any) -> None:
+    """They have no memory: reading it, or into it, ended the process (FSDP's float8 weights of torchtitan)."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    save(store, 1, {"w": composed(torch.arange(6.0), torch.ones(6)), "late": AsyncCollectiveTensor(torch.arange(3.0))})
+    assert store.verify(1).ok
+    found = {"w": composed(torch.zeros(6), torch.zeros(6)), "late": AsyncCollectiveTensor(torch.zeros(3))}
+    load(store, 1, found)
+    assert (found["w"].a.tolist(), found["w"].b.tolist()) == (list(range(6)), [1.0] * 6)
+    assert found["late"].tolist() == [0.0, 1.0, 2.0]
+    save(store, 2, {"w": torch.arange(6.0)})
+    load(store, 2, found := {"w": composed(torch.zeros(6), torch.zeros(6))})
+    assert found["w"].b.tolist() == list(range(6)), "what plain weights hold goes into it as torch copies"
+
+
+def test_what_torch_would_not_load_again_is_not_saved(store: CheckpointStore, composed: Any) -> None:
+    with torch.serialization.safe_globals([]):
+        torch.serialization.clear_safe_globals()
+        with pytest.raises(dcp.CheckpointException, match=r"model\.w is a TwoTensor, and torch would not load it again: torch"):
+            save(store, 1, {"model": {"w": composed(torch.ones(2), torch.ones(2))}})
+    assert list(store) == []
+
+
+def test_a_tensor_without_memory_is_refused_by_name(store: CheckpointStore) -> None:
+    freed = torch.ones(1000)
+    freed.untyped_storage().resize_(0)  # as FSDP frees gathered weights
+    for value in (freed, torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()):
+        with pytest.raises(dcp.CheckpointException, match=r"model\.w is a tensor without plain memory"):
+            save(store, 1, {"model": {"w": value}})
+    assert list(store) == []
+
+
+def test_the_metadata_of_many_ranks(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of 128 ranks was saved, and never read again: it was counted against what a hostile one may cost."""
+    monkeypatch.setattr(inert, "MAX_VALUES", 100)
+    state = {"model": {f"layers.{n}.weight": torch.full((2, 3), float(n)) for n in range(200)}}
+    save(store, 1, state)
+    assert same(load(store, 1, blank(state)), state)
+    monkeypatch.setattr(dcp_format, "MAX_METADATA_BYTES", 10_000)
+    with pytest.raises(dcp.CheckpointException, match="for 200 shards of tensors, and StoreReader reads 10,000 at most"):
+        save(store, 2, state)
+    assert not folder(store, 2).exists()
 
 
 def test_usage(store: CheckpointStore, tmp_path: Path) -> None:
