@@ -194,7 +194,9 @@ def test_what_always_holds(some: list[Candidate], keep: Keep, pinned: set[int], 
         times = sorted(one.saved_at_s for one in left if one.good and one.saved_at_s)
         for one in good:
             assert not one.saved_at_s or any(0 <= one.saved_at_s - at < keep.every_hours * 3600 for at in times)
-    assert [one.keep for one in decide(left, keep, pinned=pinned, saved=saved)] == [True] * len(left), "a second prune finds nothing"
+    assert [one.keep for one in decide(left, keep, pinned=pinned, saved=saved)] == [True] * len(left), (
+        "a second prune finds nothing"
+    )
 
 
 # --- on the disk ---------------------------------------------------------------------------------------------------
