@@ -167,8 +167,10 @@ class Pool:
             done, work, arguments = job
             try:
                 done.set_result(work(*arguments))
-            except BaseException as error:  # noqa: BLE001 - whoever asked for it raises it
-                done.set_exception(error)
+            except BaseException as error:
+                done.set_exception(error)  # for whoever asked for it
+                if not isinstance(error, Exception):
+                    raise
             del job, done, work, arguments  # nothing is held while it waits
 
     def _end(self) -> None:
