@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from ckptstore import parallel
 from ckptstore.errors import BusyError, from_os_error
 from ckptstore.untrusted import open_regular
 
@@ -88,7 +89,7 @@ class RunLock:
             )
         with contextlib.suppress(OSError):  # what it says is a courtesy: on a full disk the lock holds all the same
             self._write()
-        self._heart.start()
+        parallel.start(self._heart)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ckptstore.errors import CkptStoreError
+from ckptstore.errors import CkptStoreError, UsageError
 
 T = TypeVar("T")
 
@@ -185,6 +185,9 @@ def start(thread: threading.Thread) -> None:
     except RuntimeError as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
+        if "interpreter shutdown" in str(error):  # Python 3.12.0 and 3.12.1, from when the main thread has ended
+            hint = "Wait for saves before the program ends (ckptstore.wait_all), or take Python 3.12.2 or later."
+            raise UsageError("no thread can be started any more: the interpreter ends", hint=hint) from error
         raise
 
 

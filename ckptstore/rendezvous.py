@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from ckptstore import places
+from ckptstore import parallel, places
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError, RankError, from_os_error
 from ckptstore.untrusted import open_regular
@@ -212,7 +212,7 @@ class Rendezvous:
             os.mkdir(self._folder, 0o755)
         except OSError as error:
             raise from_os_error(error, doing="creating", path=self._folder) from error
-        self._heart.start()
+        parallel.start(self._heart)
         self._write(f"alive-{self.rank}", self._state(0))
         pointer = {"launch": self._launch.name, "folder": os.path.basename(self._folder), "rank": self.rank, **self._me}
         _write_file(os.path.join(self.side, POINTER), pointer)
@@ -252,7 +252,7 @@ class Rendezvous:
         return False
 
     def _join(self) -> None:
-        self._heart.start()
+        parallel.start(self._heart)
         self._write(f"alive-{self.rank}", self._state(0))
         roster = self.wait("roster")
         if self.rank not in roster:

@@ -258,6 +258,7 @@ else:
 """
 
 
+@pytest.mark.skipif((3, 12) <= sys.version_info < (3, 12, 2), reason="this Python can start no thread at its exit")
 def test_a_save_in_flight_is_finished_at_exit(tmp_path: Path) -> None:
     """After an exception, and at the usual end, which is that of a process that has forked, too."""
     ends = {"raise": (SCRIPT, 1), "fork": (SCRIPT, 0), "waves": (LATE, 0), "dcp": (LATE, 0)}

@@ -31,7 +31,7 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ckptstore import native
+from ckptstore import native, parallel
 from ckptstore import side as side_folders
 from ckptstore.errors import CkptStoreError, CommitUncertain, IntegrityError, NotCommitted, RankError, from_os_error
 from ckptstore.formats import dcp
@@ -111,7 +111,7 @@ class Follower:
         self._stop = threading.Event()
         arguments = (channel, node, draft, self._stop)
         self._thread = threading.Thread(target=_follow, args=arguments, name="ckptstore-node", daemon=True)
-        self._thread.start()
+        parallel.start(self._thread)
 
     def stop(self) -> None:
         """Give up, unless it has been told to commit; the draft is gone then, or left where it is prepared. Waits for that."""
