@@ -22,7 +22,7 @@ from ckptstore.errors import (
     UsageError,
     from_os_error,
 )
-from ckptstore.listing import Listing, scan
+from ckptstore.listing import Listing, backend_for, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Part
 from ckptstore.parts import folder_of, read_manifest
@@ -162,7 +162,7 @@ class CheckpointStore:
         return iter(self.list())
 
     def get(self, step: int) -> Checkpoint:
-        """The checkpoint of a global step. NotFoundError names the steps that exist."""
+        """The checkpoint of a global step, or the slot that was adopted at it. NotFoundError names the steps that exist."""
         return _at(self.scan(), step)
 
     def latest(self) -> Checkpoint | None:
@@ -177,7 +177,10 @@ class CheckpointStore:
     def seal(self, step: int, *, progress: native.Progress | None = None) -> Sequence[Manifest]:
         """Write a manifest for what the trainer wrote. IntegrityError for a checkpoint that is not whole."""
         self._need_folder()
-        return seal(self.backend, self.get(step), progress=progress)
+        checkpoint = self.get(step)
+        if checkpoint.store:
+            raise UsageError(f"step {step} is a slot that was adopted: it has its manifest since", hint="`verify` reads it.")
+        return seal(self.backend, checkpoint, progress=progress)
 
     def resume_point(
         self, *, before_step: int | None = None, max_step: int | None = None, include_bad: bool = False
@@ -197,9 +200,10 @@ class CheckpointStore:
         self._need_folder()
         return recovery.setup(self.backend, selection or Selection(), options or Options(), notify=notify)
 
-    def _recorded(self, part: Part) -> Manifest | None:
+    def _recorded(self, checkpoint: Checkpoint, part: Part) -> Manifest | None:
+        backend = backend_for(self.backend, checkpoint)
         try:
-            return read_manifest(self.backend, folder_of(self.backend, part))
+            return read_manifest(backend, folder_of(backend, part))
         except NotFoundError:
             return None
         except ManifestError as error:  # else what is restored would be compared with nothing
@@ -244,7 +248,7 @@ class CheckpointStore:
             for part in checkpoint.parts:
                 folder = draft if listing.framework == "steps" else os.path.join(draft, part.name)
                 os.makedirs(folder, 0o700, exist_ok=True)
-                recorded = self._recorded(part)
+                recorded = self._recorded(checkpoint, part)
                 valid = recorded is not None and recorded.inspect(part.files).holds
                 expected = {entry.path: entry.chunks for entry in recorded.files} if recorded and valid else {}
                 if lacking := expected.keys() - {file.name for file in part.files}:
@@ -271,8 +275,8 @@ class CheckpointStore:
 
 
 def _at(listing: Listing, step: int) -> Checkpoint:
-    found = listing.at_step(step)
+    found = listing.at_step(step) or [checkpoint for checkpoint in listing.adopted if checkpoint.step == step]
     if not found:
-        there = [checkpoint.step for checkpoint in listing.checkpoints]
+        there = sorted({checkpoint.step for checkpoint in (*listing.checkpoints, *listing.adopted)})
         raise NotFoundError(f"no checkpoint of step {step!r} in {listing.run.path}", hint=f"There are {there[-20:]}.")
     return found[-1]
