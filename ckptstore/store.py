@@ -183,11 +183,19 @@ class CheckpointStore:
         return seal(self.backend, checkpoint, progress=progress)
 
     def resume_point(
-        self, *, before_step: int | None = None, max_step: int | None = None, include_bad: bool = False
+        self,
+        *,
+        before_step: int | None = None,
+        max_step: int | None = None,
+        include_bad: bool = False,
+        notify: Notify | None = None,
     ) -> ResumePoint:
-        """The newest checkpoint that is healthy and passes level structure, those skipped and why; or NothingToResumeError."""
+        """The newest checkpoint that is healthy and passes level structure, those skipped and why; or NothingToResumeError.
+
+        Of a slot that may be it all bytes are read, of which `notify` is told.
+        """
         wanted = Selection(before_step=before_step, max_step=max_step, include_bad=include_bad)
-        return resume_point(self.backend, self.scan(), wanted)
+        return resume_point(self.backend, self.scan(), wanted, notify=notify)
 
     def setup(
         self,
@@ -244,6 +252,12 @@ class CheckpointStore:
             os.mkdir(draft, 0o700)
         except OSError as error:
             raise from_os_error(error, doing="creating", path=draft) from error
+        before = 0
+
+        def onward(done_bytes: int, _: int) -> None:
+            if progress is not None:
+                progress(before + done_bytes, checkpoint.size_bytes)
+
         try:
             for part in checkpoint.parts:
                 folder = draft if listing.framework == "steps" else os.path.join(draft, part.name)
@@ -259,8 +273,9 @@ class CheckpointStore:
                 ]
                 chunk_bytes = recorded.chunk_bytes if recorded and valid else native.CHUNK_BYTES
                 results[part.name] = native.copy_files(
-                    part.path, folder, specs, options=native.CopyOptions(chunk_bytes=chunk_bytes), progress=progress
+                    part.path, folder, specs, options=native.CopyOptions(chunk_bytes=chunk_bytes), progress=onward
                 )
+                before += part.size_bytes
             side_folders.sync_folder(draft)
             side_folders.rename_in(draft, target)
         except OSError as error:
