@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -159,6 +160,52 @@ def test_a_save_during_a_push_is_kept_and_goes_next(run, url, capfd, monkeypatch
     assert pushed == ([150, 160, 170, 93, 46] if url.startswith("s3") else [150, 160, 93, 170, 46]), done.err
     assert '"step": 160' in done.out
     assert '"step": 170' in done.out
+
+
+def test_many_adopted_steps_there_are_read_at_once(run, tmp_path, monkeypatch):
+    """A week of training leaves hundreds: one after the other they would take minutes, before the newest is sent."""
+    url = f"memory://mirror-many-{tmp_path.name}-{os.getpid()}"
+    backend = open_backend(run)
+    for step in range(150, 158):
+        trees.write_recover_info(run, step)
+        for path in (run / "default/recover_checkpoint").iterdir():
+            os.utime(path)
+        adopt.adopt(backend)
+        mirror(backend, url)
+        adopt.prune(backend, keep=1)
+    get, keys, readers = FsspecBackend.get, [], set()
+
+    def slow(self, key, **options):
+        keys.append(f"{self.location}/{key}")
+        readers.add(threading.get_ident())
+        time.sleep(0.002)
+        return get(self, key, **options)
+
+    monkeypatch.setattr(FsspecBackend, "get", slow)
+    assert [checkpoint.step for checkpoint in scan(open_backend(url)).adopted] == list(range(150, 158))
+    assert len(readers) > 4
+    looked = len(keys)
+    (run.parent / ".ckptstore/trial0/mirror.json").unlink()
+    assert all(sent.committed_before for sent in mirror(backend, url))
+    again = [key for key in keys[2 * looked :] if "adopted" in key]
+    assert len(again) == 2, "what is not here is not compared"
+
+
+def test_an_outage_hides_no_adopted_step(run, tmp_path, monkeypatch):
+    """Another one, or none, would be chosen to resume from."""
+    url = f"memory://mirror-outage-{tmp_path.name}-{os.getpid()}"
+    adopt.adopt(open_backend(run))
+    mirror(open_backend(run), url)
+    listed = FsspecBackend.list
+
+    def down(self, prefix=""):
+        if "adopted" in f"{self.location}/{prefix}":
+            raise StorageError("the store does not answer")
+        return listed(self, prefix)
+
+    monkeypatch.setattr(FsspecBackend, "list", down)
+    with pytest.raises(StorageError, match="does not answer"):
+        scan(open_backend(url))
 
 
 # --- exports, lag, retention ---------------------------------------------------------------------------------------

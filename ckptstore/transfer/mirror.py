@@ -68,10 +68,10 @@ def _mirror(
     problem: CkptStoreError | None = None
     try:
         here = finished(listing)
-        there = _contents_at(url, bandwidth)
+        there = _committed_at(url, bandwidth)
         known = {mirrored.name_of(checkpoint): mirrored.mark_of(checkpoint) for checkpoint in here if record.holds(checkpoint)}
         still = {name: mark for name, mark in known.items() if name in there}
-        steps = [step for step, _ in there.values()]
+        steps = [checkpoint.step for checkpoint in there.values()]
         record = dataclasses.replace(record, safe=still, newest_step=max([-1, *steps]))
         record = dataclasses.replace(record, present_step=mirrored.newest_safe(record, here, there=steps))
         tried: set[tuple[str, str]] = set()
@@ -92,7 +92,7 @@ def _mirror(
                 told = _giving_way(open_backend(url, bandwidth=bandwidth), overtaken, notify)
             tried.add(mark)
             try:
-                if (content := _content(backend, checkpoint)) is None or content != there.get(name, (-1, None))[1]:
+                if not _is_same(backend, checkpoint, there.get(name)):
                     yield from _push(backend, url, checkpoint, bandwidth=bandwidth, notify=told)
                     between()
                     here = finished(scan(backend))
@@ -288,18 +288,22 @@ def _push(
     return push(store, _with_info(store, checkpoint), target, notify=notify)
 
 
-def _contents_at(url: str, bandwidth: Bandwidth | None) -> Mapping[str, tuple[int, list[str] | None]]:
-    """What is COMMITTED there, by name: its step, and for adopted steps what they hold."""
-    target = open_backend(url, bandwidth=bandwidth)
+def _committed_at(url: str, bandwidth: Bandwidth | None) -> Mapping[str, Checkpoint]:
+    """What is COMMITTED there, by name."""
     try:
-        listing = scan(target)
+        listing = scan(open_backend(url, bandwidth=bandwidth))
     except NotFoundError:
         return {}  # nothing has been pushed there yet
-    return {
-        mirrored.name_of(checkpoint): (checkpoint.step, _content(target, checkpoint) if checkpoint.store else None)
-        for checkpoint in (*listing.checkpoints, *listing.adopted)
-        if checkpoint.status is Status.COMMITTED
-    }
+    found = (*listing.checkpoints, *listing.adopted)
+    return {mirrored.name_of(checkpoint): checkpoint for checkpoint in found if checkpoint.status is Status.COMMITTED}
+
+
+def _is_same(backend: Backend, here: Checkpoint, there: Checkpoint | None) -> bool:
+    """Whether an adopted step is there, with the same content; of all others a push finds it out."""
+    if there is None or not there.store:
+        return False
+    content = _content(backend, here)
+    return content is not None and content == _content(backend, there)
 
 
 def _content(backend: Backend, checkpoint: Checkpoint) -> list[str] | None:
