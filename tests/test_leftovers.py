@@ -91,7 +91,7 @@ def test_half_a_file_of_a_dead_push_goes(run, tmp_path, monkeypatch):
     open_backend(url).put(other, b"half")
     (one,) = [one for one in leftovers.look(open_backend(url), older_than_s=AT_ONCE).leftovers if one.folder]
     assert one.others == ()
-    assert clean(url) == dict.fromkeys([f"{EXPORT}/{CLAIM_NAME}", *drafts, other], True)
+    assert {*drafts, other} < clean(url).keys()  # and the claim, with what files had arrived
     assert keys(url) == [key for key in keys(url) if ".ckptstore.manifest." not in key and EXPORT not in key]
 
 
