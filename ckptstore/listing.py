@@ -9,12 +9,13 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ckptstore import damage
+from ckptstore import damage, parallel
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
+from ckptstore.backends.below import Below
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import CkptStoreError
+from ckptstore.errors import CkptStoreError, NotFoundError
 from ckptstore.frameworks import steps
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
@@ -26,6 +27,7 @@ from ckptstore.saves import owner, prepared
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
 _MIRROR = f"{layout.MAIN_PART}/{layout.SIDE}"  #: of a run in an object store
+_AT_ONCE = 16  #: adopted steps that are read there
 
 
 #: Formats from which a trainer restores more than weights; replacing one by anything else loses that.
@@ -180,10 +182,16 @@ def mirror_of(url: str, step: int) -> str:
 def _mirrored(backend: Backend, tree: dict[str, Folder]) -> Iterable[Checkpoint]:
     """Adopted steps in a run's URL. They come part by part: one that is not COMMITTED as a whole is none."""
     inside = tree.get(f"{_MIRROR}/adopted", Folder(0, []))
-    for step in _adopted_steps(entry.name for entry in inside.entries):
-        found = _read_kept(open_backend(mirror_of(backend.location, step)))
-        if found is not None and found.status is Status.COMMITTED:
-            yield found
+    found: dict[int, Checkpoint] = {}
+
+    def read(step: int, stop: parallel.Stop) -> None:
+        kept = _read_kept(Below(backend, adopted_folder(_MIRROR, step)))
+        if kept is not None and kept.status is Status.COMMITTED:
+            found[step] = kept
+
+    # A mirror removes nothing, and each takes some requests, one after the other.
+    parallel.each(_adopted_steps(entry.name for entry in inside.entries), read, threads=_AT_ONCE)
+    return [found[step] for step in sorted(found)]
 
 
 def _adopted_steps(names: Iterable[str]) -> list[int]:
@@ -194,7 +202,9 @@ def _read_kept(store: Backend) -> Checkpoint | None:
     """The adopted step that `store` is rooted at; None where it is not all there."""
     try:
         tree = store.tree(max_depth=5 if store.is_folder else 6)
-    except CkptStoreError:
+    except CkptStoreError as error:
+        if not store.is_folder and not isinstance(error, NotFoundError):
+            raise  # an outage must not choose an older step
         return None  # being removed, or another user keeps it to himself
     folders = sorted(entry.name for entry in tree[""].entries if stat.S_ISDIR(entry.mode))
     parts = [

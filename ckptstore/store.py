@@ -22,7 +22,7 @@ from ckptstore.errors import (
     UsageError,
     from_os_error,
 )
-from ckptstore.listing import Listing, scan
+from ckptstore.listing import Listing, backend_for, scan
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Part
 from ckptstore.parts import folder_of, read_manifest
@@ -162,7 +162,7 @@ class CheckpointStore:
         return iter(self.list())
 
     def get(self, step: int) -> Checkpoint:
-        """The checkpoint of a global step. NotFoundError names the steps that exist."""
+        """The checkpoint of a global step, or the slot that was adopted at it. NotFoundError names the steps that exist."""
         return _at(self.scan(), step)
 
     def latest(self) -> Checkpoint | None:
@@ -177,14 +177,25 @@ class CheckpointStore:
     def seal(self, step: int, *, progress: native.Progress | None = None) -> Sequence[Manifest]:
         """Write a manifest for what the trainer wrote. IntegrityError for a checkpoint that is not whole."""
         self._need_folder()
-        return seal(self.backend, self.get(step), progress=progress)
+        checkpoint = self.get(step)
+        if checkpoint.store:
+            raise UsageError(f"step {step} is a slot that was adopted: it has its manifest since", hint="`verify` reads it.")
+        return seal(self.backend, checkpoint, progress=progress)
 
     def resume_point(
-        self, *, before_step: int | None = None, max_step: int | None = None, include_bad: bool = False
+        self,
+        *,
+        before_step: int | None = None,
+        max_step: int | None = None,
+        include_bad: bool = False,
+        notify: Notify | None = None,
     ) -> ResumePoint:
-        """The newest checkpoint that is healthy and passes level structure, those skipped and why; or NothingToResumeError."""
+        """The newest checkpoint that is healthy and passes level structure, those skipped and why; or NothingToResumeError.
+
+        Of a slot that may be it all bytes are read, of which `notify` is told.
+        """
         wanted = Selection(before_step=before_step, max_step=max_step, include_bad=include_bad)
-        return resume_point(self.backend, self.scan(), wanted)
+        return resume_point(self.backend, self.scan(), wanted, notify=notify)
 
     def setup(
         self,
@@ -197,9 +208,10 @@ class CheckpointStore:
         self._need_folder()
         return recovery.setup(self.backend, selection or Selection(), options or Options(), notify=notify)
 
-    def _recorded(self, part: Part) -> Manifest | None:
+    def _recorded(self, checkpoint: Checkpoint, part: Part) -> Manifest | None:
+        backend = backend_for(self.backend, checkpoint)
         try:
-            return read_manifest(self.backend, folder_of(self.backend, part))
+            return read_manifest(backend, folder_of(backend, part))
         except NotFoundError:
             return None
         except ManifestError as error:  # else what is restored would be compared with nothing
@@ -240,11 +252,17 @@ class CheckpointStore:
             os.mkdir(draft, 0o700)
         except OSError as error:
             raise from_os_error(error, doing="creating", path=draft) from error
+        before = 0
+
+        def onward(done_bytes: int, _: int) -> None:
+            if progress is not None:
+                progress(before + done_bytes, checkpoint.size_bytes)
+
         try:
             for part in checkpoint.parts:
                 folder = draft if listing.framework == "steps" else os.path.join(draft, part.name)
                 os.makedirs(folder, 0o700, exist_ok=True)
-                recorded = self._recorded(part)
+                recorded = self._recorded(checkpoint, part)
                 valid = recorded is not None and recorded.inspect(part.files).holds
                 expected = {entry.path: entry.chunks for entry in recorded.files} if recorded and valid else {}
                 if lacking := expected.keys() - {file.name for file in part.files}:
@@ -255,8 +273,9 @@ class CheckpointStore:
                 ]
                 chunk_bytes = recorded.chunk_bytes if recorded and valid else native.CHUNK_BYTES
                 results[part.name] = native.copy_files(
-                    part.path, folder, specs, options=native.CopyOptions(chunk_bytes=chunk_bytes), progress=progress
+                    part.path, folder, specs, options=native.CopyOptions(chunk_bytes=chunk_bytes), progress=onward
                 )
+                before += part.size_bytes
             side_folders.sync_folder(draft)
             side_folders.rename_in(draft, target)
         except OSError as error:
@@ -271,8 +290,8 @@ class CheckpointStore:
 
 
 def _at(listing: Listing, step: int) -> Checkpoint:
-    found = listing.at_step(step)
+    found = listing.at_step(step) or [checkpoint for checkpoint in listing.adopted if checkpoint.step == step]
     if not found:
-        there = [checkpoint.step for checkpoint in listing.checkpoints]
+        there = sorted({checkpoint.step for checkpoint in (*listing.checkpoints, *listing.adopted)})
         raise NotFoundError(f"no checkpoint of step {step!r} in {listing.run.path}", hint=f"There are {there[-20:]}.")
     return found[-1]

@@ -89,6 +89,12 @@ def verify(
     pins = []
     verdicts: dict[str, tuple[str, Finding | None]] = {}
     unchecked: list[str] = []
+    before = 0
+
+    def onward(done_bytes: int, _: int) -> None:
+        if progress is not None:
+            progress(before + done_bytes, checkpoint.size_bytes)
+
     for part in checkpoint.parts:
         manifest = vouching(backend, part)
         part = judged(backend, part, manifest)
@@ -99,16 +105,17 @@ def verify(
             found = check_part_structure(backend, part, manifest)
             part = _worsen(part, [finding for finding in found if (finding.path, finding.status) not in told])
         if level is Level.SERVER:
-            part, unknown = _ask_server(backend, part, manifest, progress)
+            part, unknown = _ask_server(backend, part, manifest, onward)
             unchecked += unknown
         if level is Level.FULL:
-            part = check_digests(backend, damage.forget_for_now(part), manifest, progress=progress)
+            part = check_digests(backend, damage.forget_for_now(part), manifest, progress=onward)
             bytes_read += part.size_bytes
             if manifest is not None and checkpoint.kind != "adopted" and not manifest.inspect(part.files).void:
                 wrong = next((finding for finding in part.findings if finding.status is Status.CORRUPT), None)
                 verdicts[folder_of(backend, part)] = (manifest.commit, wrong)
         if manifest is not None and part.status is Status.COMMITTED:
             pins.append(manifest.sha256)
+        before += part.size_bytes
         parts.append(part)
     checked = dataclasses.replace(checkpoint, parts=tuple(parts))
     return Report(checked, level, bytes_read, time.monotonic() - started, tuple(pins), verdicts, tuple(unchecked))

@@ -127,9 +127,18 @@ def empty_bucket(server: Any) -> None:
     assert make_bucket(server)
 
 
+def make_folder(url: str) -> None:
+    """What a console makes of "Create folder": an empty object whose key ends with a slash."""
+    subprocess.run(_curl("PUT", f"{os.environ['AWS_ENDPOINT_URL']}/{url.removeprefix('s3://')}/"), check=True)
+
+
 def _about_bucket(server: Any, method: str) -> list[str]:
+    return _curl(method, f"http://127.0.0.1:{server.port}/{BUCKET}")
+
+
+def _curl(method: str, address: str) -> list[str]:
     return [
         "curl", "-sf", "-m", "5", "--noproxy", "*", "-X", method, "--user", f"{KEY}:{SECRET}",
         "--aws-sigv4", "aws:amz:us-east-1:s3", "-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD",
-        f"http://127.0.0.1:{server.port}/{BUCKET}",
+        address,
     ]  # fmt: skip

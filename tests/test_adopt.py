@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ckptstore import adopt, native, pins, recovery
+from ckptstore import CheckpointStore, adopt, native, pins, recovery
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.breaker import CircuitBreaker
@@ -19,8 +19,10 @@ from ckptstore.choose import Selection, resume_point
 from ckptstore.errors import (
     AlreadyExistsError,
     CkptStoreError,
+    DigestMismatchError,
     IntegrityError,
     NoSpaceError,
+    NotFoundError,
     RefusedError,
     SourceChangedError,
     TrainingHalted,
@@ -85,6 +87,26 @@ def test_a_slot_without_recover_info_has_no_step(tmp_path: Path) -> None:
     run = trees.make_run(tmp_path, steps=[46], slot="era_a")
     with pytest.raises(RefusedError, match="step cannot be known"):
         adopt.adopt(open_backend(run))
+
+
+def test_python_knows_it_as_the_command_line_does(run: Path, tmp_path: Path) -> None:
+    """By its step; where an export has that step too, that is meant."""
+    kept = adopt.adopt(open_backend(run))
+    store = CheckpointStore(run)
+    assert store.get(150) == kept
+    assert store.get(140).kind == "export"
+    assert store.verify(150).ok
+    store.restore(150, tmp_path / "restored")
+    assert same(tmp_path / "restored/default", Path(kept.store, "default"))
+    with pytest.raises(NotFoundError, match="no checkpoint of step 149") as error:
+        store.verify(149)
+    assert "150" in error.value.hint
+    trees.bitflip(Path(kept.store, "default/model.safetensors"))
+    assert store.verify(150).checkpoint.status is Status.CORRUPT
+    with pytest.raises(DigestMismatchError):
+        store.restore(150, tmp_path / "again")
+    with pytest.raises(UsageError, match="has its manifest"):
+        store.seal(150)
 
 
 def test_a_truncated_shard_is_not_adopted(run: Path) -> None:

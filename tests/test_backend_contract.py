@@ -22,6 +22,7 @@ import pytest
 
 from ckptstore.backends import Backend, open_backend
 from ckptstore.backends import object as object_backend
+from ckptstore.backends.below import Below
 from ckptstore.backends.s3control import control
 from ckptstore.errors import AccessError, AlreadyExistsError, CkptStoreError, NotFoundError, StorageError, UsageError
 from tests import servers
@@ -92,8 +93,21 @@ def void(_: object) -> None:
     return None
 
 
-@pytest.fixture(params=["local", "memory", "documented", "s3"])
+def medium_below() -> Medium:
+    """A folder of another backend, beside which others lie."""
+    above = documented_medium()
+    above.put("a/foldery/file", b"another's")
+    return Medium(
+        Below(above.backend, "a/folder"),
+        lambda key, data: above.put(f"a/folder/{key}", data),
+        lambda key: above.get(f"a/folder/{key}"),
+    )
+
+
+@pytest.fixture(params=["local", "memory", "documented", "below", "s3"])
 def medium(request: Any, tmp_path: Path) -> Medium:
+    if request.param == "below":
+        return medium_below()
     if request.param == "local":
         (tmp_path / "root").mkdir()
         return folder_medium(tmp_path / "root")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ckptstore import listing
 from ckptstore.backends import open_backend
@@ -15,7 +17,7 @@ from ckptstore.cli import clean as clean_cli
 from ckptstore.errors import NotFoundError
 from ckptstore.model import CLAIM_NAME, Level, Status
 from ckptstore.store import CheckpointStore
-from ckptstore.transfer import claims, conditions, leftovers
+from ckptstore.transfer import claims, conditions, leftovers, sending
 from ckptstore.transfer import push as pushing
 from ckptstore.verify import verify
 from tests import commands, faults, trees
@@ -62,6 +64,35 @@ def test_a_dead_push_goes_and_a_committed_one_stays(url, run, monkeypatch):
     assert verify(backend, listing.scan(backend).checkpoints[0], Level.FULL).checkpoint.status is Status.COMMITTED
     assert send(run, url)[0].committed_before is False
     assert clean(url) == {}
+
+
+def test_half_a_file_of_a_dead_push_goes(run, tmp_path, monkeypatch):
+    """Where a file is written under a name of its own first: beside a dead claim, and beside what counts."""
+
+    class Killed(Exception):
+        """Nothing is renamed, or tidied up."""
+
+    def killed(*words):
+        raise Killed
+
+    url = f"memory://drafts-{tmp_path.name}-{os.getpid()}"
+    with monkeypatch.context() as planted:
+        planted.setattr(sending, "part_size", lambda size_bytes: 1000)
+        rm_file = MemoryFileSystem.rm_file
+        planted.setattr(MemoryFileSystem, "mv", killed)
+        planted.setattr(MemoryFileSystem, "rm_file", lambda fs, path: rm_file(fs, path) if "probe" in path else killed())
+        with pytest.raises(Killed):
+            send(run, url)
+    drafts = [key for key in keys(url) if re.search(r"/\.ckptstore\.manifest\.[0-9a-f]{16}$", key)]
+    assert drafts
+    assert clean(url, older_than_s=3600) == {}
+    send(run, url, 93)
+    other = f"default/{trees.folder_name(93)}/{drafts[0].rpartition('/')[2]}"
+    open_backend(url).put(other, b"half")
+    (one,) = [one for one in leftovers.look(open_backend(url), older_than_s=AT_ONCE).leftovers if one.folder]
+    assert one.others == ()
+    assert {*drafts, other} < clean(url).keys()  # and the claim, with what files had arrived
+    assert keys(url) == [key for key in keys(url) if ".ckptstore.manifest." not in key and EXPORT not in key]
 
 
 def test_what_is_young_stays(url, run, monkeypatch):
@@ -247,6 +278,19 @@ def test_without_the_extra(s3, run, capfd, tmp_path, monkeypatch):
     done = commands.invoke(capfd, "clean", "--run", s3, "--older-than", "0m")
     assert (done.code, keys(s3)) == (0, [])
     assert "ckptstore[s3]" in done.err.replace("\n", " ")
+
+
+def test_what_is_no_s3_has_no_uploads_to_look_for(run, capfd, tmp_path, monkeypatch):
+    """That is said, and no other verb named, which would find none either."""
+    commands.isolate(monkeypatch, tmp_path)
+    url = f"memory://no-s3-{tmp_path.name}-{os.getpid()}"
+    send(run, url)
+    done = commands.invoke(capfd, "clean", "--run", url)
+    assert done.code == 0
+    said = " ".join(done.err.split())
+    assert "unfinished uploads were not looked for" in said
+    assert "lifecycle" in said
+    assert "verify" not in said
 
 
 @pytest.mark.parametrize(

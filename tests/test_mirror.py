@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from ckptstore import CheckpointStore, adopt, choose
-from ckptstore.backends import open_backend
+from ckptstore.backends import Bandwidth, open_backend
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import AlreadyExistsError, NotFoundError, StorageError, UsageError
 from ckptstore.listing import mirror_of, scan
@@ -134,23 +135,76 @@ def test_a_save_during_a_push_is_kept_and_goes_next(run, url, capfd, monkeypatch
     exported(run, 93, 9000)
     push, pushed = mirroring._push, []
 
+    def save(step: int) -> None:
+        trees.write_recover_info(run, step)
+        for path in (run / "default/recover_checkpoint").iterdir():
+            os.utime(path)
+
     def saving(backend, url, checkpoint, **options):
+        if checkpoint.step == 93 and 170 not in pushed:
+            save(170)
         sent = push(backend, url, checkpoint, **options)
         pushed.append(checkpoint.step)
         if len(pushed) == 1:
-            trees.write_recover_info(run, 160)
-            for path in (run / "default/recover_checkpoint").iterdir():
-                os.utime(path)
-        if len(pushed) == 4:
+            save(160)
+        if len(pushed) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return sent
 
     monkeypatch.setattr(mirroring, "_push", saving)
+    monkeypatch.setattr(mirroring, "LOOK_S", 0)
     monkeypatch.setattr(adopt, "POLL_S", 0.05)
     trees.set_age(trees.checkpoint(run, 46), 20_000)
     done = commands.invoke(capfd, "watch", "--run", run, "--to", url, "--json")
-    assert pushed == [150, 160, 93, 46], done.err
+    # While 93 is sent 170 is saved: where that costs nothing 93 waits.
+    assert pushed == ([150, 160, 170, 93, 46] if url.startswith("s3") else [150, 160, 93, 170, 46]), done.err
     assert '"step": 160' in done.out
+    assert '"step": 170' in done.out
+
+
+def test_many_adopted_steps_there_are_read_at_once(run, tmp_path, monkeypatch):
+    """A week of training leaves hundreds: one after the other they would take minutes, before the newest is sent."""
+    url = f"memory://mirror-many-{tmp_path.name}-{os.getpid()}"
+    backend = open_backend(run)
+    for step in range(150, 158):
+        trees.write_recover_info(run, step)
+        for path in (run / "default/recover_checkpoint").iterdir():
+            os.utime(path)
+        adopt.adopt(backend)
+        mirror(backend, url)
+        adopt.prune(backend, keep=1)
+    get, keys, readers = FsspecBackend.get, [], set()
+
+    def slow(self, key, **options):
+        keys.append(f"{self.location}/{key}")
+        readers.add(threading.get_ident())
+        time.sleep(0.002)
+        return get(self, key, **options)
+
+    monkeypatch.setattr(FsspecBackend, "get", slow)
+    assert [checkpoint.step for checkpoint in scan(open_backend(url)).adopted] == list(range(150, 158))
+    assert len(readers) > 4
+    looked = len(keys)
+    (run.parent / ".ckptstore/trial0/mirror.json").unlink()
+    assert all(sent.committed_before for sent in mirror(backend, url))
+    assert all("globalstep157/" in key for key in keys[2 * looked :] if "/.ckptstore/adopted/" in key), "what is not here"
+
+
+def test_an_outage_hides_no_adopted_step(run, tmp_path, monkeypatch):
+    """Another one, or none, would be chosen to resume from."""
+    url = f"memory://mirror-outage-{tmp_path.name}-{os.getpid()}"
+    adopt.adopt(open_backend(run))
+    mirror(open_backend(run), url)
+    listed = FsspecBackend.list
+
+    def down(self, prefix=""):
+        if "adopted" in f"{self.location}/{prefix}":
+            raise StorageError("the store does not answer")
+        return listed(self, prefix)
+
+    monkeypatch.setattr(FsspecBackend, "list", down)
+    with pytest.raises(StorageError, match="does not answer"):
+        scan(open_backend(url))
 
 
 # --- exports, lag, retention ---------------------------------------------------------------------------------------
@@ -319,6 +373,32 @@ def test_the_newest_goes_first(tmp_path, url, capfd):
     saved(store, 6, tmp_path / "state")
     done = commands.invoke(capfd, "push", "--all", "--run", tmp_path / "store", "--to", url, "--json")
     assert [part["step"] for part in done.json["parts"]] == [6, 5, 4, 3, 2, 1]
+
+
+def test_an_old_step_gives_way_to_a_newer_one(tmp_path, url, monkeypatch):
+    """On a slow line the newest does not wait for a large old one, whose parts stay; it is itself sent to its end."""
+    from ckptstore.transfer import mirror as mirroring
+
+    monkeypatch.setattr(mirroring, "LOOK_S", 0)
+    store = CheckpointStore(tmp_path / "store")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/large.bin").write_bytes(os.urandom(40 << 20))
+    saved(store, 1, tmp_path / "state")
+    (tmp_path / "state/large.bin").unlink()
+    saved(store, 2, tmp_path / "state")
+    newer = {"pushing step 1": 3, "pushing step 3": 4}
+
+    def meanwhile(doing: str, done: int, total: int) -> None:
+        if done and (step := newer.pop(doing, 0)):
+            saved(store, step, tmp_path / "state")
+
+    sent = mirror(store.backend, url, bandwidth=Bandwidth(100e6), notify=meanwhile)
+    if url.startswith("memory"):  # half a file that was sent would be lost
+        assert [one.step for one in sent] == [2, 1, 3, 4]
+    else:
+        assert [one.step for one in sent] == [2, 3, 4, 1]
+        assert sent[-1].there_bytes >= 16 << 20
+    assert [checkpoint.status for checkpoint in scan(open_backend(url)).checkpoints] == [Status.COMMITTED] * 4
 
 
 def test_what_a_cut_push_left_waits_for_a_newer_step(tmp_path, s3):

@@ -619,6 +619,18 @@ def test_a_part_that_stalls_is_sent_again_in_whatever_process(proxy, s3, run, mo
     assert time.monotonic() - began < 9
 
 
+def test_a_store_that_is_slow_is_waited_for(proxy, s3, monkeypatch):
+    """One that answers each part after three times what counts as a stall: it is found out once, not with each part."""
+    monkeypatch.setattr(stalls, "ANSWER_S", 0.1)
+    monkeypatch.setattr(connections, "LOOK_S", 0.02)
+    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=0.9))
+    fresh = Connections()
+    monkeypatch.setattr(connections, "shared", lambda authorities: fresh)
+    proxy.choose = lambda request: ("partNumber" in request.path and time.sleep(0.3)) or ""
+    leave(s3, {1: bytes(100_000), 2: bytes(100_000)})
+    assert sent_parts(proxy) == [1, 1, 1, 2]
+
+
 def test_clean_spares_what_a_living_push_goes_on_with(s3, run):
     """The upload is old; the claim beside it was renewed."""
     upload = leave(s3, {1: pieces(run)[0]})

@@ -36,7 +36,7 @@ from ckptstore.transfer import push as pushing
 from ckptstore.transfer.pull import pull
 from ckptstore.transfer.push import push
 from ckptstore.verify import verify
-from tests import commands, trees
+from tests import commands, servers, trees
 from tests.test_remote_looking import sealed_run, upload
 
 EXPORT = f"default/{trees.folder_name(46)}"
@@ -319,6 +319,15 @@ def test_a_claim_of_another_content_is_respected(url, run, tmp_path, monkeypatch
 
 def crash():
     raise KeyboardInterrupt
+
+
+def test_a_folder_that_a_console_made_is_no_file(s3, run):
+    """An empty object whose key ends with a slash: of the run, and of the step."""
+    for folder in (s3, f"{s3}/{EXPORT}"):
+        servers.make_folder(folder)
+    assert "" not in keys(s3)
+    assert not send(run, s3)[0].committed_before
+    assert [checkpoint.status for checkpoint in listing.scan(open_backend(s3)).checkpoints] == [Status.COMMITTED]
 
 
 def test_files_of_others_are_not_touched(url, run):

@@ -12,13 +12,16 @@ import pytest
 from ckptstore import listing, staging
 from ckptstore.backends import open_backend
 from ckptstore.backends.fsspec import FsspecBackend
+from ckptstore.choose import Selection
 from ckptstore.errors import StorageError
+from ckptstore.listing import scan
 from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.store import CheckpointStore
 from ckptstore.transfer.mirror import mirror
 from ckptstore.transfer.push import push
+from ckptstore.two_places import choice
 from ckptstore.verify import verify
-from tests import commands, trees
+from tests import commands, servers, trees
 from tests.test_push_pull import flip
 from tests.test_remote_looking import upload
 
@@ -285,6 +288,13 @@ def test_a_pod_that_starts_again_keeps_what_it_saved(run, url, capfd, tmp_path, 
     if there != "older" and source.startswith("s3"):
         gone = commands.invoke(capfd, "setup", "--run", run, "--from", "s3://no-such-bucket/x", *OLD)
         assert (gone.code, "no such bucket" in gone.err) == (1, True)
+
+
+def test_a_folder_made_in_a_console_is_a_url_that_nothing_was_pushed_to(tmp_path, s3):
+    servers.make_folder(f"{s3}-new")
+    run = open_backend(trees.make_run(tmp_path, steps=[46]))
+    taken = choice(run, scan(run), Selection(url=f"{s3}-new"), None)
+    assert (taken.point.checkpoint.step, taken.notes[0][:23]) == (46, "taken from this machine")
 
 
 def test_whoever_goes_back_is_told_of_the_mirror(run, url, capfd, tmp_path):

@@ -119,6 +119,25 @@ def test_restore(store, run, tmp_path):
     assert os.listdir(target.parent) == ["restored"]
 
 
+@pytest.mark.parametrize("work", ["verify", "restore"])
+def test_progress_goes_on_from_part_to_part(store, tmp_path, work):
+    store.seal(93)
+    told: list[tuple[int, int]] = []
+    call = store.verify if work == "verify" else lambda step, progress: store.restore(step, tmp_path / "new", progress=progress)
+    call(93, progress=lambda done, total: told.append((done, total)))
+    size = store.get(93).size_bytes
+    assert len(store.get(93).parts) == 2
+    assert told == sorted(told)
+    assert told[-1] == (size, size)
+
+
+def test_resume_point_tells_that_it_reads_the_slot(tmp_path):
+    run = trees.make_run(tmp_path, steps=[46], slot="era_a", slot_step=150, recover_info=150, logs=False)
+    told = []
+    point = CheckpointStore(run).resume_point(notify=lambda doing, done, total: told.append((doing, done)))
+    assert ("verifying step 150 in the slot", point.checkpoint.size_bytes) in told
+
+
 def test_restore_overwrites_nothing(store, tmp_path):
     for make in (lambda path: path.mkdir(), lambda path: path.write_text("x"), lambda path: path.symlink_to("nowhere")):
         target = tmp_path / "there"

@@ -93,6 +93,7 @@ def test_why_there_is_no_answer(endpoint):
         ("AccessDenied", "may not do this"),
         ("SignatureDoesNotMatch", "right, and not expired"),
         ("RequestTimeTooSkewed", "clock is wrong"),
+        ("InvalidObjectState", "an archive"),
     ],
 )
 def test_who_is_refused_is_told_why(endpoint, code, hint):

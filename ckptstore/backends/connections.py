@@ -73,6 +73,7 @@ class Answer(NamedTuple):
     status: int
     headers: Mapping[str, str]
     body: bytes
+    waited_s: float = 0.0  #: from the end of the request to the end of the answer
 
 
 class Connections:
@@ -86,21 +87,26 @@ class Connections:
         self._lock = threading.Lock()
         self._idle: list[tuple[_Where, http.client.HTTPConnection]] = []
         self._tls: ssl.SSLContext | None = None
+        self._slowest_s = 0.0  #: of late, until a large body was answered
 
     def __del__(self) -> None:
         for _, connection in self._idle:
             connection.close()
 
-    def ask(self, request: Request, *, timeout_s: float, stop: Stop) -> Answer:
+    def ask(self, request: Request, *, timeout_s: float, stop: Stop, tried: int = 0) -> Answer:
         """Send it once, and read the answer. `timeout_s`: how long nothing may move. Stopped when told to `stop`.
 
-        A large body is given up earlier, by the bounds of stalls.py, in whatever process.
+        A large body is given up earlier, by the bounds of stalls.py, in whatever process. Its answer is waited for longer where
+        others took long, and twice as long after each time that it was `tried`: a store that is slow is no connection that
+        is dead, and to send it all again makes it slower.
         """
+        large = _is_large(request)
         where = (request.scheme, request.host, proxies.choose(request.scheme, request.host))
         while True:
             connection, was_idle = self._take(where)
             try:
-                answer = _exchange(connection, request, where[2], timeout_s, stop)
+                answer_s = min(timeout_s, max(stalls.ANSWER_S * 2**tried, 2 * self._slowest_s)) if large else timeout_s
+                answer = _exchange(connection, request, where[2], stop, timeout_s=timeout_s, answer_s=answer_s)
             except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 connection.close()
                 if not was_idle:
@@ -109,8 +115,10 @@ class Connections:
             except BaseException:
                 connection.close()
                 raise
-            if connection.sock is not None:
-                with self._lock:
+            with self._lock:
+                if large:
+                    self._slowest_s = max(answer.waited_s, 0.9 * self._slowest_s)
+                if connection.sock is not None:
                     self._idle.append((where, connection))
             return answer
 
@@ -157,7 +165,13 @@ def _has_ended(connection: http.client.HTTPConnection) -> bool:
 
 
 def _exchange(
-    connection: http.client.HTTPConnection, request: Request, proxy: proxies.Proxy | None, timeout_s: float, stop: Stop
+    connection: http.client.HTTPConnection,
+    request: Request,
+    proxy: proxies.Proxy | None,
+    stop: Stop,
+    *,
+    timeout_s: float,
+    answer_s: float,
 ) -> Answer:
     proxy = proxy if request.scheme == "http" else None  # of the other scheme's, nothing is told but where to
     target = request.target if proxy is None else f"http://{request.host}{request.target}"
@@ -169,17 +183,22 @@ def _exchange(
     connection.endheaders()
     sock, body = connection.sock, request.body
     stalls.pass_over(sock)
-    large = request.method == "PUT" and body.size_bytes >= stalls.PART_BYTES  # that of completing many parts is large too
     try:
-        _send_all(sock, body, _Patience(sock, min(timeout_s, stalls.STALL_S) if large else timeout_s, stop))
+        _send_all(sock, body, _Patience(sock, min(timeout_s, stalls.STALL_S) if _is_large(request) else timeout_s, stop))
     except ConnectionError:  # refused before it was all there: why, is often said
         with contextlib.suppress(OSError, http.client.HTTPException):
             answer = _answer(connection, _Patience(sock, LOOK_S, stop))
             connection.close()
             return answer
         raise
-    limit_s = min(timeout_s, stalls.ANSWER_S) if large else timeout_s
-    return _answer(connection, _Patience(sock, limit_s, stop, longest_s=LONGEST_ANSWER_S))
+    begun_s = time.monotonic()
+    answer = _answer(connection, _Patience(sock, answer_s, stop, longest_s=LONGEST_ANSWER_S))
+    return answer._replace(waited_s=time.monotonic() - begun_s)
+
+
+def _is_large(request: Request) -> bool:
+    """That of completing many parts has a large body too, and takes its time."""
+    return request.method == "PUT" and request.body.size_bytes >= stalls.PART_BYTES
 
 
 class _Patience:

@@ -119,6 +119,8 @@ class ObjectBackend(Backend):
                 for batch in self._pages(self._obstore.list(self._store, prefix=below or None, offset=last, chunk_size=1000)):
                     for meta in batch:
                         last = meta["path"]
+                        if last == below:  # ends with a slash in the store: a console's, or a mount's, sign of a folder
+                            continue
                         yield Blob(last[cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
                     tries = Tries(self.location, from_now=True)
                 return

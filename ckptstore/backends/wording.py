@@ -39,6 +39,8 @@ def denied(error: object) -> str:
     """What to try where a store refuses to answer: it knows whose the request is, or it does not."""
     if "RequestTimeTooSkewed" in str(error):
         return "This machine's clock is wrong, or the store's: requests are signed with the time (`date -u` shows it)."
+    if "InvalidObjectState" in str(error):
+        return "It lies in an archive (Glacier, by a lifecycle rule as a rule): have the store restore it first."
     if "AccessDenied" in str(error):
         return "The credentials are known there, but may not do this; or the bucket is somebody else's."
     return "Are the credentials in the environment right, and not expired?"

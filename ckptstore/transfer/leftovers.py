@@ -6,7 +6,8 @@
 - an attempt that no manifest names: all of it
 - a claim beside files that count: the claim alone
 - what somebody who removed them has left of these, and his mark
-- scratch keys with which a push tried what the store can do
+- scratch keys: with which a push tried what the store can do, and files that fsspec was writing; not beside a claim that is
+  renewed
 - multipart uploads that were never finished (unfinished.py): no key shows them, and they cost money. Beside a claim that is
   renewed they stay, however old: a push goes on with them
 
@@ -17,6 +18,7 @@ reader may still read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,12 +27,13 @@ from ckptstore.backends.base import Backend, Blob
 from ckptstore.backends.s3control import Upload
 from ckptstore.errors import ManifestError, NotFoundError
 from ckptstore.manifest import parse
-from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME, REMOVING_PREFIX
+from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, DRAFT_PREFIX, MANIFEST_NAME, REMOVING_PREFIX
 from ckptstore.parts import read_manifest
 from ckptstore.transfer import claims, unfinished
 from ckptstore.transfer.conditions import PROBE
 
 THREADS = 8
+_DRAFT = re.compile(re.escape(DRAFT_PREFIX) + "[0-9a-f]{16}")
 
 
 class Leftover(NamedTuple):
@@ -103,7 +106,7 @@ def find(
         counts = folder in committed and bases[folder] == attempt
         claim = [blob for blob in group if _is_sign(blob.key) and blob.key.rpartition("/")[0] == files_folder]
         claim.sort(key=lambda blob: blob.key.endswith(CLAIM_NAME))
-        files = [blob for blob in group if blob not in claim]
+        files = [blob for blob in group if blob not in claim and not _is_scratch(blob.key)]
         ours = {f"{folder}/{name}" for name in named.get(folder, ())}
         others = [] if attempt or counts else [blob.key for blob in files if blob.key not in ours]
         doomed = claim if counts else [*(blob for blob in files if blob.key not in others), *claim]
@@ -118,16 +121,18 @@ def find(
         size = sum(blob.size_bytes for blob in doomed)
         keys = tuple(blob.key for blob in doomed)
         found.append(Leftover(folder, files_folder, keys, size, newest, why, tuple(others)))
+    living = [
+        f"{above}/" for blob in blobs if (above := _above(blob.key, CLAIM_NAME)) is not None and blob.mtime_ns > older_than_ns
+    ]
     found += (
         Leftover("", "", (blob.key,), blob.size_bytes, blob.mtime_ns, "a scratch key of a push")
         for blob in blobs
-        if blob.key.rpartition("/")[2].startswith(PROBE) and blob.mtime_ns <= older_than_ns
+        if _is_scratch(blob.key) and blob.mtime_ns <= older_than_ns and not blob.key.startswith(tuple(living))
     )
-    alive = [above for blob in blobs if (above := _above(blob.key, CLAIM_NAME)) is not None and blob.mtime_ns > older_than_ns]
     found += (
         Leftover("", "", (upload.key,), 0, upload.begun_ns, "an upload that was never finished", upload=upload)
         for upload in uploads
-        if upload.begun_ns <= older_than_ns and not any(upload.key.startswith(f"{folder}/") for folder in alive)
+        if upload.begun_ns <= older_than_ns and not upload.key.startswith(tuple(living))
     )
     return found
 
@@ -223,6 +228,12 @@ def _is_sign(key: str) -> bool:
 
 def _is_mark(key: str) -> bool:
     return key.rpartition("/")[2].startswith(REMOVING_PREFIX)
+
+
+def _is_scratch(key: str) -> bool:
+    """Of conditions.py, or a file on its way to its name (backends/fsspec.py)."""
+    name = key.rpartition("/")[2]
+    return name.startswith(PROBE) or _DRAFT.fullmatch(name) is not None
 
 
 def _place(key: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from ckptstore import choose, native, parallel, places
@@ -21,10 +21,10 @@ from ckptstore.backends import Bandwidth, normal_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import Listing, mirror_of, scan
+from ckptstore.listing import mirror_of, scan
 from ckptstore.model import Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
-from ckptstore.transfer import mirrored
+from ckptstore.transfer import conditions, mirrored
 from ckptstore.transfer.mirrored import Lag, Record, finished
 from ckptstore.transfer.push import Sent, push
 from ckptstore.verify import Notify
@@ -32,6 +32,7 @@ from ckptstore.verify import Notify
 log = logging.getLogger(__name__)
 
 POLL_S = 5.0
+LOOK_S = 5.0  #: between two looks, while an old step is sent, whether a newer one is there
 LONGEST_PAUSE_S = 300.0  #: after an error, until the next try
 NICENESS = 10  #: below the trainer's own threads
 
@@ -47,10 +48,10 @@ def mirror(
     """Push each finished checkpoint of the local run `backend` that is not in the run at `url` yet; what was sent. Thread-safe.
 
     One at a time, the newest first (choose.newest_first), also one that was saved while another was sent: the machine may
-    be gone before all are there. Errors as push's: what was not sent this time is sent the next. AlreadyExistsError,
-    after all others were sent, where the same step of another history is there, before a rollback: nothing is replaced;
-    IntegrityError, likewise, for a checkpoint that is damaged here. `between` is called after each that was sent, before it is
-    looked which comes next.
+    be gone before all are there. An old one that is being sent gives way to it where its parts stay (docs/decisions/0019).
+    Errors as push's: what was not sent this time is sent the next. AlreadyExistsError, after all others were sent, where the
+    same step of another history is there, before a rollback: nothing is replaced; IntegrityError, likewise, for a checkpoint
+    that is damaged here. `between` is called before each look at what comes next.
     """
     return list(_mirror(backend, url, bandwidth=bandwidth, between=between, notify=notify))
 
@@ -67,25 +68,40 @@ def _mirror(
     problem: CkptStoreError | None = None
     try:
         here = finished(listing)
-        there = _contents_at(url, bandwidth)
+        there = _committed_at(url, bandwidth)
         known = {mirrored.name_of(checkpoint): mirrored.mark_of(checkpoint) for checkpoint in here if record.holds(checkpoint)}
         still = {name: mark for name, mark in known.items() if name in there}
-        steps = [step for step, _ in there.values()]
+        steps = [checkpoint.step for checkpoint in there.values()]
         record = dataclasses.replace(record, safe=still, newest_step=max([-1, *steps]))
         record = dataclasses.replace(record, present_step=mirrored.newest_safe(record, here, there=steps))
         tried: set[tuple[str, str]] = set()
-        queue = _queue(listing, record, tried)
+        run = listing.run.path
+        queue = _queue(run, here, record, tried)
         while queue:
             checkpoint = queue.pop(0)
             name = mirrored.name_of(checkpoint)
-            tried.add((name, mirrored.mark_of(checkpoint)))
+            mark = (name, mirrored.mark_of(checkpoint))
+
+            def overtaken(record: Record = record, mark: tuple[str, str] = mark) -> bool:
+                between()
+                ahead = _queue(run, finished(scan(backend)), record, tried - {mark})
+                return bool(ahead) and mirrored.name_of(ahead[0]) != mark[0]
+
+            told = notify
+            if name != mirrored.name_of(choose.newest_first(run, here)[0]):
+                told = _giving_way(open_backend(url, bandwidth=bandwidth), overtaken, notify)
+            tried.add(mark)
             try:
-                if (content := _content(backend, checkpoint)) is None or content != there.get(name, (-1, None))[1]:
-                    yield from _push(backend, url, checkpoint, bandwidth=bandwidth, notify=notify)
+                if not _is_same(backend, checkpoint, there.get(name)):
+                    yield from _push(backend, url, checkpoint, bandwidth=bandwidth, notify=told)
                     between()
-                    listing = scan(backend)
-                    here = finished(listing)
-                    queue = _queue(listing, record, tried)
+                    here = finished(scan(backend))
+                    queue = _queue(run, here, record, tried)
+            except _OvertakenError:
+                tried.discard(mark)
+                here = finished(scan(backend))
+                queue = _queue(run, here, record, tried)
+                continue
             except (AlreadyExistsError, IntegrityError) as error:  # of this one alone: the others shall not wait for it
                 problem = problem or error
                 continue
@@ -101,11 +117,35 @@ def _mirror(
     mirrored.write(side, dataclasses.replace(record, looked_at_s=time.time(), problem=""))
 
 
-def _queue(listing: Listing, record: Record, tried: Collection[tuple[str, str]]) -> list[Checkpoint]:
+def _queue(run: str, here: Iterable[Checkpoint], record: Record, tried: Collection[tuple[str, str]]) -> list[Checkpoint]:
     """What of a run is to be sent, the first to be sent first."""
-    waiting = [checkpoint for checkpoint in finished(listing) if not record.holds(checkpoint)]
+    waiting = [checkpoint for checkpoint in here if not record.holds(checkpoint)]
     untried = [c for c in waiting if (mirrored.name_of(c), mirrored.mark_of(c)) not in tried]
-    return choose.newest_first(listing.run.path, untried)
+    return choose.newest_first(run, untried)
+
+
+class _OvertakenError(CkptStoreError):
+    """Another checkpoint shall be sent before the one that is being sent."""
+
+
+def _giving_way(target: Backend, overtaken: Callable[[], bool], notify: Notify | None) -> Notify:
+    """`notify` for a push that ends when it is `overtaken`, where what it has sent stays (docs/decisions/0019)."""
+    due_s = time.monotonic() + LOOK_S
+    stays: bool | None = None
+
+    def told(doing: str, done_bytes: int, total_bytes: int) -> None:
+        nonlocal due_s, stays
+        if notify is not None:
+            notify(doing, done_bytes, total_bytes)
+        if time.monotonic() < due_s or stays is False:
+            return
+        if stays is None:
+            stays = conditions.find_uploads(target)[0] is not None
+        if stays and overtaken():
+            raise _OvertakenError("a newer checkpoint goes first")
+        due_s = time.monotonic() + LOOK_S
+
+    return told
 
 
 def is_safe(backend: Backend, url: str) -> bool:
@@ -248,18 +288,22 @@ def _push(
     return push(store, _with_info(store, checkpoint), target, notify=notify)
 
 
-def _contents_at(url: str, bandwidth: Bandwidth | None) -> Mapping[str, tuple[int, list[str] | None]]:
-    """What is COMMITTED there, by name: its step, and for adopted steps what they hold."""
-    target = open_backend(url, bandwidth=bandwidth)
+def _committed_at(url: str, bandwidth: Bandwidth | None) -> Mapping[str, Checkpoint]:
+    """What is COMMITTED there, by name."""
     try:
-        listing = scan(target)
+        listing = scan(open_backend(url, bandwidth=bandwidth))
     except NotFoundError:
         return {}  # nothing has been pushed there yet
-    return {
-        mirrored.name_of(checkpoint): (checkpoint.step, _content(target, checkpoint) if checkpoint.store else None)
-        for checkpoint in (*listing.checkpoints, *listing.adopted)
-        if checkpoint.status is Status.COMMITTED
-    }
+    found = (*listing.checkpoints, *listing.adopted)
+    return {mirrored.name_of(checkpoint): checkpoint for checkpoint in found if checkpoint.status is Status.COMMITTED}
+
+
+def _is_same(backend: Backend, here: Checkpoint, there: Checkpoint | None) -> bool:
+    """Whether an adopted step is there, with the same content; of all others a push finds it out."""
+    if there is None or not there.store:
+        return False
+    content = _content(backend, here)
+    return content is not None and content == _content(backend, there)
 
 
 def _content(backend: Backend, checkpoint: Checkpoint) -> list[str] | None:

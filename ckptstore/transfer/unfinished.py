@@ -21,6 +21,11 @@ class Looked(NamedTuple):
 def look(target: Backend) -> Looked:
     """The unfinished uploads below a URL, whoever began them. Reads only; errors as Backend's."""
     now_ns = time.time_ns()
+    if not target.location.startswith("s3://"):
+        text = (
+            "unfinished uploads were not looked for: only S3 tells of them. Where the store keeps some, a lifecycle rule of the"
+        )
+        return Looked((), now_ns, f"{text} bucket's can remove them")
     try:
         store = control(target)
         now_ns = min(now_ns, store.now_ns())  # a clock here that is ahead must not make a live push look dead
