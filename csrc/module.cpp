@@ -19,6 +19,7 @@
 #include "digest.h"
 #include "error.h"
 #include "file.h"
+#include "gil.h"
 #include "pool.h"
 #include "scan.h"
 
@@ -56,7 +57,7 @@ class Waker {
  public:
   explicit Waker(py::object progress) : progress_(std::move(progress)) {}
   void operator()(std::uint64_t done, std::uint64_t total) const {
-    const py::gil_scoped_acquire gil;
+    const GilHeld gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress_.is_none()) progress_(done, total);
   }
@@ -132,7 +133,7 @@ py::tuple copy_binding(const std::string& source, const std::string& destination
   const Waker waker(std::move(progress));
   CopyResult result;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     result = copy_files(source, destination, named.specs, options, std::cref(waker));
   }
   py::list digests;
@@ -146,7 +147,7 @@ py::list digests_of(const std::string& root, const Files& named, const DigestOpt
   const Waker waker(std::move(progress));
   std::vector<DigestOutcome> outcomes;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     outcomes = digest_files(Root(root), named.specs, options, std::cref(waker));
   }
   py::list result;
@@ -240,7 +241,7 @@ py::dict scan_binding(const std::string& root, int max_depth, const std::string&
   const Waker waker{py::none()};
   std::vector<Folder> folders;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     folders = scan_tree(root, max_depth, {wanted, wanted_bytes}, threads, [&] { waker(0, 0); });
   }
   const CollectorPaused paused;
@@ -273,7 +274,7 @@ Value crc_of(Function function, const py::object& data, Value value) {
   if (view.size() < kWorthReleasing) {
     return static_cast<Value>(function(value, view.data(), view.size()));
   }
-  const py::gil_scoped_release released;
+  const GilReleased released;
   return static_cast<Value>(function(value, view.data(), view.size()));
 }
 
@@ -289,7 +290,7 @@ std::uint32_t crc32_binding(const py::object& data, std::uint32_t value, const s
 void write_range_binding(const std::string& folder, const std::string& name, const py::object& data,
                          std::uint64_t offset) {
   const BufferView view(data);
-  const py::gil_scoped_release released;
+  const GilReleased released;
   write_range(folder, name, view.data(), view.size(), offset);
 }
 
@@ -328,15 +329,15 @@ PYBIND11_MODULE(_native, module) {
     return names;
   });
   module.def("rename_with", rename_with, py::arg("a"), py::arg("b"), py::arg("flags"),
-             py::call_guard<py::gil_scoped_release>());
+             py::call_guard<GilReleased>());
   module.def("write_range", write_range_binding, py::arg("folder"), py::arg("name"),
              py::arg("data"), py::arg("offset"));
   module.def("allocate", allocate, py::arg("fd"), py::arg("bytes"), py::arg("path"),
-             py::call_guard<py::gil_scoped_release>());
+             py::call_guard<GilReleased>());
   module.def("be_nice", be_nice, py::arg("nice"));
-  module.def("sync_path", sync_path, py::arg("path"), py::call_guard<py::gil_scoped_release>());
+  module.def("sync_path", sync_path, py::arg("path"), py::call_guard<GilReleased>());
   module.def("supports_direct", supports_direct, py::arg("folder"),
-             py::call_guard<py::gil_scoped_release>());
+             py::call_guard<GilReleased>());
   bind_weights(module);
   module.attr("STRATEGIES") = py::make_tuple("clone", "direct", "warm", "buffered", "auto");
 }
