@@ -55,9 +55,7 @@ def read_files(
     chunk_bytes: int,
     progress: _Progress | None,
 ) -> list[_Digest | _Failure]: ...
-def find_records(
-    root: bytes, windows: Iterable[tuple[bytes, int, int]]
-) -> list[list[tuple[str, int, int, int]] | None]: ...
+def find_records(root: bytes, windows: Iterable[tuple[bytes, int, int]]) -> list[list[tuple[str, int, int, int]] | None]: ...
 def scan_tree(
     root: bytes,
     *,

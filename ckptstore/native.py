@@ -223,7 +223,8 @@ def digest_files(
     """Digest files below a folder; where one fails, its error stands in the result and the others go on.
 
     With `expected`, a file that differs yields a DigestMismatchError at its first different chunk; with `sums` of its name,
-    at the first range of which the CRC-32 differs. `direct` reads the disk rather than the page cache. Raises only what is not about one file: a missing root, MemoryError, Ctrl-C.
+    at the first range of which the CRC-32 differs. `direct` reads the disk rather than the page cache. Raises only what is
+    not about one file: a missing root, MemoryError, Ctrl-C.
     """
     _check_chunks(chunk_bytes)
     specs = [_plain(spec, chunk_bytes) for spec in _unique(files)]
@@ -310,9 +311,7 @@ def scan_tree(
         raise _error_of(*error.args) from None
 
 
-def find_records(
-    root: Path, windows: Sequence[tuple[str, int, int]]
-) -> list[list[tuple[str, int, int, int]] | None]:
+def find_records(root: Path, windows: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, int, int]] | None]:
     """The records of archives of torch.save: of each (file, offset, length), all (name, offset in the file, length, CRC-32).
 
     None where anything is not just as torch writes it, which need not mean that it is no archive: zipfile tells. Nothing is

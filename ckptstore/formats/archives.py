@@ -11,7 +11,7 @@ import itertools
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -112,24 +112,36 @@ def records(window: Window) -> Iterator[Record]:
             yield Record(name, window.name, window.begin + begin, entry.file_size, entry.CRC)
 
 
+def looked_at(
+    windows: Iterable[Window], root: str | os.PathLike[str] | None
+) -> Iterator[tuple[Window, list[Record] | FormatError]]:
+    """Each of the windows with its records(), or the error that they raise.
+
+    Where the files lie below the folder `root`, the engine looks: one file may have hundreds of thousands of archives.
+    """
+    waiting = iter(windows)
+    while some := list(itertools.islice(waiting, WINDOWS_AT_ONCE)):
+        found = [None] * len(some) if root is None else native.find_records(root, [window.place for window in some])
+        for window, plain in zip(some, found, strict=True):
+            try:
+                yield window, list(records(window)) if plain is None else [_record(window, *one) for one in plain]
+            except FormatError as error:
+                yield window, error
+
+
 def checked(read_at: ReadAt, files: Mapping[str, FileInfo], *, root: str | os.PathLike[str] | None = None) -> list[Record]:
     """The records in a part's files of which torch left a CRC-32, each once, by file and offset.
 
-    What is no archive, or was saved without CRC-32s (torch.serialization.set_crc32_options), has none. Where the files lie
-    below the folder `root`, the engine looks, many times as fast. Raises as `read_at`, and native.find_records.
+    What is no archive, or was saved without CRC-32s (torch.serialization.set_crc32_options), has none. `root`: as of
+    looked_at. Raises as `read_at`, and native.find_records.
     """
     found: dict[tuple[str, int, int], Record] = {}
-    windows = _windows(read_at, files)
-    while some := list(itertools.islice(windows, WINDOWS_AT_ONCE)):
-        looked = [None] * len(some) if root is None else native.find_records(root, [window.place for window in some])
-        for window, plain in zip(some, looked, strict=True):
-            try:
-                here = list(records(window)) if plain is None else [_record(window, *one) for one in plain]
-            except FormatError:
-                continue  # it proves nothing; what is wrong with it, the structure's checks say
-            # Told to compute none, writers leave 0 in every record. Records that share bytes are not torch's.
-            if any(record.crc32 for record in here) and sum(record.length for record in here) <= window.length:
-                found |= {(record.file, record.offset, record.length): record for record in here}
+    for window, here in looked_at(_windows(read_at, files), root):
+        if isinstance(here, FormatError):
+            continue  # it proves nothing; what is wrong with it, the structure's checks say
+        # Told to compute none, writers leave 0 in every record. Records that share bytes are not torch's.
+        if any(record.crc32 for record in here) and sum(record.length for record in here) <= window.length:
+            found |= {(record.file, record.offset, record.length): record for record in here}
     return [found[key] for key in sorted(found)]
 
 

@@ -125,7 +125,9 @@ def test_mutations(tmp_path):
             data = bytearray(chance.choice(seeds))
             for _ in range(chance.randint(1, 3)):
                 at = chance.randrange(max(0, len(data) - 900), len(data))
-                new = chance.choice([b"\0", b"\xff", b"\xff\xff\xff\xff", b"\0\0\0\0", b"PK\1\2", bytes([chance.randrange(256)])])
+                new = chance.choice(
+                    [b"\0", b"\xff", b"\xff\xff\xff\xff", b"\0\0\0\0", b"PK\1\2", bytes([chance.randrange(256)])]
+                )
                 data[at : at + len(new)] = new
             windows.append(("a", file.tell(), len(data)))
             file.write(data)
