@@ -39,6 +39,7 @@ def digest_files(
     root: bytes,
     files: Iterable[_File],
     *,
+    sums: Iterable[Iterable[tuple[int, int, int]]],
     threads: int,
     chunk_bytes: int,
     direct: bool,
@@ -54,6 +55,7 @@ def read_files(
     chunk_bytes: int,
     progress: _Progress | None,
 ) -> list[_Digest | _Failure]: ...
+def find_records(root: bytes, windows: Iterable[tuple[bytes, int, int]]) -> list[list[tuple[str, int, int, int]] | None]: ...
 def scan_tree(
     root: bytes,
     *,

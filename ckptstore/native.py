@@ -65,6 +65,14 @@ class FileSpec:
     expected: Sequence[int] | None = None
 
 
+class Sum(NamedTuple):
+    """The CRC-32 that somebody left of `length` bytes of a file, from `offset` on."""
+
+    offset: int
+    length: int
+    crc32: int
+
+
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
     """How to copy; 0 means chosen by the engine.
@@ -209,19 +217,26 @@ def digest_files(
     threads: int = 0,
     direct: bool = False,
     nice: int = 0,
+    sums: Mapping[str, Sequence[Sum]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Digest | CkptStoreError]:
     """Digest files below a folder; where one fails, its error stands in the result and the others go on.
 
-    With `expected`, a file that differs yields a DigestMismatchError at its first different chunk. `direct` reads the
-    disk rather than the page cache. Raises only what is not about one file: a missing root, MemoryError, Ctrl-C.
+    With `expected`, a file that differs yields a DigestMismatchError at its first different chunk; with `sums` of its name,
+    at the first range of which the CRC-32 differs. `direct` reads the disk rather than the page cache. Raises only what is
+    not about one file: a missing root, MemoryError, Ctrl-C.
     """
     _check_chunks(chunk_bytes)
     specs = [_plain(spec, chunk_bytes) for spec in _unique(files)]
+    left = [(sums or {}).get(spec.name, ()) for spec in files]
+    for spec, ranges in zip(files, left, strict=True):
+        if any(offset < 0 or length <= 0 or offset + length > spec.size_bytes for offset, length, _ in ranges):
+            raise UsageError(f"{spec.name}: a CRC-32 of bytes that are not there")
     try:
         outcomes = _native.digest_files(
             _encoded(root),
             specs,
+            sums=left,
             threads=_threads(threads),
             chunk_bytes=chunk_bytes,
             direct=direct,
@@ -292,6 +307,19 @@ def scan_tree(
             folder_type=Folder,
             entry_type=Entry,
         )
+    except _native.NativeError as error:
+        raise _error_of(*error.args) from None
+
+
+def find_records(root: Path, windows: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, int, int]] | None]:
+    """The records of archives of torch.save: of each (file, offset, length), all (name, offset in the file, length, CRC-32).
+
+    None where anything is not just as torch writes it, which need not mean that it is no archive: zipfile tells. Nothing is
+    read but the directories. Raises AccessError, NotFoundError, StorageError, RefusedError.
+    """
+    plain = [(_plain(FileSpec(name, 0), CHUNK_BYTES)[0], offset, length) for name, offset, length in windows]
+    try:
+        return _native.find_records(_encoded(root), plain)
     except _native.NativeError as error:
         raise _error_of(*error.args) from None
 
@@ -417,6 +445,13 @@ def _error_of(kind: str, what: str, path: bytes, number: int) -> CkptStoreError:
                 path=name,
                 offset_bytes=number,
                 hint="The destination's disk or memory is failing: use another one.",
+            )
+        case "sum":
+            return DigestMismatchError(
+                f"{name}: the CRC-32 that was left of the bytes from {number:,} on does not match",
+                path=name,
+                offset_bytes=number,
+                hint="Use another checkpoint, or repair this one from a replica.",
             )
         case "changed":
             return SourceChangedError(f"{name} {what}", path=name, hint="Let the trainer finish its save, then try again.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from ckptstore import native
 from ckptstore.formats import FormatError, archives, dcp, inert, safetensors
 from ckptstore.formats.reading import not_regular, read_exactly
 from ckptstore.model import FileInfo, ReadAt
@@ -26,6 +28,7 @@ _TORCH = {  # torch's names, of dtypes and of the storages of old
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+_LITTLE_CRC32 = native.crc32(b"little")  #: so that the word is not read again in each of a hundred thousand archives
 _UNREADABLE = ("float8_", "float4_", "float6_", "F8_", "F4", "F6_", "C64", "C128")  #: numbers that are not scanned
 
 
@@ -47,8 +50,11 @@ class Places(NamedTuple):
     not_scanned: tuple[str, ...]
 
 
-def places(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Places:
-    """The tensors in a part's files. Damage makes a file "not scanned": `verify` says what is wrong with it."""
+def places(read_at: ReadAt, files: Mapping[str, FileInfo], *, root: str | os.PathLike[str] | None = None) -> Places:
+    """The tensors in a part's files. Damage makes a file "not scanned": `verify` says what is wrong with it.
+
+    `root`: the folder that the files lie below, where they lie in one; it is faster then.
+    """
     found: list[Place] = []
     missed: list[str] = []
     for name, info in files.items():
@@ -56,7 +62,7 @@ def places(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Places:
         if base.endswith(".safetensors"):
             look = _safetensors
         elif base == dcp.METADATA_NAME:
-            look = partial(_dcp, files)
+            look = partial(_dcp, files, root)
         elif base.endswith(archives.SUFFIXES) and base != "training_args.bin":
             look = _torch_file
         else:
@@ -85,9 +91,13 @@ def _safetensors(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
         yield Place(key, info.name, begin + tensor.begin, tensor.end - tensor.begin, tensor.dtype, optimizer)
 
 
-def _dcp(files: Mapping[str, FileInfo], read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
+def _dcp(
+    files: Mapping[str, FileInfo], root: str | os.PathLike[str] | None, read_at: ReadAt, info: FileInfo
+) -> Iterator[Place]:
     metadata = dcp.load_metadata(read_at, info)
     folder = info.name.removesuffix(dcp.METADATA_NAME)
+    stored: list[tuple[str, str]] = []  # the key and dtype of what is in each window
+    windows: list[archives.Window] = []
     for item in metadata.items:
         tensor = metadata.tensors.get(item.key)
         if tensor is None:
@@ -95,11 +105,14 @@ def _dcp(files: Mapping[str, FileInfo], read_at: ReadAt, info: FileInfo) -> Iter
         file = folder + item.file
         if file not in files or files[file].kind != "file" or item.offset + item.length > files[file].size_bytes:
             raise FormatError(f"{item.file[:80]!a} does not hold all that it names there")
-        window = archives.Window(read_at, file, item.offset, item.length)
-        dtype = _TORCH.get(tensor.dtype, tensor.dtype)
+        windows.append(archives.Window(read_at, file, item.offset, item.length))
+        stored.append((item.key, _TORCH.get(tensor.dtype, tensor.dtype)))
+    for (key, dtype), (window, found) in zip(stored, archives.looked_at(windows, root), strict=True):
+        if isinstance(found, FormatError):
+            raise found
         # An item is an archive of one tensor, which holds exactly one storage.
-        for offset, length in _storages(window).values():
-            place = Place(_plain_key(item.key), file, offset, length, dtype, _OPTIMIZER_KEY.search(item.key) is not None)
+        for offset, length in _storages(window, found).values():
+            place = Place(_plain_key(key), window.name, offset, length, dtype, _OPTIMIZER_KEY.search(key) is not None)
             yield _whole(place)
 
 
@@ -110,7 +123,7 @@ def _plain_key(key: str) -> str:
 
 def _torch_file(read_at: ReadAt, info: FileInfo) -> Iterator[Place]:
     window = archives.Window(read_at, info.name, 0, info.size_bytes)
-    storages = _storages(window)
+    storages = _storages(window, archives.records(window))
     optimizer = _OPTIMIZER_FILE.search(info.name) is not None
     for key, (name, dtype) in _named_storages(_code(window)).items():
         if key in storages:
@@ -128,11 +141,15 @@ def _whole(place: Place) -> Place:
 # --- archives as torch.save makes them ---------------------------------------------------------------------------------
 
 
-def _storages(window: archives.Window) -> dict[str, tuple[int, int]]:
+def _storages(window: archives.Window, records: Iterable[archives.Record]) -> dict[str, tuple[int, int]]:
     """Storage key → offset in the file and length in bytes. Little-endian ones only."""
     found: dict[str, tuple[int, int]] = {}
-    for record in archives.records(window):
-        if record.name == "byteorder" and window.at(record.offset - window.begin, min(record.length, 16)) != b"little":
+    for record in records:
+        if (
+            record.name == "byteorder"
+            and record.crc32 != _LITTLE_CRC32
+            and window.at(record.offset - window.begin, min(record.length, 16)) != b"little"
+        ):
             raise FormatError("not little-endian")
         if record.name.startswith("data/"):
             found[record.name.removeprefix("data/")] = (record.offset, record.length)

@@ -115,7 +115,7 @@ def scan(backend: Backend, checkpoint: Checkpoint, *, progress: native.Progress 
     found = {}
     for part in checkpoint.parts:
         try:
-            found[part.name] = tensors.places(reader(backend, part), {file.name: file for file in part.files})
+            found[part.name] = tensors.places(reader(backend, part), {file.name: file for file in part.files}, root=part.path)
         except CkptStoreError as error:
             missed.append(f"{part.name}: {error}")
     total = sum(place.length for places in found.values() for place in places.found)

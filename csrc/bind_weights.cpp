@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "error.h"
+#include "gil.h"
 #include "weights.h"
 
 namespace py = pybind11;
@@ -52,13 +53,13 @@ py::list scan_binding(const std::string& root, const py::iterable& items, unsign
                       const py::object& progress) {
   const auto regions = regions_from(items);
   const auto wake = [&](std::uint64_t done, std::uint64_t total) {
-    const py::gil_scoped_acquire gil;
+    const GilHeld gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress.is_none()) progress(done, total);
   };
   std::vector<WeightOutcome> outcomes;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     outcomes = scan_weights(root, regions, threads, wake);
   }
   py::list result;

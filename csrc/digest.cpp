@@ -20,6 +20,7 @@ struct Task {
   std::mutex mutex;  // guards opening and `error`
   bool opened = false;
   Source source;
+  SumCheck sums;
   std::exception_ptr error;
   std::atomic<std::size_t> first_bad{kNone};  // chunk, or 0 on an error
   std::atomic<std::size_t> chunks_left{0};
@@ -105,6 +106,7 @@ class Digester {
       if (!task.opened) {
         task.opened = true;
         task.source.open(root_, spec, options_.mode);
+        if (!spec.sums.empty()) task.sums.begin(spec.sums, options_.chunk_bytes);
       }
     }
     if (chunk.bytes == 0) return;
@@ -112,6 +114,7 @@ class Digester {
     if (target != nullptr && !target->wants(chunk.offset, chunk.bytes)) return;
     const bool direct = task.source.prefers_direct(chunk.offset, chunk.bytes);
     std::uint64_t crc = 0;
+    SumCheck::OfChunk sums(task.sums, chunk.offset, chunk.bytes);
     // From the page cache, one small piece of memory is used over and over: it stays in the
     // processor's cache.
     const std::uint64_t step =
@@ -124,6 +127,7 @@ class Digester {
           target != nullptr && !direct ? target->whole(offset, bytes) : nullptr;
       std::byte* const to = place != nullptr ? place : buffer.data();
       read_and_digest(task.source, to, bytes, offset, direct, crc);
+      sums.add(to, bytes, offset);
       if (target != nullptr && place == nullptr) target->write(to, bytes, offset);
       done_.fetch_add(bytes, std::memory_order_relaxed);
     }
@@ -143,6 +147,8 @@ class Digester {
     } else if (task.failed()) {
       outcome.error = std::make_exception_ptr(
           ChunkMismatch(files_[i].name, task.first_bad * options_.chunk_bytes, options_.read_back));
+    } else if (const auto wrong = task.sums.first_wrong()) {
+      outcome.error = std::make_exception_ptr(SumMismatch(files_[i].name, *wrong));
     } else if (files_[i].target == nullptr) {
       outcome.digest.crc =
           combine_chunks(outcome.digest.chunks, files_[i].bytes, options_.chunk_bytes);

@@ -11,6 +11,7 @@
 
 #include "endpoint.h"
 #include "pool.h"
+#include "sums.h"
 
 namespace ckptstore {
 
@@ -27,6 +28,8 @@ using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 /// A file to digest, and optionally the chunk CRCs that it should have.
 struct DigestSpec : FileSpec {
   std::optional<std::vector<std::uint64_t>> expected;
+  /// Compared in the same read.
+  std::vector<Sum> sums;
   /// Where what is read goes as well, or null. Chunks of which nothing is wanted are not read then,
   /// the outcome has no digest, and the first error ends the work on all files.
   const Scatter* target = nullptr;
@@ -75,8 +78,8 @@ struct DigestOptions {
 /// What became of one file: its digest, or why there is none.
 struct DigestOutcome {
   FileDigest digest;
-  std::exception_ptr
-      error;  ///< IoError, Refused, SourceChanged or ChunkMismatch (of the first bad chunk)
+  std::exception_ptr error;  ///< IoError, Refused, SourceChanged, ChunkMismatch (of the first bad
+                             ///< chunk) or SumMismatch
 };
 
 /// Digests every file, and fills the memory that is wanted of it; what fails for one does not stop

@@ -32,6 +32,15 @@ struct ChunkMismatch : std::exception {
   bool read_back;  ///< true: the destination, read again after it was written; false: the source
 };
 
+/// A range of a file does not have the CRC-32 that was left of it.
+struct SumMismatch : std::exception {
+  SumMismatch(std::string name_, std::uint64_t offset_) : name(std::move(name_)), offset(offset_) {}
+  const char* what() const noexcept override { return "CRC-32 mismatch"; }
+
+  std::string name;      ///< relative to the root
+  std::uint64_t offset;  ///< first byte of the range
+};
+
 /// The source is not, or no longer, the file that was planned.
 struct SourceChanged : std::exception {
   SourceChanged(std::string name_, std::string reason_)

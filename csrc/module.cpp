@@ -13,12 +13,14 @@
 #include <string>
 #include <vector>
 
+#include "archive.h"
 #include "bind_weights.h"
 #include "copy.h"
 #include "crc.h"
 #include "digest.h"
 #include "error.h"
 #include "file.h"
+#include "gil.h"
 #include "pool.h"
 #include "scan.h"
 
@@ -38,6 +40,8 @@ py::tuple describe(const std::exception_ptr& error) {
   } catch (const ChunkMismatch& bad) {
     return py::make_tuple(bad.read_back ? "read back" : "mismatch", "", py::bytes(bad.name),
                           bad.offset);
+  } catch (const SumMismatch& bad) {
+    return py::make_tuple("sum", "", py::bytes(bad.name), bad.offset);
   } catch (const SourceChanged& changed) {
     return py::make_tuple("changed", changed.reason, py::bytes(changed.name), 0);
   } catch (const Refused& refused) {
@@ -56,7 +60,7 @@ class Waker {
  public:
   explicit Waker(py::object progress) : progress_(std::move(progress)) {}
   void operator()(std::uint64_t done, std::uint64_t total) const {
-    const py::gil_scoped_acquire gil;
+    const GilHeld gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress_.is_none()) progress_(done, total);
   }
@@ -132,7 +136,7 @@ py::tuple copy_binding(const std::string& source, const std::string& destination
   const Waker waker(std::move(progress));
   CopyResult result;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     result = copy_files(source, destination, named.specs, options, std::cref(waker));
   }
   py::list digests;
@@ -146,7 +150,7 @@ py::list digests_of(const std::string& root, const Files& named, const DigestOpt
   const Waker waker(std::move(progress));
   std::vector<DigestOutcome> outcomes;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     outcomes = digest_files(Root(root), named.specs, options, std::cref(waker));
   }
   py::list result;
@@ -156,9 +160,20 @@ py::list digests_of(const std::string& root, const Files& named, const DigestOpt
   return result;
 }
 
-py::list digest_binding(const std::string& root, const py::iterable& files, unsigned threads,
-                        std::uint64_t chunk_bytes, bool direct, int nice, py::object progress) {
-  const Files named(files);
+py::list digest_binding(const std::string& root, const py::iterable& files,
+                        const py::iterable& sums, unsigned threads, std::uint64_t chunk_bytes,
+                        bool direct, int nice, py::object progress) {
+  Files named(files);
+  std::size_t number = 0;
+  for (const auto& of_file : sums) {
+    for (const auto& item : of_file) {
+      const auto fields = py::reinterpret_borrow<py::tuple>(item);
+      named.specs.at(number).sums.push_back({fields[0].cast<std::uint64_t>(),
+                                             fields[1].cast<std::uint64_t>(),
+                                             fields[2].cast<std::uint32_t>()});
+    }
+    ++number;
+  }
   DigestOptions options;
   options.threads = threads;
   options.chunk_bytes = chunk_bytes;
@@ -240,7 +255,7 @@ py::dict scan_binding(const std::string& root, int max_depth, const std::string&
   const Waker waker{py::none()};
   std::vector<Folder> folders;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     folders = scan_tree(root, max_depth, {wanted, wanted_bytes}, threads, [&] { waker(0, 0); });
   }
   const CollectorPaused paused;
@@ -254,6 +269,37 @@ py::dict scan_binding(const std::string& root, int max_depth, const std::string&
     }
     const py::object content = folder.content ? py::object(py::bytes(*folder.content)) : py::none();
     result[text(folder.path)] = folder_type(folder.error, entries, content);
+  }
+  return result;
+}
+
+/// For each (name, offset, bytes) a list of (name, offset, bytes, CRC-32), or None.
+py::list records_binding(const std::string& root, const py::iterable& items) {
+  std::vector<Window> windows;
+  for (const auto& item : items) {
+    const auto fields = py::reinterpret_borrow<py::tuple>(item);
+    windows.push_back({fields[0].cast<std::string>(), fields[1].cast<std::uint64_t>(),
+                       fields[2].cast<std::uint64_t>()});
+  }
+  const Waker waker{py::none()};
+  std::vector<std::optional<std::vector<Record>>> found;
+  {
+    const GilReleased released;
+    found = find_records(root, windows, [&] { waker(0, 0); });
+  }
+  const CollectorPaused paused;
+  py::list result(found.size());
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    if (!found[i]) {
+      result[i] = py::none();
+      continue;
+    }
+    py::list records(found[i]->size());
+    for (std::size_t k = 0; k < found[i]->size(); ++k) {
+      const Record& record = (*found[i])[k];
+      records[k] = py::make_tuple(text(record.name), record.offset, record.bytes, record.crc32);
+    }
+    result[i] = records;
   }
   return result;
 }
@@ -273,7 +319,7 @@ Value crc_of(Function function, const py::object& data, Value value) {
   if (view.size() < kWorthReleasing) {
     return static_cast<Value>(function(value, view.data(), view.size()));
   }
-  const py::gil_scoped_release released;
+  const GilReleased released;
   return static_cast<Value>(function(value, view.data(), view.size()));
 }
 
@@ -289,7 +335,7 @@ std::uint32_t crc32_binding(const py::object& data, std::uint32_t value, const s
 void write_range_binding(const std::string& folder, const std::string& name, const py::object& data,
                          std::uint64_t offset) {
   const BufferView view(data);
-  const py::gil_scoped_release released;
+  const GilReleased released;
   write_range(folder, name, view.data(), view.size(), offset);
 }
 
@@ -311,13 +357,14 @@ PYBIND11_MODULE(_native, module) {
              py::arg("verify_after_write"), py::arg("nice"), py::arg("resume"),
              py::arg("progress"));
   module.def("digest_files", digest_binding, py::arg("root"), py::arg("files"), py::kw_only(),
-             py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("nice"),
-             py::arg("progress"));
+             py::arg("sums"), py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"),
+             py::arg("nice"), py::arg("progress"));
   module.def("read_files", read_binding, py::arg("root"), py::arg("files"), py::arg("wanted"),
              py::kw_only(), py::arg("threads"), py::arg("chunk_bytes"), py::arg("progress"));
   module.def("scan_tree", scan_binding, py::arg("root"), py::kw_only(), py::arg("max_depth"),
              py::arg("wanted"), py::arg("wanted_bytes"), py::arg("threads"), py::arg("folder_type"),
              py::arg("entry_type"));
+  module.def("find_records", records_binding, py::arg("root"), py::arg("windows"));
   module.def("crc64", crc64_binding, py::arg("data"), py::arg("value"), py::arg("implementation"));
   module.def("crc64_combine", crc64_combine, py::arg("a"), py::arg("b"), py::arg("b_bytes"));
   module.def("crc32", crc32_binding, py::arg("data"), py::arg("value"), py::arg("implementation"));
@@ -328,15 +375,14 @@ PYBIND11_MODULE(_native, module) {
     return names;
   });
   module.def("rename_with", rename_with, py::arg("a"), py::arg("b"), py::arg("flags"),
-             py::call_guard<py::gil_scoped_release>());
+             py::call_guard<GilReleased>());
   module.def("write_range", write_range_binding, py::arg("folder"), py::arg("name"),
              py::arg("data"), py::arg("offset"));
   module.def("allocate", allocate, py::arg("fd"), py::arg("bytes"), py::arg("path"),
-             py::call_guard<py::gil_scoped_release>());
+             py::call_guard<GilReleased>());
   module.def("be_nice", be_nice, py::arg("nice"));
-  module.def("sync_path", sync_path, py::arg("path"), py::call_guard<py::gil_scoped_release>());
-  module.def("supports_direct", supports_direct, py::arg("folder"),
-             py::call_guard<py::gil_scoped_release>());
+  module.def("sync_path", sync_path, py::arg("path"), py::call_guard<GilReleased>());
+  module.def("supports_direct", supports_direct, py::arg("folder"), py::call_guard<GilReleased>());
   bind_weights(module);
   module.attr("STRATEGIES") = py::make_tuple("clone", "direct", "warm", "buffered", "auto");
 }

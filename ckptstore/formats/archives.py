@@ -7,19 +7,22 @@ directory at the end, by whoever has no manifest of ours. The format: https://py
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from ckptstore import native
-from ckptstore.errors import from_os_error
-from ckptstore.formats import dcp, streaming
+from ckptstore.errors import DigestMismatchError, from_os_error
+from ckptstore.formats import dcp
 from ckptstore.formats.reading import FormatError
 from ckptstore.model import FileInfo, Finding, ReadAt, Status
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")  #: of files that may be one archive each
+WINDOWS_AT_ONCE = 4096  #: looked at by the engine in one call
 MAX_READ_BYTES = 256 << 20  #: of a directory, or of a pickle
 
 
@@ -69,6 +72,11 @@ class Window(io.RawIOBase):
         self._at += len(data)
         return data
 
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """The file, where the range begins in it, and its length."""
+        return self.name, self.begin, self.length
+
     def at(self, offset: int, size: int) -> bytes:
         """What lies there; less, or nothing, outside."""
         if offset < 0:
@@ -104,21 +112,41 @@ def records(window: Window) -> Iterator[Record]:
             yield Record(name, window.name, window.begin + begin, entry.file_size, entry.CRC)
 
 
-def checked(read_at: ReadAt, files: Mapping[str, FileInfo]) -> list[Record]:
+def looked_at(
+    windows: Iterable[Window], root: str | os.PathLike[str] | None
+) -> Iterator[tuple[Window, list[Record] | FormatError]]:
+    """Each of the windows with its records(), or the error that they raise.
+
+    Where the files lie below the folder `root`, the engine looks: one file may have hundreds of thousands of archives.
+    """
+    waiting = iter(windows)
+    while some := list(itertools.islice(waiting, WINDOWS_AT_ONCE)):
+        found = [None] * len(some) if root is None else native.find_records(root, [window.place for window in some])
+        for window, plain in zip(some, found, strict=True):
+            try:
+                yield window, list(records(window)) if plain is None else [_record(window, *one) for one in plain]
+            except FormatError as error:
+                yield window, error
+
+
+def checked(read_at: ReadAt, files: Mapping[str, FileInfo], *, root: str | os.PathLike[str] | None = None) -> list[Record]:
     """The records in a part's files of which torch left a CRC-32, each once, by file and offset.
 
-    What is no archive, or was saved without CRC-32s (torch.serialization.set_crc32_options), has none. Raises as `read_at`.
+    What is no archive, or was saved without CRC-32s (torch.serialization.set_crc32_options), has none. `root`: as of
+    looked_at. Raises as `read_at`, and native.find_records.
     """
     found: dict[tuple[str, int, int], Record] = {}
-    for window in _windows(read_at, files):
-        try:
-            here = list(records(window))
-        except FormatError:
+    for window, here in looked_at(_windows(read_at, files), root):
+        if isinstance(here, FormatError):
             continue  # it proves nothing; what is wrong with it, the structure's checks say
         # Told to compute none, writers leave 0 in every record. Records that share bytes are not torch's.
         if any(record.crc32 for record in here) and sum(record.length for record in here) <= window.length:
             found |= {(record.file, record.offset, record.length): record for record in here}
     return [found[key] for key in sorted(found)]
+
+
+def _record(window: Window, name: str, offset: int, length: int, crc32: int) -> Record:
+    return Record(name.partition("/")[2], window.name, offset, length, crc32)
 
 
 def _windows(read_at: ReadAt, files: Mapping[str, FileInfo]) -> Iterator[Window]:
@@ -158,45 +186,35 @@ def compare(
     Raises what native.copy_files does of files that cannot be read, or change meanwhile.
     """
     regular = [info for info in files.values() if info.kind == "file"]
-    number = {info.name: at for at, info in enumerate(regular)}
     total_bytes = sum(info.size_bytes for info in regular)
-    with streaming.opened(root, regular) as descriptors:
-
-        def read_at(name: str, offset: int, length: int) -> bytes:  # ten times an item of a DCP file, which has many
-            try:
-                return os.pread(descriptors[number[name]], length, offset)
-            except OSError as error:
-                raise from_os_error(error, doing="reading", path=os.path.join(root, name)) from error
-
-        known = checked(read_at, files)
-        compared_bytes = sum(record.length for record in known)
-        if not known or compared_bytes > total_bytes:
-            return None
-        ranges = [streaming.Range(number[record.file], record.offset, record.length) for record in known]
-        ranges += [streaming.Range(number[name], begin, end - begin) for name, begin, end in _between(known, regular)]
-        sources = [streaming.Source(info, fd) for info, fd in zip(regular, descriptors, strict=True)]
-        job = streaming.Job(sources, [], ranges, progress=progress)
-        job.run()
-    findings: dict[str, Finding] = {}
-    for record, crc in zip(known, job.crc32(), strict=False):
-        if crc != record.crc32:
-            problem = f"the CRC-32 that torch.save left of the bytes from {record.offset:,} on does not match"
-            findings.setdefault(record.file, Finding(record.file, problem, Status.CORRUPT))
-    segments: dict[str, list[tuple[int, int, int]]] = {info.name: [] for info in regular}
-    for piece in job.pieces:
-        part = ranges[piece.range]
-        segments[regular[part.source].name].append((part.offset + piece.begin, piece.length, piece.crc64))
-    digests = {name: streaming.digest(pieces) for name, pieces in segments.items()}
-    return Compared(digests, tuple(findings.values()), compared_bytes, total_bytes)
-
-
-def _between(known: list[Record], regular: list[FileInfo]) -> Iterator[tuple[str, int, int]]:
-    """What of the files lies in none of the records: it is read, too, so that all of them is."""
-    ends = {info.name: 0 for info in regular}
+    known = checked(partial(_read, root), files, root=root)
+    compared_bytes = sum(record.length for record in known)
+    if not known or compared_bytes > total_bytes:
+        return None
+    sums: dict[str, list[native.Sum]] = {}
     for record in known:
-        if record.offset > ends[record.file]:
-            yield record.file, ends[record.file], record.offset
-        ends[record.file] = max(ends[record.file], record.offset + record.length)
-    for info in regular:
-        if info.size_bytes > ends[info.name]:
-            yield info.name, ends[info.name], info.size_bytes
+        sums.setdefault(record.file, []).append(native.Sum(record.offset, record.length, record.crc32))
+    specs = [native.FileSpec(info.name, info.size_bytes, info.mtime_ns, info.inode) for info in regular]
+    digests: dict[str, native.Digest] = {}
+    findings: list[Finding] = []
+    for name, found in native.digest_files(root, specs, sums=sums, progress=progress).items():
+        if isinstance(found, native.Digest):
+            digests[name] = found
+        elif isinstance(found, DigestMismatchError):
+            problem = f"the CRC-32 that torch.save left of the bytes from {found.offset_bytes:,} on does not match"
+            findings.append(Finding(name, problem, Status.CORRUPT))
+        else:
+            raise found
+    return Compared(digests, tuple(findings), compared_bytes, total_bytes)
+
+
+def _read(root: str | os.PathLike[str], name: str, offset: int, length: int) -> bytes:
+    path = os.path.join(root, name)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise from_os_error(error, doing="reading", path=path) from error
