@@ -21,27 +21,32 @@ auto take_or_sleep(Take take) noexcept {
 /// Lets others run Python while it lives.
 class GilReleased {
  public:
-  GilReleased() : state_(PyEval_SaveThread()) {}
+  GilReleased() : state_(PyEval_SaveThread()) { innermost = state_; }
   ~GilReleased() {
+    innermost = outer_;
     take_or_sleep([this] { PyEval_RestoreThread(state_); });
   }
   GilReleased(const GilReleased&) = delete;
   GilReleased& operator=(const GilReleased&) = delete;
 
+  static inline thread_local PyThreadState* innermost =
+      nullptr;  // of those that live in this thread
+
  private:
-  PyThreadState* state_;
+  PyThreadState* const outer_ = innermost;
+  PyThreadState* const state_;
 };
 
-/// Lets this thread run Python while it lives.
+/// Lets this thread run Python while it lives, within a GilReleased. Not by PyGILState_Ensure(),
+/// which dies where the interpreter has ended already.
 class GilHeld {
  public:
-  GilHeld() : state_(take_or_sleep([] { return PyGILState_Ensure(); })) {}
-  ~GilHeld() { PyGILState_Release(state_); }
+  GilHeld() {
+    take_or_sleep([] { PyEval_RestoreThread(GilReleased::innermost); });
+  }
+  ~GilHeld() { PyEval_SaveThread(); }
   GilHeld(const GilHeld&) = delete;
   GilHeld& operator=(const GilHeld&) = delete;
-
- private:
-  PyGILState_STATE state_;
 };
 
 }  // namespace ckptstore
