@@ -76,12 +76,12 @@ def main() -> None:
     sample_run.flip_bit(flipped)
     say("Then a disk flips one bit in a shard of step 140. No loader would notice.")
 
-    say("Back to before the collapse: what would happen, and what would be lost?")
-    ckptstore("setup --before-step 187 --dry-run")
+    say("What would training resume from, and what would be lost? 187 is whole, and the trainer's log says that it is bad.")
+    ckptstore("setup --dry-run")
 
     say("Do it. The digests are checked in the one read of the copy: step 140 is found damaged, so 93 it is.\n"
         "Its weights become what AReaL reads from the slot.")  # fmt: skip
-    ckptstore("setup --before-step 187")
+    ckptstore("setup")
 
     count = same_weights(trial / "default" / "recover_checkpoint", trial / "default" / "epoch1epochstep46globalstep93")
     print(f"\n{GREEN}✓{PLAIN} torch loads the slot: {count} tensors, each equal to that of step 93, bit for bit")
@@ -90,7 +90,7 @@ def main() -> None:
     ckptstore("verify 140", code=3)
 
     say("The command that goes on training:")
-    ckptstore("resume --plan --before-step 187 --script train_grpo.py")
+    ckptstore("resume --plan --script train_grpo.py")
 
     say("Changed your mind? The old slot was kept.")
     ckptstore("setup --undo")

@@ -80,8 +80,8 @@ def test_the_demo_shows_the_whole_way(tmp_path: Path) -> None:
         done.stdout.index(text)
         for text in (
             "$ ckptstore list", "$ ckptstore seal --all", "Then a disk flips one bit",
-            "$ ckptstore setup --before-step 187 --dry-run",
-            "$ ckptstore setup --before-step 187\n", "✓ global step 93 (the log says: Train step 94) is in the slot",
+            "$ ckptstore setup --dry-run",
+            "step 187: health bad", "$ ckptstore setup\n", "✓ global step 93 (the log says: Train step 94) is in the slot",
             "found while copying", "✓ torch loads the slot", "$ ckptstore verify 140", "✗ CORRUPT", "$ ckptstore resume --plan",
             "go on training with", "$ ckptstore setup --undo", "Done in ",
         )

@@ -314,7 +314,8 @@ def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bo
         return
     echo()
     field("newest", f"{steps(newest)} is the newest whole one listed")
-    if verdicts and not verdicts[id(newest)].resumable:
+    bad = bool(verdicts) and not verdicts[id(newest)].resumable
+    if bad:
         ours = listing.framework == "steps"
         who = "a load that names no step passes it over" if ours else "setup passes it over (--include-bad does not)"
         field("", f"{verdicts[id(newest)].text}: {who}")
@@ -331,4 +332,5 @@ def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bo
     at, source = "", ""
     if is_url(listing.run.path):
         at, source = f" --run {listing.run.path}", f" --from {listing.run.path}"
-    field("next", f"ckptstore verify {newest.step}{at}   or   ckptstore setup{bound}{source} --dry-run")
+    setup = f"ckptstore setup{bound}{source} --dry-run"
+    field("next", setup if bad else f"ckptstore verify {newest.step}{at}   or   {setup}")
