@@ -172,7 +172,7 @@ def from_lines(lines: Iterable[bytes], *, logged: Iterable[Record] = ()) -> Ledg
         if not line.strip():
             continue
         parsed = _parse(line)
-        if isinstance(parsed, _Line):
+        if isinstance(parsed, _Recorded):
             blocks.setdefault(parsed.imported_at_s, []).append(placed(parsed.record))
         elif isinstance(parsed, Event):
             events.append(parsed)
@@ -187,12 +187,12 @@ def from_lines(lines: Iterable[bytes], *, logged: Iterable[Record] = ()) -> Ledg
     return Ledger(_branches(records), tuple(events), judges, damaged, observed=bool(blocks[0.0]), logged=bool(told))
 
 
-class _Line(NamedTuple):
+class _Recorded(NamedTuple):
     record: Record
     imported_at_s: float  #: which import brought it; 0: none
 
 
-def _parse(line: bytes) -> _Line | Event | Judges | bool | None:
+def _parse(line: bytes) -> _Recorded | Event | Judges | bool | None:
     """What a line says; None for damage, True for what a newer version wrote."""
     if not line.lstrip().startswith(b"{"):  # JSON's guess at the encoding of zeros takes long
         return None
@@ -203,7 +203,7 @@ def _parse(line: bytes) -> _Line | Event | Judges | bool | None:
         return None
 
 
-def _understood(document: dict[str, Any]) -> _Line | Event | Judges | bool | None:
+def _understood(document: dict[str, Any]) -> _Recorded | Event | Judges | bool | None:
     if "ledger" in document:
         with contextlib.suppress(UsageError):
             alive = document.get("alive")
@@ -221,7 +221,7 @@ def _understood(document: dict[str, Any]) -> _Line | Event | Judges | bool | Non
         return None
     values = {key: value for key, given in metrics.items() if (value := _number(given)) is not None}
     imported_at_s = _number(document.get("imported", 0))
-    return _Line(Record(step, at_s, values), imported_at_s if imported_at_s and math.isfinite(imported_at_s) else 0.0)
+    return _Recorded(Record(step, at_s, values), imported_at_s if imported_at_s and math.isfinite(imported_at_s) else 0.0)
 
 
 def _number(value: Any) -> float | None:

@@ -8,122 +8,38 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn, cast
 
-from ckptstore import _native
-from ckptstore.errors import (
-    CkptStoreError,
-    DigestMismatchError,
-    RefusedError,
-    SourceChangedError,
-    UsageError,
-    from_os_error,
-)
+from ckptstore import _native, marshalling
+from ckptstore.errors import CkptStoreError, UsageError
+from ckptstore.marshalling import CHUNK_BYTES as CHUNK_BYTES
+from ckptstore.marshalling import WEIGHT_DTYPES as WEIGHT_DTYPES
+from ckptstore.marshalling import CopyOptions as CopyOptions
+from ckptstore.marshalling import CopyResult as CopyResult
+from ckptstore.marshalling import Digest as Digest
+from ckptstore.marshalling import Entry as Entry
+from ckptstore.marshalling import FileSpec as FileSpec
+from ckptstore.marshalling import Folder as Folder
+from ckptstore.marshalling import Path as Path
+from ckptstore.marshalling import Region as Region
+from ckptstore.marshalling import Sum as Sum
+from ckptstore.marshalling import WeightStats as WeightStats
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-CHUNK_BYTES = 8 << 20
 ALGORITHM = "crc64nvme"
 
-Path = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 """Called with (done_bytes, total_bytes) about ten times a second, in the calling thread. What it raises cancels."""
 
 _CHECK_INPUT = b"123456789"
 _CHECK_CRC64 = 0xAE8B14860A799888
 _CHECK_CRC32 = 0xCBF43926
-_ALIGNMENT_BYTES = 4096
-_MOST_BYTES = 1 << 63
-_MOST_THREADS = 1024
-_MOST_CHUNKS = 1 << 26  # of one file: half a gigabyte of digests
 _MOST_BLOCK_BYTES = 1 << 30  # each thread has one
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-
-
-class Digest(NamedTuple):
-    """CRC-64/NVME of a file and of each of its chunks (the last may be short). An empty file has crc 0 and no chunks."""
-
-    crc: int
-    chunks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FileSpec:
-    """A file to read, and what is known of it. `mtime_ns` and `inode` 0: not checked.
-
-    `expected`: the CRCs of its chunks, checked while it is read.
-    """
-
-    name: str
-    size_bytes: int
-    mtime_ns: int = 0
-    inode: int = 0
-    expected: Sequence[int] | None = None
-
-
-class Sum(NamedTuple):
-    """The CRC-32 that somebody left of `length` bytes of a file, from `offset` on."""
-
-    offset: int
-    length: int
-    crc32: int
-
-
-@dataclass(frozen=True, slots=True)
-class CopyOptions:
-    """How to copy; 0 means chosen by the engine.
-
-    `strategy` is what to try first: what the file system refuses falls back, and the result tells. `durable`: everything
-    is on the disk before the return. `verify_after_write`: read everything again from the disk, and compare. `nice`
-    lowers the priority of the worker threads alone. `resume`: destination files may be there already; what is right in
-    them (by `expected`, else by comparing with the source) is kept, so it also serves to update an older copy.
-    """
-
-    threads: int = 0
-    block_bytes: int = 0
-    chunk_bytes: int = CHUNK_BYTES
-    strategy: Literal["auto", "clone", "direct", "warm", "buffered"] = "auto"
-    durable: bool = True
-    verify_after_write: bool = False
-    nice: int = 0
-    resume: bool = False
-
-
-@dataclass(frozen=True)
-class CopyResult:
-    """What a copy did. `strategies`: how many bytes travelled each way, only those that were used."""
-
-    digests: dict[str, Digest]
-    bytes_copied: int
-    bytes_reused: int
-    seconds: float
-    strategies: dict[str, int] = field(default_factory=dict)
-
-
-class Entry(NamedTuple):
-    """One name in a folder, as lstat sees it. `mode` includes the file type (see the module `stat`)."""
-
-    name: str
-    size_bytes: int
-    mtime_ns: int
-    inode: int
-    mode: int
-    uid: int
-
-
-class Folder(NamedTuple):
-    """What a folder holds, in no order. `error`: the errno if it could not be read (entirely), else 0.
-
-    `content`: of the file that scan_tree was asked to read, where it is there, not large, and could be read.
-    """
-
-    error: int
-    entries: list[Entry]
-    content: bytes | None = None
 
 
 def copy_files(
@@ -144,8 +60,8 @@ def copy_files(
     NotFoundError, AlreadyExistsError, StorageError, MemoryError.
     """
     options = options or CopyOptions()
-    _check_chunks(options.chunk_bytes)
-    specs = [_plain(spec, options.chunk_bytes) for spec in _unique(files)]
+    marshalling.check_chunks(options.chunk_bytes)
+    specs = [marshalling.plain(spec, options.chunk_bytes) for spec in marshalling.unique(files)]
     return _run_copy(source, destination, specs, options, progress)
 
 
@@ -162,10 +78,10 @@ def write_files(
     What ends up on the disk has the digests returned even so.
     """
     options = options or CopyOptions()
-    _check_chunks(options.chunk_bytes)
+    marshalling.check_chunks(options.chunk_bytes)
     specs: list[tuple[bytes, int, int, int, Sequence[int] | None, tuple[Buffer, ...]]] = []
     for name, data in contents.items():
-        encoded, *_ = _plain(FileSpec(name, 0), options.chunk_bytes)
+        encoded, *_ = marshalling.plain(FileSpec(name, 0), options.chunk_bytes)
         buffers = cast("Sequence[Buffer]", data if isinstance(data, list | tuple) else (data,))
         specs.append((encoded, 0, 0, 0, None, tuple(buffers)))
     return _run_copy(destination, destination, specs, options, progress)
@@ -185,11 +101,11 @@ def _run_copy(
     start = time.monotonic()
     try:
         digests, copied, reused, by_strategy = _native.copy_files(
-            _encoded(source),
-            _encoded(destination),
+            marshalling.encoded(source),
+            marshalling.encoded(destination),
             specs,
-            threads=_threads(options.threads),
-            block_bytes=_whole_pages(options.block_bytes),
+            threads=marshalling.threads_of(options.threads),
+            block_bytes=marshalling.whole_pages(options.block_bytes),
             chunk_bytes=options.chunk_bytes,
             strategy=_native.STRATEGIES.index(options.strategy),
             durable=options.durable,
@@ -199,7 +115,7 @@ def _run_copy(
             progress=progress,
         )
     except _native.NativeError as error:
-        raise _error_of(*error.args) from None
+        raise marshalling.error_of(*error.args) from None
     return CopyResult(
         digests={os.fsdecode(spec[0]): Digest(*digest) for spec, digest in zip(specs, digests, strict=True)},
         bytes_copied=copied,
@@ -226,27 +142,27 @@ def digest_files(
     at the first range of which the CRC-32 differs. `direct` reads the disk rather than the page cache. Raises only what is
     not about one file: a missing root, MemoryError, Ctrl-C.
     """
-    _check_chunks(chunk_bytes)
-    specs = [_plain(spec, chunk_bytes) for spec in _unique(files)]
+    marshalling.check_chunks(chunk_bytes)
+    specs = [marshalling.plain(spec, chunk_bytes) for spec in marshalling.unique(files)]
     left = [(sums or {}).get(spec.name, ()) for spec in files]
     for spec, ranges in zip(files, left, strict=True):
         if any(offset < 0 or length <= 0 or offset + length > spec.size_bytes for offset, length, _ in ranges):
             raise UsageError(f"{spec.name}: a CRC-32 of bytes that are not there")
     try:
         outcomes = _native.digest_files(
-            _encoded(root),
+            marshalling.encoded(root),
             specs,
             sums=left,
-            threads=_threads(threads),
+            threads=marshalling.threads_of(threads),
             chunk_bytes=chunk_bytes,
             direct=direct,
             nice=nice,
             progress=progress,
         )
     except _native.NativeError as error:
-        raise _error_of(*error.args) from None
+        raise marshalling.error_of(*error.args) from None
     return {
-        spec.name: Digest(*outcome) if len(outcome) == 2 else _error_of(*outcome)
+        spec.name: Digest(*outcome) if len(outcome) == 2 else marshalling.error_of(*outcome)
         for spec, outcome in zip(files, outcomes, strict=True)
     }
 
@@ -264,8 +180,8 @@ def read_files(
     A chunk of which anything is wanted is read whole, once, and its CRC compared with `expected`. What is not in the page
     cache is read past it. Errors as those of copy_files; the buffers hold anything then.
     """
-    _check_chunks(chunk_bytes)
-    specs = [_plain(spec, chunk_bytes) for spec in _unique([spec for spec, _ in files])]
+    marshalling.check_chunks(chunk_bytes)
+    specs = [marshalling.plain(spec, chunk_bytes) for spec in marshalling.unique([spec for spec, _ in files])]
     wanted = []
     for spec, parts in files:
         ordered = sorted(((offset, memoryview(buffer)) for offset, buffer in parts), key=lambda part: part[0])
@@ -279,13 +195,18 @@ def read_files(
         wanted.append(ordered)
     try:
         outcomes = _native.read_files(
-            _encoded(root), specs, wanted, threads=_threads(threads), chunk_bytes=chunk_bytes, progress=progress
+            marshalling.encoded(root),
+            specs,
+            wanted,
+            threads=marshalling.threads_of(threads),
+            chunk_bytes=chunk_bytes,
+            progress=progress,
         )
     except _native.NativeError as error:
-        raise _error_of(*error.args) from None
+        raise marshalling.error_of(*error.args) from None
     for outcome in outcomes:
         if len(outcome) != 2:
-            raise _error_of(*outcome)
+            raise marshalling.error_of(*outcome)
 
 
 def scan_tree(
@@ -299,16 +220,16 @@ def scan_tree(
     """
     try:
         return _native.scan_tree(
-            _encoded(root),
+            marshalling.encoded(root),
             max_depth=max_depth,
             wanted=os.fsencode(wanted),
             wanted_bytes=wanted_bytes,
-            threads=_threads(threads),
+            threads=marshalling.threads_of(threads),
             folder_type=Folder,
             entry_type=Entry,
         )
     except _native.NativeError as error:
-        raise _error_of(*error.args) from None
+        raise marshalling.error_of(*error.args) from None
 
 
 def find_records(root: Path, windows: Sequence[tuple[str, int, int]]) -> list[list[tuple[str, int, int, int]] | None]:
@@ -317,11 +238,11 @@ def find_records(root: Path, windows: Sequence[tuple[str, int, int]]) -> list[li
     None where anything is not just as torch writes it, which need not mean that it is no archive: zipfile tells. Nothing is
     read but the directories. Raises AccessError, NotFoundError, StorageError, RefusedError.
     """
-    plain = [(_plain(FileSpec(name, 0), CHUNK_BYTES)[0], offset, length) for name, offset, length in windows]
+    plain = [(marshalling.plain(FileSpec(name, 0), CHUNK_BYTES)[0], offset, length) for name, offset, length in windows]
     try:
-        return _native.find_records(_encoded(root), plain)
+        return _native.find_records(marshalling.encoded(root), plain)
     except _native.NativeError as error:
-        raise _error_of(*error.args) from None
+        raise marshalling.error_of(*error.args) from None
 
 
 def crc64(data: Buffer, value: int = 0, *, implementation: str = "auto") -> int:
@@ -368,11 +289,11 @@ def write_range(folder: Path, name: str, offset_bytes: int, data: Buffer) -> Non
     Past the page cache where that goes: memory that a fresh machine has yet to hand out costs more than the disk. Several
     threads may write ranges of one file.
     """
-    encoded, *_ = _plain(FileSpec(name, 0), CHUNK_BYTES)
+    encoded, *_ = marshalling.plain(FileSpec(name, 0), CHUNK_BYTES)
     try:
-        _native.write_range(_encoded(folder), encoded, data, offset_bytes)
+        _native.write_range(marshalling.encoded(folder), encoded, data, offset_bytes)
     except _native.NativeError as error:
-        raise _error_of(*error.args) from None
+        raise marshalling.error_of(*error.args) from None
 
 
 def allocate(fd: int, size_bytes: int, path: Path) -> None:
@@ -381,9 +302,9 @@ def allocate(fd: int, size_bytes: int, path: Path) -> None:
     `path` is for errors.
     """
     try:
-        _native.allocate(fd, size_bytes, _encoded(path))
+        _native.allocate(fd, size_bytes, marshalling.encoded(path))
     except _native.NativeError as error:
-        raise _error_of(*error.args) from None
+        raise marshalling.error_of(*error.args) from None
 
 
 def be_nice(nice: int) -> None:
@@ -404,7 +325,7 @@ def rename_noreplace(a: Path, b: Path) -> None:
 def fsync_path(path: Path) -> None:
     """Make a file's content, or a folder's names, durable. Plain OSError, which is final: never retry an fsync."""
     try:
-        _native.sync_path(_encoded(path))
+        _native.sync_path(marshalling.encoded(path))
     except _native.NativeError as error:
         _raise_os_error(error)
 
@@ -412,14 +333,14 @@ def fsync_path(path: Path) -> None:
 def supports_direct(folder: Path) -> bool:
     """Whether files in this folder take O_DIRECT, by trying it on a scratch file. Plain OSError if it can't be made."""
     try:
-        return _native.supports_direct(_encoded(folder))
+        return _native.supports_direct(marshalling.encoded(folder))
     except _native.NativeError as error:
         _raise_os_error(error)
 
 
 def _rename(a: Path, b: Path, flags: int) -> None:
     try:
-        _native.rename_with(_encoded(a), _encoded(b), flags)
+        _native.rename_with(marshalling.encoded(a), marshalling.encoded(b), flags)
     except _native.NativeError as error:
         _raise_os_error(error, os.fspath(b))
 
@@ -427,113 +348,6 @@ def _rename(a: Path, b: Path, flags: int) -> None:
 def _raise_os_error(error: _native.NativeError, other: str | None = None) -> NoReturn:
     _, _, path, number = error.args
     raise OSError(number, os.strerror(number), os.fsdecode(path), None, other) from None
-
-
-def _error_of(kind: str, what: str, path: bytes, number: int) -> CkptStoreError:
-    name = os.fsdecode(path)
-    match kind:
-        case "mismatch":
-            return DigestMismatchError(
-                f"{name}: the bytes from {number} on are not those that the digest was made of",
-                path=name,
-                offset_bytes=number,
-                hint="Use another checkpoint, or repair this one from a replica.",
-            )
-        case "read back":
-            return DigestMismatchError(
-                f"{name}: the disk gives back other bytes than were written, from {number} on",
-                path=name,
-                offset_bytes=number,
-                hint="The destination's disk or memory is failing: use another one.",
-            )
-        case "sum":
-            return DigestMismatchError(
-                f"{name}: the CRC-32 that was left of the bytes from {number:,} on does not match",
-                path=name,
-                offset_bytes=number,
-                hint="Use another checkpoint, or repair this one from a replica.",
-            )
-        case "changed":
-            return SourceChangedError(f"{name} {what}", path=name, hint="Let the trainer finish its save, then try again.")
-        case "refused":
-            return RefusedError(f"{name} {what}")
-        case _:
-            return from_os_error(OSError(number, os.strerror(number)), doing=what, path=name)
-
-
-def _encoded(path: Path) -> bytes:
-    encoded = os.fsencode(path)
-    if b"\0" in encoded:  # C would take what is before it for the path
-        raise UsageError(f"not a path: {path!r}")
-    return encoded
-
-
-def _check_chunks(chunk_bytes: int) -> None:
-    if not 0 < chunk_bytes < _MOST_BYTES or chunk_bytes % _ALIGNMENT_BYTES:
-        raise UsageError(f"chunk_bytes must be a positive multiple of {_ALIGNMENT_BYTES}, not {chunk_bytes}")
-
-
-def _threads(threads: int) -> int:
-    """0 means chosen by the engine. More than these help nothing, and a process can have only so many."""
-    if threads < 0:
-        raise UsageError(f"threads must not be negative: {threads}")
-    return min(threads, _MOST_THREADS)
-
-
-def _whole_pages(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
-
-def _unique(files: Sequence[FileSpec]) -> Iterable[FileSpec]:
-    seen = set()
-    for spec in files:
-        if spec.name in seen:
-            raise UsageError(f"{spec.name!r} is named twice")
-        seen.add(spec.name)
-        yield spec
-
-
-def _plain(spec: FileSpec, chunk_bytes: int) -> tuple[bytes, int, int, int, Sequence[int] | None]:
-    name = spec.name
-    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise UsageError(f"not a relative path of a file below the root: {name!r}")
-    if not 0 <= spec.size_bytes < _MOST_BYTES:
-        raise UsageError(f"{name!r} has a size that no file has: {spec.size_bytes}")
-    if spec.size_bytes // chunk_bytes >= _MOST_CHUNKS:
-        raise UsageError(f"{name!r}: {spec.size_bytes} bytes are not read in chunks of {chunk_bytes}: they would be too many")
-    if spec.expected is not None and len(spec.expected) != -(-spec.size_bytes // chunk_bytes):
-        raise UsageError(
-            f"{name!r}: {len(spec.expected)} chunk digests do not cover {spec.size_bytes} bytes in chunks of {chunk_bytes}"
-        )
-    return os.fsencode(name), spec.size_bytes, spec.mtime_ns, spec.inode, spec.expected
-
-
-WEIGHT_DTYPES: dict[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-"""Number formats that `scan_weights` knows, by safetensors' names, and the bytes of a number; in the engine's order."""
-
-
-class Region(NamedTuple):
-    """Numbers in a file: `length` bytes from `offset` on, whole numbers of type `dtype` (of WEIGHT_DTYPES)."""
-
-    name: str
-    offset: int
-    length: int
-    dtype: str
-
-
-class WeightStats(NamedTuple):
-    """What a region's numbers are like. Positions are -1 where there is none; sums, min and max are of the finite ones."""
-
-    numbers: int
-    nan: int
-    infinite: int
-    first_nonfinite: int  #: index of the number
-    zero_blocks: int  #: of 4096 bytes each, all zero
-    first_zero_block: int  #: bytes from the region's start
-    sum_squares: float
-    min: float
-    max: float
-    crc: int
 
 
 def scan_weights(
@@ -549,10 +363,12 @@ def scan_weights(
     for region in regions:
         if region.dtype not in WEIGHT_DTYPES or region.length % WEIGHT_DTYPES[region.dtype] or min(region[1:3]) < 0:
             raise UsageError(f"not a range of numbers: {region}")
-        name, *_ = _plain(FileSpec(region.name, 0), CHUNK_BYTES)
+        name, *_ = marshalling.plain(FileSpec(region.name, 0), CHUNK_BYTES)
         plain.append((name, region.offset, region.length, kinds.index(region.dtype)))
     try:
-        found = _native.scan_weights(_encoded(root), plain, threads=_threads(threads), progress=progress)
+        found = _native.scan_weights(
+            marshalling.encoded(root), plain, threads=marshalling.threads_of(threads), progress=progress
+        )
     except _native.NativeError as error:
-        raise _error_of(*error.args) from None
-    return [WeightStats(*item) if len(item) == 10 else _error_of(*item) for item in found]
+        raise marshalling.error_of(*error.args) from None
+    return [WeightStats(*item) if len(item) == 10 else marshalling.error_of(*item) for item in found]

@@ -183,8 +183,8 @@ class S3Control:
             request = self._signed(method, key, query=query or {}, headers=headers or {}, body=body)
             limit = objects.REQUEST if long else objects.STALL
             try:
-                door = connections.shared(self._authorities)
-                answer = door.ask(request, timeout_s=limit.total_seconds(), stop=stop, tried=tries.made)
+                shared = connections.shared(self._authorities)
+                answer = shared.ask(request, timeout_s=limit.total_seconds(), stop=stop, tried=tries.made)
             except ssl.SSLCertVerificationError as error:
                 raise StorageError(
                     f"{doing} {self.where(key)}: the server's certificate is refused: {error.verify_message}",
