@@ -27,6 +27,7 @@ from ckptstore.errors import (
     NotFoundError,
     RefusedError,
     UsageError,
+    from_os_error,
 )
 from ckptstore.lock import RunLock
 from ckptstore.manifest import Manifest
@@ -389,7 +390,7 @@ def test_a_full_disk(store: CheckpointStore, source: Path, monkeypatch: pytest.M
     store.save(1, source)
 
     def full(*args: object, **kwargs: object) -> None:
-        raise native.from_os_error(OSError(errno.ENOSPC, "No space left on device"), doing="write", path="x")
+        raise from_os_error(OSError(errno.ENOSPC, "No space left on device"), doing="write", path="x")
 
     monkeypatch.setattr(native, "copy_files", full)
     with pytest.raises(CkptStoreError, match="No space left"):
