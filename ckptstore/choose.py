@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,11 @@ class Selection:
     def named(self) -> bool:
         """Whether exactly one checkpoint is meant."""
         return self.step is not None or bool(self.checkpoint_path)
+
+    @property
+    def explicit(self) -> bool:
+        """Whether somebody has said which, or up to where."""
+        return self.named or self.bound is not None
 
     @property
     def bound(self) -> int | None:
@@ -108,7 +113,8 @@ def resume_point(
     read_slot: bool = True,
     notify: Notify | None = None,
 ) -> ResumePoint:
-    """The newest checkpoint within `selection` that is healthy and passes level structure, and why newer ones don't.
+    """The newest checkpoint within `selection` that is healthy and passes level structure, and why newer ones don't. One that
+    training has left (left.py) is passed over; so is none that is named.
 
     `failed` names checkpoints (by the first part's folder) already found bad, with the reason. `ledger_of`: the run whose
     metrics tell the health, where it is not the one that is chosen from. Without `read_slot` the slot, which may be all of a
@@ -125,7 +131,9 @@ def resume_point(
         if newest is not None and "optimizer" not in candidate.holds:
             continue
         reading = _reading(candidate, notify) if read_slot and candidate.kind == "slot" else None
-        checkpoint, reasons = _examine(backend, candidate, failed or {}, verdict_on if strict else None, reading=reading)
+        checkpoint, reasons = _examine(
+            backend, candidate, failed or {}, verdict_on if strict else None, named=selection.named, reading=reading
+        )
         if reasons:
             if newest is None:
                 skipped.append(Skipped(checkpoint, reasons))
@@ -147,6 +155,11 @@ def resume_point(
             hint=f"Without {'--checkpoint-path' if selection.checkpoint_path else '--step'}, the newest good one is chosen.",
         )
     raise _nothing(listing, selection, skipped)
+
+
+def passed_over(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, str]:
+    """The steps that nobody goes on from unasked, and why: training has left them, or had gone bad (gone_bad)."""
+    return gone_bad(run, checkpoints) | {checkpoint.step: checkpoint.left for checkpoint in checkpoints if checkpoint.left}
 
 
 def gone_bad(run: str, checkpoints: Iterable[Checkpoint]) -> dict[int, str]:
@@ -204,6 +217,7 @@ def _examine(
     failed: Mapping[str, str],
     verdict_on: Judge | None,
     *,
+    named: bool,
     reading: native.Progress | None,
 ) -> tuple[Checkpoint, tuple[str, ...]]:
     """The checkpoint as level structure sees it, or with `reading` level full, and what is wrong with it."""
@@ -211,6 +225,8 @@ def _examine(
         return checkpoint, (failed[checkpoint.parts[0].path],)
     if not checkpoint.status.usable:
         return checkpoint, tuple(map(str, checkpoint.findings))
+    if checkpoint.left and not named:
+        return checkpoint, (checkpoint.left,)
     if verdict_on is not None and not (verdict := verdict_on(checkpoint)).health.resumable:
         return checkpoint, (f"health {verdict.health}: {verdict.why}",)
     # The slot is checked while nothing of ours will read it: all its digests, or where nobody took them torch's own CRC-32s.
@@ -306,7 +322,7 @@ def _nothing(listing: Listing, selection: Selection, skipped: list[Skipped]) -> 
         seemed_whole = {part.path for c in listing.checkpoints if c.status.usable for part in c.parts}
         telling = next((skip for skip in skipped if skip.checkpoint.parts[0].path in seemed_whole), skipped[0])
         message += (
-            f": {len(skipped)} looked at, all damaged, unfinished, unreadable or unhealthy "
+            f": {len(skipped)} looked at, all damaged, unfinished, unreadable, unhealthy or left "
             f"(step {telling.checkpoint.step}: {'; '.join(telling.reasons[:2])})"
         )
     hint = "Nothing has been saved there yet: see `saver:` and `recover:` in the run's configuration."

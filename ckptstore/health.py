@@ -304,8 +304,10 @@ def _shown(value: float | None) -> str:
 
 
 def last_good(checkpoints: Sequence[Checkpoint], ledger: Ledger, *, before_step: int) -> Checkpoint | None:
-    """The newest usable checkpoint before a step whose health is good; else the newest of unknown health; else None."""
-    usable = [c for c in checkpoints if c.status.usable and 0 <= c.step < before_step]
+    """The newest usable checkpoint before a step whose health is good; else the newest of unknown health; else None. None that
+    training has left.
+    """
+    usable = [c for c in checkpoints if c.status.usable and 0 <= c.step < before_step and not c.left]
     usable.sort(key=lambda checkpoint: checkpoint.step, reverse=True)
     verdicts = [(of(checkpoint, ledger).health, checkpoint) for checkpoint in usable]
     for wanted in (Health.GOOD, Health.UNKNOWN):

@@ -6,10 +6,11 @@ import dataclasses
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from ckptstore import damage, parallel
+from ckptstore import left as left_behind
 from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
@@ -20,9 +21,19 @@ from ckptstore.frameworks import steps
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
+from ckptstore.left import Left
 from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, Finding, Part, Status, worst
 from ckptstore.native import Folder
-from ckptstore.parts import find_manifest, folder_of, read_part, vouching, with_dcp_holdings, worsen
+from ckptstore.parts import (
+    as_recorded,
+    find_manifest,
+    folder_of,
+    manifest_told,
+    read_part,
+    vouching,
+    with_dcp_holdings,
+    worsen,
+)
 from ckptstore.saves import owner, prepared
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
@@ -47,6 +58,7 @@ class Listing:
     newest_file: str  #: the file of the run that was written last, by the trainer
     newest_mtime_ns: int
     framework: str = "areal"  #: areal, or steps: a store of steps, with neither slot nor recover_info
+    left: Mapping[str, Left] = field(default_factory=dict)  #: by place_of: what training has left
 
     def at_step(self, step: int) -> list[Checkpoint]:
         """The exports of that global step (several only where a run changed its steps per epoch)."""
@@ -69,11 +81,12 @@ def scan(backend: Backend) -> Listing:
     ]
     checkpoints = _compare_siblings(checkpoints)
     side = _side(backend)
+    left = left_behind.known(side) if side else {}
     if side:
-        checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
+        checkpoints = [*marked(backend, _with_known_damage(backend, checkpoints, damage.known(side)), left)]
     stored = run.folders.get(layout.RECOVER_INFO) if run.recover_info else None
     info = recover_info.read(backend, stored, as_dumped=backend.is_folder)
-    adopted = tuple(read_adopted(side) if side else _mirrored(backend, tree))
+    adopted = tuple(marked(backend, read_adopted(side) if side else _mirrored(backend, tree), left))
     slot = _slot(backend, run, info)
     if side and slot is not None:
         (slot,) = _with_known_damage(backend, [with_copy(slot, adopted)], damage.known(side))
@@ -94,6 +107,7 @@ def scan(backend: Backend) -> Listing:
         tuple(notes),
         newest_file,
         newest_mtime_ns,
+        left=left,
     )
 
 
@@ -123,11 +137,17 @@ def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
         for step, folder in steps.steps_in(tree).items()
     ]
     notes: tuple[str, ...] = ()
+    left: Mapping[str, Left] = {}
     if side := _side(backend):
         checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
+        left = left_behind.known(side)
         ready = prepared.waiting(side)
         known = {one.name for one in ready}
         notes = (*(one.note for one in ready), *(one.note for one in owner.unsure(side) if one.name not in known))
+    elif any(entry.name == left_behind.NAME for entry in tree.get(layout.SIDE, Folder(0, [])).entries):
+        key = f"{layout.SIDE}/{left_behind.NAME}"
+        left = left_behind.parse(backend.get(key, length_bytes=left_behind.MAX_BYTES + 1), f"{backend.location}/{key}")
+    checkpoints = [*marked(backend, checkpoints, left)]
     newest = (
         max(
             (file.mtime_ns, f"{folder_of(backend, part)}/{file.name}")
@@ -138,7 +158,8 @@ def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
         if any(c.file_count for c in checkpoints)
         else (0, "")
     )
-    return Listing(layout.run_ref(backend.location), tuple(checkpoints), None, None, (), notes, newest[1], newest[0], "steps")
+    run = layout.run_ref(backend.location)
+    return Listing(run, tuple(checkpoints), None, None, (), notes, newest[1], newest[0], "steps", left)
 
 
 def _with_known_damage(
@@ -157,6 +178,47 @@ def _with_known_damage(
         return dataclasses.replace(part, findings=(*part.findings, finding), status=Status.CORRUPT)
 
     return [dataclasses.replace(c, parts=tuple(judge(part) for part in c.parts)) for c in checkpoints]
+
+
+def marked(run: Backend, checkpoints: Iterable[Checkpoint], left: Mapping[str, Left]) -> Iterator[Checkpoint]:
+    """The checkpoints of `run`, each that is still the save of it that training has left with the reason."""
+    for checkpoint in checkpoints:
+        entry = left.get(place_of(run, checkpoint)) if left else None
+        if entry is not None and (entry.mark == checkpoint.mark or entry.same_save(identity(run, checkpoint))):
+            checkpoint = dataclasses.replace(checkpoint, left=entry.why)
+        yield checkpoint
+
+
+def place_of(run: Backend, checkpoint: Checkpoint) -> str:
+    """Where a checkpoint lies in its run, or in what is kept of it beside."""
+    if checkpoint.kind == "adopted":
+        return f"adopted/{checkpoint.store.rpartition('/')[2]}"
+    return folder_of(run, checkpoint.parts[0])
+
+
+def identity(run: Backend, checkpoint: Checkpoint) -> Left:
+    """Which save it is: by the commit and the files that its manifests tell. Times in a store are those of arrival."""
+    backend = backend_for(run, checkpoint)
+    manifests = [manifest_told(backend, folder_of(backend, part)) for part in checkpoint.parts]
+    parts = checkpoint.parts
+    if not backend.is_folder:
+        parts = tuple(
+            part if manifest is None else dataclasses.replace(part, files=tuple(as_recorded(part.files, manifest)))
+            for part, manifest in zip(parts, manifests, strict=True)
+        )
+    first = manifests[0]
+    return Left(first.commit if first is not None else "", dataclasses.replace(checkpoint, parts=parts).mark)
+
+
+def left_by(run: Backend, step: int, folders: Iterable[str]) -> dict[str, Left]:
+    """What a store of steps has of a history that ends where `step` is saved next, as a record's entries: what has a higher
+    number by now. `folders`: names there; without one of a higher step nothing more is looked at.
+    """
+    if not any(steps.step_of(folder) > step for folder in folders):
+        return {}
+    why = left_behind.gone_back_to(step, "save")
+    left = (one for one in scan(run).checkpoints if one.step > step and one.status.usable and not one.left)
+    return {place_of(run, one): identity(run, one)._replace(why=why) for one in left}
 
 
 def adopted_folder(side: str, step: int) -> str:

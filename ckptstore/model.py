@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -126,6 +127,7 @@ class Checkpoint:
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = field(default=())
     store: str = ""  #: adopted: the folder that holds the parts and the trainer's own recover_info; from a URL: its run's
+    left: str = ""  #: why it is of a history that training has left (left.py); only who names it gets it
 
     @property
     def log_step(self) -> int:
@@ -179,6 +181,16 @@ class Checkpoint:
     def saved_at_s(self) -> float:
         """Unix time of the newest file."""
         return max((part.mtime_ns for part in self.parts), default=0) / 1e9
+
+    @property
+    def mark(self) -> str:
+        """Another one for other files: by names, sizes and times."""
+        lines = [
+            f"{part.name}/{file.name} {file.size_bytes} {file.mtime_ns}"
+            for part in sorted(self.parts, key=lambda part: part.name)
+            for file in sorted(part.files)
+        ]
+        return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def age_s(self, now_s: float | None = None) -> float:
         """Seconds since the newest file was written."""

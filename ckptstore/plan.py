@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from ckptstore import commit, places, probe, running
@@ -24,12 +24,13 @@ from ckptstore.frameworks.areal.launch import Installation, logged_config
 from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.frameworks.areal.resume_state import data_parallel_world
 from ckptstore.frameworks.areal.target import InfoPlan, Transfer, optimizer_in, plan_info, transfer
+from ckptstore.left import Left
 from ckptstore.listing import RESUMABLE, Listing, backend_for, scan, with_copy
 from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
 from ckptstore.parts import find_manifest, read_part
 from ckptstore.transfer import mirrored
-from ckptstore.two_places import choice
+from ckptstore.two_places import choice, leaving, what_is_left
 from ckptstore.verify import OWN_SUMS, Notify, verify
 
 ANY = Selection()
@@ -74,6 +75,7 @@ class Plan:
     refusals: tuple[str, ...]  #: why setup would not do it; empty when it would
     nothing_to_do: str  #: why there is nothing to do; empty when there is
     notes: tuple[str, ...]  #: what is in the way in the run, or left aside
+    leaves: Mapping[str, Left] = field(default_factory=dict)  #: the record of what training has left, once this is done
     new_trial: str = ""  #: the folder of the trial to be made; empty when it is the run's own slot
 
     @property
@@ -126,6 +128,9 @@ def plan(
     era = _era(listing, options, old, point.checkpoint)
     transfers = {part.name: _transfer(part, era, options) for part in point.checkpoint.parts}
     info = _info(backend, listing, point.checkpoint, options, found=found, era=era)
+    leaves = listing.left
+    if selection.explicit and not options.new_trial and not options.recover_dir:
+        leaves = leaving(backend, listing, found, point.checkpoint)
     in_slot = "" if options.new_trial else _in_slot(backend, point, old, slots, transfers)
     nothing_to_do = in_slot if in_slot and info.action in ("keep", "leave") and not info.refusal else ""
     return Plan(
@@ -146,8 +151,10 @@ def plan(
         notes=(
             *listing.notes,
             *chosen.notes,
+            *what_is_left(listing, leaves, point.checkpoint),
             *(() if options.new_trial else _newer_there(listing, found, selection, point)),
         ),
+        leaves=leaves,
         new_trial=trial_folder(listing, options) if options.new_trial else "",
     )
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from ckptstore import commit, halt, places, probe, room, running
+from ckptstore import commit, halt, left, places, probe, room, running
 from ckptstore import side as side_folders
 from ckptstore.backends import is_url
 from ckptstore.backends.base import Backend
@@ -28,6 +28,7 @@ from ckptstore.errors import (
     CkptStoreError,
     IntegrityError,
     NoSpaceError,
+    NotCommitted,
     NotFoundError,
     RefusedError,
     SourceChangedError,
@@ -105,6 +106,8 @@ def setup(
             if current.refusals:
                 raise RefusedError("; ".join(current.refusals))
             if current.nothing_to_do:
+                if current.leaves != current.listing.left:
+                    left.write(current.side, current.leaves)
                 _remember(current.listing.run.path)
                 return Outcome(current, rolled=rolled, cleared=halt.reset(current.side))
             try:
@@ -210,7 +213,15 @@ def _setup(backend: Backend, current: Plan, options: Options, tell: Notify) -> O
     if infos is not None:
         info = os.path.join(current.listing.run.path, layout.RECOVER_INFO)
         moves = commit.guarded(current.side, moves, aside, info=info, blocking=infos[0], staged_info=infos[1])
-    commit.publish(current.side, Journal("setup", checkpoint.step, medium.method, moves, created_at=commit.now()))
+    before_this = current.listing.left
+    if current.leaves != before_this:  # first: training must not go on from the new slot, and later from what it left
+        new = {place: entry._replace(aside=aside) for place, entry in current.leaves.items() if entry != before_this.get(place)}
+        left.write(current.side, {**current.leaves, **new})
+    try:
+        commit.publish(current.side, Journal("setup", checkpoint.step, medium.method, moves, created_at=commit.now()))
+    except NotCommitted:
+        left.write(current.side, before_this)
+        raise
     _discard_redundant(backend, current, keep=aside)
     kept = os.path.join(current.side, aside)
     return outcome(kept if os.path.isdir(kept) else "")
@@ -317,6 +328,9 @@ def undo(backend: Backend, options: Options = CAREFUL) -> tuple[int, str]:
                 blocking=blocking,
                 staged_info=staged_info,
             )
+        stays = {place: entry for place, entry in listing.left.items() if entry.aside != old.name}
+        if stays != listing.left:
+            left.write(side, stays)
         commit.publish(side, Journal("undo", step, medium.method, moves, created_at=commit.now()))
         return step, os.path.join(side, aside)
 

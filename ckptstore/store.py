@@ -166,8 +166,11 @@ class CheckpointStore:
         return _at(self.scan(), step)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is COMMITTED or COMPLETE, None without one. `resume_point` looks harder."""
-        return next((checkpoint for checkpoint in reversed(self.list()) if checkpoint.status.usable), None)
+        """The newest checkpoint that is COMMITTED or COMPLETE, None without one. `resume_point` looks harder.
+
+        Not one that training has left: it went back, and goes on with lower numbers (`checkpoint.left` says when).
+        """
+        return next((one for one in reversed(self.list()) if one.status.usable and not one.left), None)
 
     def verify(self, step: int, level: Level | str = Level.FULL, *, progress: native.Progress | None = None) -> Report:
         """Verify one checkpoint. Damage is in the report; only a failing medium raises."""

@@ -320,13 +320,27 @@ def trial(
     values = {tuple(map(tuple, loaded_by.values())) for loaded_by in loaded}
     assert len(values) == 1, f"ranks load different states: {loaded}"
     whole = judge(root, returned if returned >= first else -1)
-    found = whole[max(whole)] if whole else -1
+    counts = whole.keys() - left_by_any(root)
+    found = whole[max(counts)] if counts else -1
+    assert found >= max(whole.values(), default=-1) - 1, f"not the last save, nor what it replaces where it was cut: {whole}"
     assert loaded[0]["resumed"][:1] == [float(found)] if found >= 0 else not loaded[0]["resumed"], (found, loaded)
     after = published(root)
     assert all(node == after[0] for node in after), f"what one node had published, not all have: {before} {after}"
     assert set(after[0].items()) <= set().union(*(node.items() for node in before)), f"published by none: {before} {after}"
     saves = sorted(number - first for number in whole.values() if number >= first)
     return {"phase": phase, "seconds": round(took_s, 1), "returned": returned - first + 1, "saves": saves}
+
+
+def left_by_any(root: Path) -> set[int]:
+    """The steps that a node has noted as left, and that are still the same save there."""
+    found = set()
+    for node in range(NODES):
+        record = root / f"node{node}/.ckptstore/left.json"
+        for place, entry in json.loads(record.read_bytes())["left"].items() if record.exists() else ():
+            manifest = root / f"node{node}" / place / "ckptstore.manifest.json"
+            if manifest.exists() and json.loads(manifest.read_bytes())["commit"] == entry["commit"]:
+                found.add(int(place.removeprefix("step-")))
+    return found
 
 
 def published(root: Path) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ LAYERS = (
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
     ("side", "lock", "probe", "journal", "saves.background"),
     ("places",),
-    ("damage", "ledger", "halt", "pins", "inplace", "saves.owner", "rendezvous"),
+    ("damage", "left", "ledger", "halt", "pins", "inplace", "saves.owner", "rendezvous"),
     ("saves.prepared",),
     ("parts", "listing", "health", "importing", "transfer.mirrored"),
     ("verify", "seal", "commit", "running"),

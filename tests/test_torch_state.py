@@ -27,7 +27,7 @@ from ckptstore.errors import (
     NothingToResumeError,
     UsageError,
 )
-from ckptstore.manifest import FileEntry, Manifest
+from ckptstore.manifest import FileEntry
 from ckptstore.saves import loading
 from tests import reads, trees
 
@@ -324,33 +324,6 @@ def test_the_newest_is_removed_while_it_is_read(store: CheckpointStore, monkeypa
 
     monkeypatch.setattr(type(store), "list", then_removed)
     assert ckpt.load(store)["w"] == 1
-
-
-def test_a_step_that_training_may_have_left_is_said(
-    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By what the manifests record: a copy may have given the folders any time."""
-    for step in (100, 50):
-        ckpt.save(store, step, {"a": step})
-        for path in Path(store.folder, f"step-{step}").iterdir():
-            os.utime(path, (2e9 - step, 2e9 - step))
-    assert ckpt.load(store) == {"a": 100}
-    assert not caplog.text, "saved in one second"
-    monkeypatch.setattr(Manifest, "saved_at_s", property(lambda self: 1e9 - self.step))
-    assert ckpt.load(store) == {"a": 100}
-    assert "step 100 is the newest, and step 50 was saved after it" in caplog.text
-    caplog.clear()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        assert ckpt.resume_step(store) == 100
-    finally:
-        torch.distributed.destroy_process_group()
-    assert "step 100 is the newest, and step 50 was saved after it" in caplog.text
-    monkeypatch.setattr(Manifest, "saved_at_s", property(lambda self: 1e9 + self.step))
-    caplog.clear()
-    assert ckpt.load(store, 50) == {"a": 50}
-    assert ckpt.load(store) == {"a": 100}
-    assert not caplog.text
 
 
 def test_damage_is_not_read_again(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def command(
     bounds = [number for number in (before_step - 1 if before_step is not None else None, max_step, step) if number is not None]
     bound = min(bounds, default=None)
     if latest:
-        shown = [checkpoint for checkpoint in shown if checkpoint.status.usable][-1:]
+        shown = [checkpoint for checkpoint in shown if checkpoint.status.usable and not checkpoint.left][-1:]
         if not shown:
             raise NothingToResumeError(
                 f"no whole checkpoint{_within(before_step, max_step, step)} in {located.run.path}",
@@ -198,7 +198,21 @@ def _print_table(
         note(text)
     if len(notes) > _MANY:
         note(f"and {len(notes) - _MANY} more such notes (--json has all)")
+    _print_left(shown)
     _print_prefixes(shown)
+
+
+def _print_left(shown: list[Checkpoint]) -> None:
+    """Which of them are of a history that training has left, a line for each time that it went back."""
+    by_reason: dict[str, list[int]] = {}
+    for checkpoint in shown:
+        if checkpoint.left:
+            by_reason.setdefault(checkpoint.left, []).append(checkpoint.step)
+    if by_reason:
+        echo()
+    for why, gone in list(by_reason.items())[-_MANY:]:
+        which = f"steps {gone[0]} to {gone[-1]} ({len(gone)})" if len(gone) > 1 else f"step {gone[0]}"
+        note(f"{which}: {safe(why)}; only who names it gets it")
 
 
 def _print_prefixes(shown: list[Checkpoint]) -> None:
@@ -309,11 +323,12 @@ def _print_config(located: Located) -> None:
 
 def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bounds: tuple[int | None, int | None]) -> None:
     before_step, max_step = bounds
-    newest = next((checkpoint for checkpoint in reversed(shown) if checkpoint.status.usable), None)
+    newest = next((checkpoint for checkpoint in reversed(shown) if checkpoint.status.usable and not checkpoint.left), None)
     if newest is None:
         return
     echo()
-    field("newest", f"{steps(newest)} is the newest whole one listed")
+    left = " that training has not left" * any(checkpoint.left for checkpoint in shown)
+    field("newest", f"{steps(newest)} is the newest whole one listed{left}")
     bad = bool(verdicts) and not verdicts[id(newest)].resumable
     if bad:
         ours = listing.framework == "steps"

@@ -185,6 +185,7 @@ def checkpoint_json(checkpoint: Checkpoint, *, with_files: bool = False) -> dict
         "file_count": checkpoint.file_count,
         "bytes": checkpoint.size_bytes,
         "saved_at": checkpoint.saved_at_s,
+        "left": checkpoint.left,
         "parts": [
             {
                 "name": part.name,

@@ -68,8 +68,8 @@ def _print(checkpoint: Checkpoint, manifests: dict[str, Manifest | None]) -> Non
     if checkpoint.epoch >= 0:
         saved = f"; saved {age(checkpoint.age_s())} ago" if checkpoint.saved_at_s else ""
         echo(f"epoch {checkpoint.epoch}, epoch step {checkpoint.epoch_step}{saved}")
-    for text in checkpoint.notes:
-        item("·", text)
+    for text in (*checkpoint.notes, *([checkpoint.left] if checkpoint.left else [])):
+        item("·", safe(text))
     for part in checkpoint.parts:
         manifest = manifests[part.name]
         digests = {entry.path: f"{entry.crc:016X}" for entry in manifest.files} if manifest else {}

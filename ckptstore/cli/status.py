@@ -166,7 +166,8 @@ def _print_mirror(lag: Lag) -> None:
 
 
 def _last_good(listing: Listing, ledger: Ledger) -> Checkpoint | None:
-    usable = [checkpoint for checkpoint in (*listing.checkpoints, *listing.adopted) if checkpoint.status.usable]
+    every = (*listing.checkpoints, *listing.adopted)
+    usable = [checkpoint for checkpoint in every if checkpoint.status.usable and not checkpoint.left]
     healthy = [checkpoint for checkpoint in usable if health.of(checkpoint, ledger).health is Health.GOOD]
     return max(healthy, key=lambda checkpoint: checkpoint.step, default=None)
 

@@ -52,6 +52,11 @@ def plain_name(folder: str) -> str:
     return f"step-{match[1]}" if (match := _STEP.fullmatch(folder)) else folder
 
 
+def step_of(folder: str) -> int:
+    """The step that a folder is named as one of, or a generation of one; -1 for any other name."""
+    return int(match[1]) if (match := _STEP.fullmatch(folder)) else -1
+
+
 def is_step(folder: str) -> bool:
     """Whether a folder is named as a step's, or a generation's of one, is."""
     return _STEP.fullmatch(folder) is not None

@@ -3,8 +3,9 @@
     1  begin       {store}/.ckptstore/save-<random>/step/, 0700; `owner` beside it is held while its writer lives (owner.py)
     2  write       every file, digested on the way, fsynced (the engine; several ranks may write into one draft)
     3  manifest    written and fsynced, then every folder of the draft
-    4  publish     one rename to step-N that replaces nothing; a step that is there already is exchanged for the new one,
-                   and is untouched until then. Where the file system cannot exchange, the old one is renamed to
+    4  publish     where steps of higher numbers were there at the beginning, they are noted as left (left.py). Then one
+                   rename to step-N that replaces nothing; a step that is there already is exchanged for the new one, and
+                   is untouched until then. Where the file system cannot exchange, the old one is renamed to
                    .ckptstore/aside-<step>-<random> and the new one in; `mend` puts it back after a crash between the two
     5  sync        the store's folder, and the one that was renamed from
     6  discard     the old one, renamed out of the way first
@@ -27,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ckptstore
-from ckptstore import native, places, probe
+from ckptstore import left, native, places, probe
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import (
@@ -42,6 +43,8 @@ from ckptstore.errors import (
 )
 from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE, files_of
+from ckptstore.left import Left
+from ckptstore.listing import left_by
 from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
@@ -63,6 +66,7 @@ class Draft:
     home: str  #: the draft's own folder in the side folder
     descriptor: int = field(repr=False)  #: of the owner file: locked while this process lives
     process: int = field(default_factory=os.getpid, repr=False)
+    leaves: Mapping[str, Left] = field(default_factory=dict)  #: what training has left, where it has gone back to save this
 
     @property
     def name(self) -> str:
@@ -91,6 +95,7 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
     if not os.path.isdir(side):
         make_store(root)
     sweep(root)
+    leaves = left_by(LocalBackend(root), step, os.listdir(root))
     name = name or secrets.token_hex(16)
     home, unborn = home_of(root, name), os.path.join(side, f"new-{name}")
     try:
@@ -99,7 +104,7 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
         os.rename(unborn, home)  # from here on it is somebody's: whoever sweeps finds it locked
     except OSError as error:
         raise from_os_error(error, doing="beginning a save in", path=home) from error
-    return Draft(root, step, home, descriptor)
+    return Draft(root, step, home, descriptor, leaves=leaves)
 
 
 def home_of(root: str, name: str) -> str:
@@ -182,6 +187,10 @@ def publish(draft: Draft, manifest: Manifest, *, keep_old: bool = False) -> None
     NotCommitted, CommitUncertain; BusyError and others where it was not tried.
     """
     with locked(draft.root, f"save of step {draft.step}"):
+        if draft.leaves:  # first: nobody may see this step, and go on from what it leaves
+            side = side_of(draft.root)
+            left.write(side, {**left.known(side), **draft.leaves})
+            left.warn(draft.step, draft.leaves)
         _publish(draft, manifest, keep_old=keep_old)
 
 

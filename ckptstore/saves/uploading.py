@@ -6,7 +6,8 @@ An object store has no rename, so that each save writes below a prefix of its ow
     2  write       every file under its final key, in parts, digested on the way (several ranks may write below one prefix).
                    Where the store computes digests of its own, each file's is compared with ours; what differs is sent again
     3  look again  all keys are there, with the sizes that were written, and no others
-    4  manifest    create-only: from here on the step is this one. A generation before it was untouched until now
+    4  manifest    where steps of higher numbers were there at the beginning, they are noted as left (left.py). Then it is
+                   created: from here on the step is this one. A generation before it was untouched until now
     5  discard     what the step was before, its manifest first
 
 A crash leaves a prefix without a manifest: the next save of that step removes it, and any save after STALE_S.
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ckptstore import native, pages
+from ckptstore import left, native, pages
 from ckptstore.backends import interruptible
 from ckptstore.backends.base import Backend
 from ckptstore.errors import (
@@ -37,6 +38,9 @@ from ckptstore.errors import (
 )
 from ckptstore.formats import streaming
 from ckptstore.frameworks import steps as layout
+from ckptstore.frameworks.areal.layout import SIDE
+from ckptstore.left import Left
+from ckptstore.listing import left_by, scan
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, FileInfo
 from ckptstore.names import check_names
@@ -63,6 +67,7 @@ class Upload:
     step: int
     prefix: str
     before: Sequence[str] = ()  #: prefixes of the step that it replaces
+    leaves: Mapping[str, Left] = field(default_factory=dict)  #: what training has left, where it has gone back to save this
     ended: bool = False
     process: int = field(default_factory=os.getpid)
 
@@ -101,7 +106,8 @@ def begin(target: Backend, step: int) -> Upload:
                 remove(target, found.folder)
     mine = [found for found in generations if found.step == step]
     number = max((found.number for found in mine), default=0) + 1
-    return Upload(target, step, layout.generation_name(step, number), [found.folder for found in mine])
+    leaves = left_by(target, step, (found.folder for found in generations if found.committed))
+    return Upload(target, step, layout.generation_name(step, number), [found.folder for found in mine], leaves)
 
 
 def _tree(target: Backend) -> Mapping[str, Folder]:
@@ -225,6 +231,7 @@ def publish(
     entries = tuple(_entry(name, file) for name, file in sorted(written.items()))
     manifest = manifest_of(upload.step, entries, metrics=metrics or {}, source=source)
     try:
+        _leave(upload)
         upload.target.put(f"{upload.prefix}/{MANIFEST_NAME}", manifest.to_bytes(), if_absent=True)
     except CkptStoreError as error:
         if not _is_in(upload, manifest, error):
@@ -234,6 +241,15 @@ def publish(
         with contextlib.suppress(CkptStoreError):  # a later save of the step does it
             remove(upload.target, folder)
     return manifest
+
+
+def _leave(upload: Upload) -> None:
+    """Note what training has left, before anybody sees this step: it must not go on from there later."""
+    if upload.leaves:
+        key = f"{SIDE}/{left.NAME}"
+        known = scan(upload.target).left
+        upload.target.put(key, left.to_bytes({**known, **upload.leaves}))
+        left.warn(upload.step, upload.leaves)
 
 
 def _look_again(upload: Upload, written: Mapping[str, Written]) -> None:

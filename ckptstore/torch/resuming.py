@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from ckptstore import parallel
 from ckptstore.backends.local import LocalBackend
-from ckptstore.choose import gone_bad
+from ckptstore.choose import passed_over
 from ckptstore.errors import CkptStoreError, IntegrityError, NothingToResumeError, RankError
 from ckptstore.frameworks.steps import read_signs
 from ckptstore.manifest import Manifest
@@ -35,7 +35,7 @@ from ckptstore.parts import folder_of, manifest_told, read_part
 from ckptstore.saves import node_sets, prepared, steps
 from ckptstore.saves.prepared import Prepared
 from ckptstore.store import CheckpointStore
-from ckptstore.torch.simple import see_nothing, warn_of_return
+from ckptstore.torch.simple import see_nothing
 from ckptstore.verify import verify
 
 _log = logging.getLogger("ckptstore")
@@ -57,8 +57,7 @@ class Seen:
     store: str = ""  #: node_sets.identity; "" where there is none
     held: Mapping[int, tuple[str, NodeSet | None]] = field(default_factory=dict)
     prepared: Mapping[_Save, NodeSet] = field(default_factory=dict)
-    bad: Mapping[int, str] = field(default_factory=dict)  #: what the metrics object to; they may lie on one node alone
-    saved_at_s: Mapping[int, float] = field(default_factory=dict)  #: of what is held, by the manifests
+    bad: Mapping[int, str] = field(default_factory=dict)  #: what is passed over, and why; a node alone may know it
     problem: str = ""
 
 
@@ -105,7 +104,8 @@ def _common(ranks: Sequence[Mapping[int, str]]) -> set[tuple[int, str]]:
 def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None = None) -> int:
     """The newest step that all ranks see, and see the same of: where each node has a disk of its own, one that all nodes have.
 
-    Passed over, with a warning, is one of which a breaker's metrics say that training had gone bad.
+    Passed over, with a warning, is one of which a breaker's metrics say that training had gone bad, and one that training
+    has left: it went back, and saved a step of a lower number since.
     A collective: every rank of the group calls it, with its own store. A save that a crash cut between its nodes' commits is
     finished first: what is published on one node, and prepared on all others, is read, checked and published there.
     NothingToResumeError on all where there is no such step, RankError on all where one cannot look. What is whole on all nodes
@@ -131,8 +131,6 @@ def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None 
         )
     if step != newest:
         _log.warning("step %d is chosen, not %d: %s (name a step to load it)", step, newest, bad[newest])
-    good = {number for number, _ in _common(identities)} - bad.keys()
-    warn_of_return(step, {number: ranks[0].saved_at_s[number] for number in good})
     for whole, _ in sorted(_common(identities)):
         group = ranks[0].held[whole][1]
         nodes = {found.node for rank in ranks if (found := rank.held[whole][1]) is not None}
@@ -172,9 +170,9 @@ def _look(store: CheckpointStore, process_group: dist.ProcessGroup | None) -> li
                 name = node_sets.identity(store.folder)
         ready = {save: one.group for save, one in _prepared(store).items()} if name else {}
         there = _committed(store)
-        bad = gone_bad(store.backend.location, [checkpoint for checkpoint, _ in there])
+        bad = passed_over(store.backend.location, [checkpoint for checkpoint, _ in there])
         names = {one.step: (identity(manifest), manifest.group) for one, manifest in there}
-        seen = Seen(name, names, ready, bad, {one.step: manifest.saved_at_s for one, manifest in there})
+        seen = Seen(name, names, ready, bad)
     except CkptStoreError as error:
         seen = Seen(problem=str(error))
     ranks: list[Seen] = _gather(seen, process_group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 
 from ckptstore import native
-from ckptstore.choose import gone_bad
-from ckptstore.errors import CkptStoreError, IntegrityError, NotFoundError, NothingToResumeError, UsageError
+from ckptstore.choose import passed_over
+from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError, UsageError
 from ckptstore.formats import FormatError, safetensors
 from ckptstore.frameworks.steps import STATE_NAME
 from ckptstore.manifest import FileEntry, Manifest
@@ -207,18 +206,6 @@ def see_nothing(store: CheckpointStore) -> None:
         next(iter(store.backend.list()), None)
 
 
-def warn_of_return(chosen: int, saved_at_s: Mapping[int, float]) -> None:
-    """Say that a lower step was saved after the one that is chosen: had training gone back, what it left is chosen."""
-    last = max(saved_at_s, key=lambda step: (saved_at_s[step], step), default=chosen)
-    if last < chosen:
-        _log.warning(
-            "step %d is the newest, and step %d was saved after it: if training had gone back to an older step, name the step "
-            "that it goes on from, or remove the folders of those that it left",
-            chosen,
-            last,
-        )
-
-
 def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
     for tries_left in range(_TRIES - 1, -1, -1):
         try:
@@ -226,7 +213,7 @@ def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
         except NotFoundError:  # no such folder, or nothing below the URL
             see_nothing(store)
             whole = []
-        bad = gone_bad(store.backend.location, whole)
+        bad = passed_over(store.backend.location, whole)
         newest = next((one for one in reversed(whole) if one.step not in bad), None)
         if newest is None:
             raise NothingToResumeError(
@@ -239,17 +226,10 @@ def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
             last = whole[-1].step
             _log.warning("step %d is loaded, not %d: %s (name a step to load it)", newest.step, last, bad[last])
         try:
-            part, manifest = find(store, newest.step)
+            return find(store, newest.step)
         except (NotFoundError, UsageError):
             if not tries_left or newest in store.list():  # not removed meanwhile
                 raise
-        else:
-            since = [one for one in whole if one.step < newest.step and one.saved_at_s > newest.saved_at_s]
-            for other in sorted(since, key=lambda one: one.saved_at_s)[-1:]:  # by its files, whose times a copy may not keep
-                with contextlib.suppress(CkptStoreError):
-                    told = read_manifest(store.backend, folder_of(store.backend, other.parts[0]))
-                    warn_of_return(newest.step, {newest.step: manifest.saved_at_s, other.step: told.saved_at_s})
-            return part, manifest
     raise AssertionError("the last try returns or raises")
 
 

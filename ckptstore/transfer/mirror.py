@@ -69,7 +69,7 @@ def _mirror(
     try:
         here = finished(listing)
         there = _committed_at(url, bandwidth)
-        known = {mirrored.name_of(checkpoint): mirrored.mark_of(checkpoint) for checkpoint in here if record.holds(checkpoint)}
+        known = {mirrored.name_of(checkpoint): checkpoint.mark for checkpoint in here if record.holds(checkpoint)}
         still = {name: mark for name, mark in known.items() if name in there}
         steps = [checkpoint.step for checkpoint in there.values()]
         record = dataclasses.replace(record, safe=still, newest_step=max([-1, *steps]))
@@ -80,7 +80,7 @@ def _mirror(
         while queue:
             checkpoint = queue.pop(0)
             name = mirrored.name_of(checkpoint)
-            mark = (name, mirrored.mark_of(checkpoint))
+            mark = (name, checkpoint.mark)
 
             def overtaken(record: Record = record, mark: tuple[str, str] = mark) -> bool:
                 between()
@@ -105,7 +105,7 @@ def _mirror(
             except (AlreadyExistsError, IntegrityError) as error:  # of this one alone: the others shall not wait for it
                 problem = problem or error
                 continue
-            safe = {**record.safe, name: mirrored.mark_of(checkpoint)}
+            safe = {**record.safe, name: checkpoint.mark}
             record = dataclasses.replace(record, safe=safe, newest_step=max(record.newest_step, checkpoint.step))
             record = dataclasses.replace(record, present_step=mirrored.newest_safe(record, here))
             mirrored.write(side, record)
@@ -120,7 +120,7 @@ def _mirror(
 def _queue(run: str, here: Iterable[Checkpoint], record: Record, tried: Collection[tuple[str, str]]) -> list[Checkpoint]:
     """What of a run is to be sent, the first to be sent first."""
     waiting = [checkpoint for checkpoint in here if not record.holds(checkpoint)]
-    untried = [c for c in waiting if (mirrored.name_of(c), mirrored.mark_of(c)) not in tried]
+    untried = [c for c in waiting if (mirrored.name_of(c), c.mark) not in tried]
     return choose.newest_first(run, untried)
 
 
@@ -262,7 +262,7 @@ class Mirror:
     def _waiting(self) -> frozenset[str]:
         """Marks of what is finished here, and not safe there."""
         record = self._record or Record(self._url)
-        return frozenset(mirrored.mark_of(checkpoint) for checkpoint in self._finished() if not record.holds(checkpoint))
+        return frozenset(checkpoint.mark for checkpoint in self._finished() if not record.holds(checkpoint))
 
     def _notify(self, doing: str, done_bytes: int, total_bytes: int) -> None:
         if self._ended.is_set():

@@ -8,7 +8,6 @@ there is no such file the run is not mirrored. One that cannot be understood sto
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -41,7 +40,7 @@ class Record:
 
     def holds(self, checkpoint: Checkpoint) -> bool:
         """Whether just this checkpoint is safe there."""
-        return self.safe.get(name_of(checkpoint)) == mark_of(checkpoint)
+        return self.safe.get(name_of(checkpoint)) == checkpoint.mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +93,6 @@ def present(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
 def name_of(checkpoint: Checkpoint) -> str:
     """Names a checkpoint among those of its run."""
     return os.path.basename(checkpoint.store or checkpoint.parts[0].path)
-
-
-def mark_of(checkpoint: Checkpoint) -> str:
-    """Another one for other files: by names, sizes and times."""
-    lines = [
-        f"{part.name}/{file.name} {file.size_bytes} {file.mtime_ns}"
-        for part in sorted(checkpoint.parts, key=lambda part: part.name)
-        for file in sorted(part.files)
-    ]
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def read(side: str) -> Record | None:
