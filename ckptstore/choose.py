@@ -121,6 +121,8 @@ def resume_point(
     model and its optimizer, is not read to compare its digests; `notify` is told of that reading. NothingToResumeError when
     none qualifies; IntegrityError when the one that was named is damaged.
     """
+    if not selection.named:
+        listing.refuse_doubt()
     skipped: list[Skipped] = []
     newest: Checkpoint | None = None
     verdict_on = _judge(ledger_of or listing.run.path)

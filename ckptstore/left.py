@@ -7,16 +7,23 @@ and why it counts no more. It counts again once its step is saved anew, or where
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 from ckptstore import side as side_folders
-from ckptstore.errors import StorageError, from_os_error
+from ckptstore.backends import open_backend
+from ckptstore.backends.base import Backend
+from ckptstore.errors import AccessError, NotFoundError, StorageError, from_os_error
+from ckptstore.frameworks.areal import layout
+from ckptstore.model import Checkpoint
+from ckptstore.native import Folder
+from ckptstore.parts import as_recorded, folder_of, manifest_told
 from ckptstore.untrusted import open_regular
 
 log = logging.getLogger(__name__)
@@ -80,7 +87,7 @@ def parse(data: bytes, path: str) -> dict[str, Left]:
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StorageError(
-            f"{path} is damaged ({error!r:.80}): which checkpoints training has left is not known",
+            f"{path} is damaged ({error!r:.80})",
             operation="read",
             path=path,
             hint="Remove it, and name the step to resume from.",
@@ -91,6 +98,16 @@ def to_bytes(left: Mapping[str, Left]) -> bytes:
     """The record."""
     entries = {place: entry._asdict() for place, entry in sorted(left.items())}
     return json.dumps({"version": 1, "left": entries}, indent=1).encode() + b"\n"
+
+
+def add(side: str, left: Mapping[str, Left]) -> None:
+    """Add to the record, durably; one that is damaged is replaced: a save must not fail of it. As `write`."""
+    try:
+        before = known(side)
+    except StorageError as error:
+        log.warning("%s: it is replaced", error)
+        before = {}
+    write(side, {**before, **left})
 
 
 def write(side: str, left: Mapping[str, Left]) -> None:
@@ -110,3 +127,49 @@ def write(side: str, left: Mapping[str, Left]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(draft)
         raise from_os_error(error, doing="writing", path=path) from error
+
+
+def noted(backend: Backend, side: str, tree: Mapping[str, Folder]) -> tuple[Mapping[str, Left], str]:
+    """What a run, or a store of steps at a URL, has noted as left; or why that cannot be told. A listing shows the rest."""
+    try:
+        if side:
+            return known(side), ""
+        if any(entry.name == NAME for entry in tree.get(layout.SIDE, Folder(0, [])).entries):
+            key = f"{layout.SIDE}/{NAME}"
+            data = backend.get(key, length_bytes=MAX_BYTES + 1)
+            return parse(data, f"{backend.location}/{key}"), ""
+    except NotFoundError:
+        pass  # removed since
+    except (StorageError, AccessError) as error:
+        return {}, f"what training has left is not known: {error}"
+    return {}, ""
+
+
+def marked(run: Backend, checkpoints: Iterable[Checkpoint], left: Mapping[str, Left]) -> Iterator[Checkpoint]:
+    """The checkpoints of `run`, each that is still the save of it that training has left with the reason."""
+    for checkpoint in checkpoints:
+        entry = left.get(place_of(run, checkpoint)) if left else None
+        if entry is not None and (entry.mark == checkpoint.mark or entry.same_save(identity(run, checkpoint))):
+            checkpoint = dataclasses.replace(checkpoint, left=entry.why)
+        yield checkpoint
+
+
+def place_of(run: Backend, checkpoint: Checkpoint) -> str:
+    """Where a checkpoint lies in its run, or in what is kept of it beside."""
+    if checkpoint.kind == "adopted":
+        return f"adopted/{checkpoint.store.rpartition('/')[2]}"
+    return folder_of(run, checkpoint.parts[0])
+
+
+def identity(run: Backend, checkpoint: Checkpoint) -> Left:
+    """Which save it is: by the commit and the files that its manifests tell. Times in a store are those of arrival."""
+    backend = open_backend(checkpoint.store) if checkpoint.store else run
+    manifests = [manifest_told(backend, folder_of(backend, part)) for part in checkpoint.parts]
+    parts = checkpoint.parts
+    if not backend.is_folder:
+        parts = tuple(
+            part if manifest is None else dataclasses.replace(part, files=tuple(as_recorded(part.files, manifest)))
+            for part, manifest in zip(parts, manifests, strict=True)
+        )
+    first = manifests[0]
+    return Left(first.commit if first is not None else "", dataclasses.replace(checkpoint, parts=parts).mark)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptstore import damage, parallel
@@ -16,7 +16,7 @@ from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.backends.below import Below
 from ckptstore.backends.local import LocalBackend
-from ckptstore.errors import CkptStoreError, NotFoundError
+from ckptstore.errors import CkptStoreError, NotFoundError, StorageError
 from ckptstore.frameworks import steps
 from ckptstore.frameworks.areal import layout, recover_info
 from ckptstore.frameworks.areal.layout import RunRef
@@ -25,10 +25,8 @@ from ckptstore.left import Left
 from ckptstore.model import FRESH_OPTIMIZER, MANIFEST_NAME, Checkpoint, Finding, Part, Status, worst
 from ckptstore.native import Folder
 from ckptstore.parts import (
-    as_recorded,
     find_manifest,
     folder_of,
-    manifest_told,
     read_part,
     vouching,
     with_dcp_holdings,
@@ -59,6 +57,12 @@ class Listing:
     newest_mtime_ns: int
     framework: str = "areal"  #: areal, or steps: a store of steps, with neither slot nor recover_info
     left: Mapping[str, Left] = field(default_factory=dict)  #: by place_of: what training has left
+    doubt: str = ""  #: why that cannot be told, if so: then nobody may choose by himself
+
+    def refuse_doubt(self) -> None:
+        """StorageError where it is not known what training has left: for whoever is about to choose."""
+        if self.doubt:
+            raise StorageError(self.doubt, operation="read", path=left_behind.NAME, hint="Remove it, and name the step.")
 
     def at_step(self, step: int) -> list[Checkpoint]:
         """The exports of that global step (several only where a run changed its steps per epoch)."""
@@ -81,15 +85,17 @@ def scan(backend: Backend) -> Listing:
     ]
     checkpoints = _compare_siblings(checkpoints)
     side = _side(backend)
-    left = left_behind.known(side) if side else {}
+    left, doubt = left_behind.noted(backend, side, tree)
     if side:
-        checkpoints = [*marked(backend, _with_known_damage(backend, checkpoints, damage.known(side)), left)]
+        checkpoints = [*left_behind.marked(backend, _with_known_damage(backend, checkpoints, damage.known(side)), left)]
     stored = run.folders.get(layout.RECOVER_INFO) if run.recover_info else None
     info = recover_info.read(backend, stored, as_dumped=backend.is_folder)
-    adopted = tuple(marked(backend, read_adopted(side) if side else _mirrored(backend, tree), left))
+    adopted = tuple(left_behind.marked(backend, read_adopted(side) if side else _mirrored(backend, tree), left))
     slot = _slot(backend, run, info)
     if side and slot is not None:
         (slot,) = _with_known_damage(backend, [with_copy(slot, adopted)], damage.known(side))
+    if doubt:
+        notes.append(doubt)
     if run.stray_slot and run.folders[run.stray_slot].entries:
         notes.append(
             f"{layout.SLOT}/ lies directly in the trial, where old guides put it: AReaL never reads it "
@@ -108,6 +114,7 @@ def scan(backend: Backend) -> Listing:
         newest_file,
         newest_mtime_ns,
         left=left,
+        doubt=doubt,
     )
 
 
@@ -137,17 +144,15 @@ def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
         for step, folder in steps.steps_in(tree).items()
     ]
     notes: tuple[str, ...] = ()
-    left: Mapping[str, Left] = {}
     if side := _side(backend):
         checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
-        left = left_behind.known(side)
         ready = prepared.waiting(side)
         known = {one.name for one in ready}
         notes = (*(one.note for one in ready), *(one.note for one in owner.unsure(side) if one.name not in known))
-    elif any(entry.name == left_behind.NAME for entry in tree.get(layout.SIDE, Folder(0, [])).entries):
-        key = f"{layout.SIDE}/{left_behind.NAME}"
-        left = left_behind.parse(backend.get(key, length_bytes=left_behind.MAX_BYTES + 1), f"{backend.location}/{key}")
-    checkpoints = [*marked(backend, checkpoints, left)]
+    left, doubt = left_behind.noted(backend, side, tree)
+    if doubt:
+        notes = (*notes, doubt)
+    checkpoints = [*left_behind.marked(backend, checkpoints, left)]
     newest = (
         max(
             (file.mtime_ns, f"{folder_of(backend, part)}/{file.name}")
@@ -159,7 +164,7 @@ def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
         else (0, "")
     )
     run = layout.run_ref(backend.location)
-    return Listing(run, tuple(checkpoints), None, None, (), notes, newest[1], newest[0], "steps", left)
+    return Listing(run, tuple(checkpoints), None, None, (), notes, newest[1], newest[0], "steps", left, doubt)
 
 
 def _with_known_damage(
@@ -178,47 +183,6 @@ def _with_known_damage(
         return dataclasses.replace(part, findings=(*part.findings, finding), status=Status.CORRUPT)
 
     return [dataclasses.replace(c, parts=tuple(judge(part) for part in c.parts)) for c in checkpoints]
-
-
-def marked(run: Backend, checkpoints: Iterable[Checkpoint], left: Mapping[str, Left]) -> Iterator[Checkpoint]:
-    """The checkpoints of `run`, each that is still the save of it that training has left with the reason."""
-    for checkpoint in checkpoints:
-        entry = left.get(place_of(run, checkpoint)) if left else None
-        if entry is not None and (entry.mark == checkpoint.mark or entry.same_save(identity(run, checkpoint))):
-            checkpoint = dataclasses.replace(checkpoint, left=entry.why)
-        yield checkpoint
-
-
-def place_of(run: Backend, checkpoint: Checkpoint) -> str:
-    """Where a checkpoint lies in its run, or in what is kept of it beside."""
-    if checkpoint.kind == "adopted":
-        return f"adopted/{checkpoint.store.rpartition('/')[2]}"
-    return folder_of(run, checkpoint.parts[0])
-
-
-def identity(run: Backend, checkpoint: Checkpoint) -> Left:
-    """Which save it is: by the commit and the files that its manifests tell. Times in a store are those of arrival."""
-    backend = backend_for(run, checkpoint)
-    manifests = [manifest_told(backend, folder_of(backend, part)) for part in checkpoint.parts]
-    parts = checkpoint.parts
-    if not backend.is_folder:
-        parts = tuple(
-            part if manifest is None else dataclasses.replace(part, files=tuple(as_recorded(part.files, manifest)))
-            for part, manifest in zip(parts, manifests, strict=True)
-        )
-    first = manifests[0]
-    return Left(first.commit if first is not None else "", dataclasses.replace(checkpoint, parts=parts).mark)
-
-
-def left_by(run: Backend, step: int, folders: Iterable[str]) -> dict[str, Left]:
-    """What a store of steps has of a history that ends where `step` is saved next, as a record's entries: what has a higher
-    number by now. `folders`: names there; without one of a higher step nothing more is looked at.
-    """
-    if not any(steps.step_of(folder) > step for folder in folders):
-        return {}
-    why = left_behind.gone_back_to(step, "save")
-    left = (one for one in scan(run).checkpoints if one.step > step and one.status.usable and not one.left)
-    return {place_of(run, one): identity(run, one)._replace(why=why) for one in left}
 
 
 def adopted_folder(side: str, step: int) -> str:

@@ -24,13 +24,14 @@ from ckptstore.frameworks.areal.launch import Installation, logged_config
 from ckptstore.frameworks.areal.restoration import Restoration, restoration
 from ckptstore.frameworks.areal.resume_state import data_parallel_world
 from ckptstore.frameworks.areal.target import InfoPlan, Transfer, optimizer_in, plan_info, transfer
+from ckptstore.leaving import leaving, what_is_left
 from ckptstore.left import Left
 from ckptstore.listing import RESUMABLE, Listing, backend_for, scan, with_copy
 from ckptstore.model import Checkpoint, Level, Part, Status
 from ckptstore.names import check_name
 from ckptstore.parts import find_manifest, read_part
 from ckptstore.transfer import mirrored
-from ckptstore.two_places import choice, leaving, what_is_left
+from ckptstore.two_places import choice
 from ckptstore.verify import OWN_SUMS, Notify, verify
 
 ANY = Selection()

@@ -15,8 +15,8 @@ from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.choose import STATE_WORTH_STEPS, ResumePoint, Selection, resume_point
 from ckptstore.errors import NotFoundError, NothingToResumeError
-from ckptstore.left import Left, gone_back_to
-from ckptstore.listing import RESUMABLE, Listing, identity, marked, place_of, scan
+from ckptstore.left import marked
+from ckptstore.listing import RESUMABLE, Listing, scan
 from ckptstore.model import Checkpoint, Status
 from ckptstore.verify import Notify
 
@@ -138,27 +138,3 @@ def _why(here: Checkpoint, there: Checkpoint) -> str:
     if here.step > there.step:
         return f"newer than step {there.step}, the newest good one"
     return f"its optimizer state is worth more than step {there.step}, of weights alone,"
-
-
-def leaving(backend: Backend, listing: Listing, found: Listing, chosen: Checkpoint) -> Mapping[str, Left]:
-    """The record of what training has left, once it goes on from `chosen` because somebody said so: all that has a higher
-    number, here and where it was found.
-    """
-    leaves = {} if chosen.left else dict(listing.left)  # who returns to what was left leaves nothing before it
-    why = gone_back_to(chosen.step, "setup")
-    runs = [(backend, listing)] if found is listing else [(open_backend(found.run.path), found), (backend, listing)]
-    for run, there in runs:
-        for checkpoint in (*there.checkpoints, *there.adopted):
-            if checkpoint.step > chosen.step >= 0 and (chosen.left or not checkpoint.left):
-                leaves[place_of(run, checkpoint)] = identity(run, checkpoint)._replace(why=why)
-    return leaves
-
-
-def what_is_left(listing: Listing, leaves: Mapping[str, Left], chosen: Checkpoint) -> list[str]:
-    """What there is to say of it."""
-    new = sum(entry != listing.left.get(place) for place, entry in leaves.items())
-    many = new > 1
-    return [
-        f"{new} checkpoint{'s' * many} with {'higher numbers' if many else 'a higher number'} than step {chosen.step} "
-        f"{'are' if many else 'is'} left: from now on only --step, or undo, leads back there"
-    ] * bool(new)

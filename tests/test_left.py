@@ -171,13 +171,19 @@ def test_only_the_copy_is_still_there(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_record_that_cannot_be_trusted_chooses_nothing(run: Path) -> None:
+    """What looks goes on, and says so."""
     go_back(run, step=46)
     record = run.parent / ".ckptstore/trial0/left.json"
     for text in ('{"left": 3}', '{"left": {"a": {}}}', "[" * 99999, '{"left"', "[]"):
         record.write_text(text)
-        with pytest.raises(StorageError, match=r"left\.json is damaged") as caught:
+        with pytest.raises(StorageError, match=r"left is not known: .*left\.json is damaged") as caught:
             resumes_from(run)
         assert "name the step" in str(caught.value.hint)
+        listing = CheckpointStore(run).scan()
+        assert len(listing.checkpoints) == len(STEPS)
+        assert "left.json is damaged" in listing.notes[-1]
+    assert go_back(run, step=93).plan.point.checkpoint.step == 93
+    assert left_in(run) == [140, 187], "which makes the record anew"
 
 
 def test_what_people_see(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -314,3 +320,20 @@ def test_pulled_steps_are_of_one_history(tmp_path: Path) -> None:
     for checkpoint in CheckpointStore(url).list():
         pull(source, checkpoint, here.folder)
     assert loaded(here) == 3
+
+
+def test_a_damaged_record_ends_no_training(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (100, 50):
+        ckpt.save(store, step, state(step))
+    if store.backend.is_folder:
+        Path(store.folder, ".ckptstore/left.json").write_text("{")
+    else:
+        store.backend.put(".ckptstore/left.json", b"{")
+    with pytest.raises(StorageError, match="left is not known"):
+        ckpt.load(store)
+    with pytest.raises(StorageError, match="left is not known"):
+        store.latest()
+    assert float(ckpt.load(store, 100)["w"][0]) == 100
+    ckpt.save(store, 60, state(60))
+    assert [one.step for one in store.list() if one.left] == [100]
+    assert loaded(store) == 60

@@ -43,8 +43,8 @@ from ckptstore.errors import (
 )
 from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE, files_of
+from ckptstore.leaving import left_by
 from ckptstore.left import Left
-from ckptstore.listing import left_by
 from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
@@ -95,7 +95,7 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
     if not os.path.isdir(side):
         make_store(root)
     sweep(root)
-    leaves = left_by(LocalBackend(root), step, os.listdir(root))
+    leaves = left_by(LocalBackend(root), step, side_folders.names_in(root))
     name = name or secrets.token_hex(16)
     home, unborn = home_of(root, name), os.path.join(side, f"new-{name}")
     try:
@@ -188,8 +188,7 @@ def publish(draft: Draft, manifest: Manifest, *, keep_old: bool = False) -> None
     """
     with locked(draft.root, f"save of step {draft.step}"):
         if draft.leaves:  # first: nobody may see this step, and go on from what it leaves
-            side = side_of(draft.root)
-            left.write(side, {**left.known(side), **draft.leaves})
+            left.add(side_of(draft.root), draft.leaves)
             left.warn(draft.step, draft.leaves)
         _publish(draft, manifest, keep_old=keep_old)
 

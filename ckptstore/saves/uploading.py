@@ -39,8 +39,9 @@ from ckptstore.errors import (
 from ckptstore.formats import streaming
 from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE
+from ckptstore.leaving import left_by
 from ckptstore.left import Left
-from ckptstore.listing import left_by, scan
+from ckptstore.listing import scan
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, FileInfo
 from ckptstore.names import check_names
@@ -106,7 +107,9 @@ def begin(target: Backend, step: int) -> Upload:
                 remove(target, found.folder)
     mine = [found for found in generations if found.step == step]
     number = max((found.number for found in mine), default=0) + 1
-    leaves = left_by(target, step, (found.folder for found in generations if found.committed))
+    leaves: Mapping[str, Left] = {}
+    with contextlib.suppress(AccessError):  # who may not read saves all the same, and loads nothing
+        leaves = left_by(target, step, (found.folder for found in generations if found.committed))
     return Upload(target, step, layout.generation_name(step, number), [found.folder for found in mine], leaves)
 
 

@@ -76,7 +76,9 @@ def _committed(store: CheckpointStore) -> list[tuple[Checkpoint, Manifest]]:
     found: list[tuple[Checkpoint, Manifest]] = []
     for _ in range(_LOOKS):
         try:
-            usable = [checkpoint for checkpoint in store.list() if checkpoint.status.usable]
+            listing = store.scan()
+            listing.refuse_doubt()
+            usable = [checkpoint for checkpoint in listing.checkpoints if checkpoint.status.usable]
         except FileNotFoundError:
             see_nothing(store)
             return []

@@ -209,7 +209,9 @@ def see_nothing(store: CheckpointStore) -> None:
 def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
     for tries_left in range(_TRIES - 1, -1, -1):
         try:
-            whole = [one for one in store.list() if one.status.usable]
+            listing = store.scan()
+            listing.refuse_doubt()
+            whole = [one for one in listing.checkpoints if one.status.usable]
         except NotFoundError:  # no such folder, or nothing below the URL
             see_nothing(store)
             whole = []
