@@ -421,7 +421,7 @@ def test_a_step_that_is_pruned_while_resume_step_looks_is_none(tmp_path: Path, m
     store = in_a_bucket(tmp_path, 3)
     other = CheckpointStore(store.backend.location)
     alone(monkeypatch)
-    listed, raced = CheckpointStore.list, []
+    listed, raced = CheckpointStore.scan, []
 
     def racing(self: CheckpointStore) -> Any:
         found = listed(self)
@@ -431,7 +431,7 @@ def test_a_step_that_is_pruned_while_resume_step_looks_is_none(tmp_path: Path, m
             other.save(7, tmp_path / "state")
         return found
 
-    monkeypatch.setattr(CheckpointStore, "list", racing)
+    monkeypatch.setattr(CheckpointStore, "scan", racing)
     assert resuming.resume_step(store) == 7
     raced.clear()
     assert list(resuming.held(store)) == [7], "saved anew: under another name, and no less there"

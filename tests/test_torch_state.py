@@ -314,7 +314,7 @@ def test_the_newest_is_removed_while_it_is_read(store: CheckpointStore, monkeypa
     overtaken(monkeypatch, by=lambda _: shutil.rmtree(Path(store.folder) / "step-2"))
     with pytest.raises(NotFoundError, match="no checkpoint of step 2"):
         ckpt.load(store, 2)
-    listed = type(store).list
+    listed = type(store).scan
     ckpt.save(store, 2, {"w": torch.tensor(2.0)})
 
     def then_removed(self: CheckpointStore) -> Any:
@@ -322,7 +322,7 @@ def test_the_newest_is_removed_while_it_is_read(store: CheckpointStore, monkeypa
         shutil.rmtree(Path(store.folder) / "step-2", ignore_errors=True)
         return found
 
-    monkeypatch.setattr(type(store), "list", then_removed)
+    monkeypatch.setattr(type(store), "scan", then_removed)
     assert ckpt.load(store)["w"] == 1
 
 
