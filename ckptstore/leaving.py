@@ -23,11 +23,13 @@ def left_by(run: Backend, step: int, folders: Iterable[str]) -> dict[str, Left]:
     return {place_of(run, one): identity(run, one)._replace(why=why) for one in left}
 
 
-def leaving(backend: Backend, listing: Listing, found: Listing, chosen: Checkpoint) -> Mapping[str, Left]:
+def leaving(
+    backend: Backend, listing: Listing, found: Listing, chosen: Checkpoint, *, known: Mapping[str, Left]
+) -> Mapping[str, Left]:
     """The record of what training has left, once it goes on from `chosen` because somebody said so: all that has a higher
-    number, here and where it was found.
+    number, here and where it was found, and what is `known` to be left.
     """
-    leaves = {} if chosen.left else dict(listing.left)  # who returns to what was left leaves nothing before it
+    leaves = {} if chosen.left else dict(known)  # who returns to what was left leaves nothing before it
     why = gone_back_to(chosen.step, "setup")
     runs = [(backend, listing)] if found is listing else [(open_backend(found.run.path), found), (backend, listing)]
     for run, there in runs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,6 @@ from ckptstore import side as side_folders
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AccessError, NotFoundError, StorageError, from_os_error
-from ckptstore.frameworks.areal import layout
 from ckptstore.model import Checkpoint
 from ckptstore.native import Folder
 from ckptstore.parts import as_recorded, folder_of, manifest_told
@@ -100,6 +100,11 @@ def to_bytes(left: Mapping[str, Left]) -> bytes:
     return json.dumps({"version": 1, "left": entries}, indent=1).encode() + b"\n"
 
 
+def digest(left: Mapping[str, Left]) -> str:
+    """Names what a record holds; "" for nothing."""
+    return hashlib.sha256(to_bytes(left)).hexdigest() if left else ""
+
+
 def add(side: str, left: Mapping[str, Left]) -> None:
     """Add to the record, durably; one that is damaged is replaced: a save must not fail of it. As `write`."""
     try:
@@ -129,13 +134,15 @@ def write(side: str, left: Mapping[str, Left]) -> None:
         raise from_os_error(error, doing="writing", path=path) from error
 
 
-def noted(backend: Backend, side: str, tree: Mapping[str, Folder]) -> tuple[Mapping[str, Left], str]:
-    """What a run, or a store of steps at a URL, has noted as left; or why that cannot be told. A listing shows the rest."""
+def noted(backend: Backend, side: str, tree: Mapping[str, Folder], *, at: str) -> tuple[Mapping[str, Left], str]:
+    """What a run has noted as left; or why that cannot be told: a listing shows the rest. `at`: the folder of the record in a
+    run at a URL, which has no side folder.
+    """
     try:
         if side:
             return known(side), ""
-        if any(entry.name == NAME for entry in tree.get(layout.SIDE, Folder(0, [])).entries):
-            key = f"{layout.SIDE}/{NAME}"
+        if any(entry.name == NAME for entry in tree.get(at, Folder(0, [])).entries):
+            key = f"{at}/{NAME}"
             data = backend.get(key, length_bytes=MAX_BYTES + 1)
             return parse(data, f"{backend.location}/{key}"), ""
     except NotFoundError:

@@ -35,7 +35,7 @@ from ckptstore.parts import (
 from ckptstore.saves import owner, prepared
 
 _ADOPTED = re.compile(r"globalstep[0-9]{1,9}")
-_MIRROR = f"{layout.MAIN_PART}/{layout.SIDE}"  #: of a run in an object store
+MIRROR = f"{layout.MAIN_PART}/{layout.SIDE}"  #: our own folder in a run in an object store
 _AT_ONCE = 16  #: adopted steps that are read there
 
 
@@ -85,9 +85,10 @@ def scan(backend: Backend) -> Listing:
     ]
     checkpoints = _compare_siblings(checkpoints)
     side = _side(backend)
-    left, doubt = left_behind.noted(backend, side, tree)
+    left, doubt = left_behind.noted(backend, side, tree, at=MIRROR)
     if side:
-        checkpoints = [*left_behind.marked(backend, _with_known_damage(backend, checkpoints, damage.known(side)), left)]
+        checkpoints = _with_known_damage(backend, checkpoints, damage.known(side))
+    checkpoints = [*left_behind.marked(backend, checkpoints, left)]
     stored = run.folders.get(layout.RECOVER_INFO) if run.recover_info else None
     info = recover_info.read(backend, stored, as_dumped=backend.is_folder)
     adopted = tuple(left_behind.marked(backend, read_adopted(side) if side else _mirrored(backend, tree), left))
@@ -149,7 +150,7 @@ def _scan_steps(backend: Backend, tree: dict[str, Folder]) -> Listing:
         ready = prepared.waiting(side)
         known = {one.name for one in ready}
         notes = (*(one.note for one in ready), *(one.note for one in owner.unsure(side) if one.name not in known))
-    left, doubt = left_behind.noted(backend, side, tree)
+    left, doubt = left_behind.noted(backend, side, tree, at=layout.SIDE)
     if doubt:
         notes = (*notes, doubt)
     checkpoints = [*left_behind.marked(backend, checkpoints, left)]
@@ -202,16 +203,16 @@ def read_adopted(side: str) -> list[Checkpoint]:
 
 def mirror_of(url: str, step: int) -> str:
     """Where `watch --to URL` puts the adopted `step`: AReaL takes no notice of it in a folder that the run is pulled into."""
-    return adopted_folder(f"{url}/{_MIRROR}", step)
+    return adopted_folder(f"{url}/{MIRROR}", step)
 
 
 def _mirrored(backend: Backend, tree: dict[str, Folder]) -> Iterable[Checkpoint]:
     """Adopted steps in a run's URL. They come part by part: one that is not COMMITTED as a whole is none."""
-    inside = tree.get(f"{_MIRROR}/adopted", Folder(0, []))
+    inside = tree.get(f"{MIRROR}/adopted", Folder(0, []))
     found: dict[int, Checkpoint] = {}
 
     def read(step: int, stop: parallel.Stop) -> None:
-        kept = _read_kept(Below(backend, adopted_folder(_MIRROR, step)))
+        kept = _read_kept(Below(backend, adopted_folder(MIRROR, step)))
         if kept is not None and kept.status is Status.COMMITTED:
             found[step] = kept
 

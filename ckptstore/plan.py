@@ -130,8 +130,9 @@ def plan(
     transfers = {part.name: _transfer(part, era, options) for part in point.checkpoint.parts}
     info = _info(backend, listing, point.checkpoint, options, found=found, era=era)
     leaves = listing.left
-    if selection.explicit and not options.new_trial and not options.recover_dir:
-        leaves = leaving(backend, listing, found, point.checkpoint)
+    if not options.new_trial and not options.recover_dir:
+        known = {**found.left, **listing.left}  # what another machine has left counts from now on here too
+        leaves = leaving(backend, listing, found, point.checkpoint, known=known) if selection.explicit else known
     in_slot = "" if options.new_trial else _in_slot(backend, point, old, slots, transfers)
     nothing_to_do = in_slot if in_slot and info.action in ("keep", "leave") and not info.refusal else ""
     return Plan(
@@ -175,8 +176,8 @@ def _newer_there(listing: Listing, found: Listing, selection: Selection, point: 
     if newest <= point.checkpoint.step:
         return []
     return [
-        f"{url} holds steps up to {newest}: what training saves anew by their numbers is refused there, and the next machine "
-        "would resume from the old ones. Mirror to another URL from now on (or train as --new-trial, with its own)"
+        f"{url} holds steps up to {newest}: what training saves anew by their numbers is refused there, and is lost with this "
+        "machine. Mirror to another URL from now on (or train as --new-trial, with its own)"
     ]
 
 

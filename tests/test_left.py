@@ -20,6 +20,7 @@ from ckptstore.errors import NotCommitted, NothingToResumeError, StorageError
 from ckptstore.plan import Options, plan
 from ckptstore.saves import saving
 from ckptstore.seal import seal
+from ckptstore.transfer.mirror import is_safe, mirror
 from ckptstore.transfer.pull import pull
 from ckptstore.transfer.push import push
 from tests import commands, trees
@@ -200,6 +201,60 @@ def test_what_people_see(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "left: setup went back to step 46" in (said.out + said.err)
     said = commands.invoke(capfd, "setup", "--run", str(run), "--as-is", "--dry-run")
     assert "left: setup went back to step 46" in (said.out + said.err)
+
+
+# --- a mirror ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_machine_knows_it_from_the_mirror(run: Path, tmp_path: Path) -> None:
+    """Before anything is trained anew, and although the copies there are the old ones."""
+    url = f"memory://left-mirror-{tmp_path.name}-{os.getpid()}"
+    backend = LocalBackend(str(run))
+    adopt(backend)
+    mirror(backend, url)
+    go_back(run, step=46)
+    assert not is_safe(backend, url)
+    mirror(backend, url)
+    assert is_safe(backend, url)
+    assert [one.step for one in CheckpointStore(url).list() if one.left] == [93, 140, 187]
+    for place in (run, run.parent / ".ckptstore"):
+        shutil.rmtree(place)
+    run.mkdir()
+    planned = plan(backend, Selection(url=url), Options(as_is=True))
+    assert planned.point.checkpoint.step == 46
+    recovery.setup(backend, Selection(url=url), Options(as_is=True))
+    train(run, 60)
+    shutil.copytree(run.parent, tmp_path / "kept")
+    assert not is_safe(backend, url)
+    mirror(backend, url)
+    assert [one.step for one in CheckpointStore(url).list() if one.left] == [93, 140, 187], "what the new one adds, it keeps"
+    assert plan(backend, Selection(url=url), Options(as_is=True)).point.checkpoint.step == 60
+
+
+def test_a_mirror_follows_who_returns(run: Path, tmp_path: Path) -> None:
+    url = f"memory://left-return-{tmp_path.name}-{os.getpid()}"
+    backend = LocalBackend(str(run))
+    mirror(backend, url)
+    go_back(run, step=46)
+    mirror(backend, url)
+    recovery.undo(backend)
+    assert not is_safe(backend, url)
+    mirror(backend, url)
+    assert not [one.step for one in CheckpointStore(url).list() if one.left]
+    mirror(backend, other := f"{url}-2")
+    assert not CheckpointStore(other).scan().left, "nothing is put there where nothing was left"
+
+
+def test_a_mirrored_store_of_steps(tmp_path: Path) -> None:
+    url = f"memory://left-steps-{tmp_path.name}-{os.getpid()}"
+    here = CheckpointStore(tmp_path / "here")
+    for step in (100, 200):
+        ckpt.save(here, step, state(step))
+    mirror(here.backend, url)
+    ckpt.save(here, 110, state(110))
+    mirror(here.backend, url)
+    assert loaded(CheckpointStore(url)) == 110
+    assert CheckpointStore(url).latest().step == 110
 
 
 # --- stores of steps ----------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
-from ckptstore import choose, native, parallel, places
+from ckptstore import choose, left, native, parallel, places
 from ckptstore.backends import Bandwidth, normal_url, open_backend
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
 from ckptstore.frameworks.areal import layout
-from ckptstore.listing import mirror_of, scan
+from ckptstore.listing import MIRROR, Listing, mirror_of, scan
 from ckptstore.model import Checkpoint, FileInfo, Status
 from ckptstore.parts import find_manifest, folder_of, read_part
 from ckptstore.transfer import conditions, mirrored
@@ -67,6 +67,7 @@ def _mirror(
     record = _begun(side, url)
     problem: CkptStoreError | None = None
     try:
+        record = _carry_left(listing, url, record, bandwidth)
         here = finished(listing)
         there = _committed_at(url, bandwidth)
         known = {mirrored.name_of(checkpoint): checkpoint.mark for checkpoint in here if record.holds(checkpoint)}
@@ -117,6 +118,16 @@ def _mirror(
     mirrored.write(side, dataclasses.replace(record, looked_at_s=time.time(), problem=""))
 
 
+def _carry_left(listing: Listing, url: str, record: Record, bandwidth: Bandwidth | None) -> Record:
+    """Put what training has left there as it is here, where that has changed: who resumes from there shall not return to it."""
+    mark = left.digest(listing.left)
+    if mark == record.left or listing.doubt:
+        return record
+    place = layout.SIDE if listing.framework == "steps" else MIRROR
+    open_backend(url, bandwidth=bandwidth).put(f"{place}/{left.NAME}", left.to_bytes(listing.left))
+    return dataclasses.replace(record, left=mark)
+
+
 def _queue(run: str, here: Iterable[Checkpoint], record: Record, tried: Collection[tuple[str, str]]) -> list[Checkpoint]:
     """What of a run is to be sent, the first to be sent first."""
     waiting = [checkpoint for checkpoint in here if not record.holds(checkpoint)]
@@ -150,10 +161,16 @@ def _giving_way(target: Backend, overtaken: Callable[[], bool], notify: Notify |
 
 def is_safe(backend: Backend, url: str) -> bool:
     """Whether `mirror` would have nothing to do, as far as can be told without a request."""
-    record, here = _record(backend, url), _finished(backend)
+    record = _record(backend, url)
+    try:
+        listing = scan(backend)
+    except NotFoundError:
+        return True  # the trainer has not begun
+    here = finished(listing)
     if record is None:
         return not here
-    return bool(record.looked_at_s) and not record.problem and all(record.holds(checkpoint) for checkpoint in here)
+    carried = bool(listing.doubt) or record.left == left.digest(listing.left)
+    return bool(record.looked_at_s) and not record.problem and carried and all(record.holds(checkpoint) for checkpoint in here)
 
 
 def _record(backend: Backend, url: str) -> Record | None:

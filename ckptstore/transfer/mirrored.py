@@ -36,6 +36,7 @@ class Record:
     newest_step: int = -1  #: the newest step that was ever seen safe there, of whatever history
     looked_at_s: float = 0.0
     problem: str = ""  #: why the last try ended early; empty where it did not
+    left: str = ""  #: left.digest of what was put there of what training has left
     present_step: int = -1  #: as newest_step, of the history that the run is in (see `present`)
 
     def holds(self, checkpoint: Checkpoint) -> bool:
@@ -107,6 +108,7 @@ def read(side: str) -> Record | None:
             whole(document["newest_step"]),
             number(document["looked_at"]),
             str(document["problem"]),
+            str(document.get("left", "")),
             whole(document.get("present_step", document["newest_step"])),
         )
     except (FileNotFoundError, NotADirectoryError):
@@ -131,6 +133,7 @@ def write(side: str, record: Record) -> None:
         "url": record.url,
         "safe": dict(record.safe),
         "newest_step": record.newest_step,
+        "left": record.left,
         "present_step": record.present_step,
         "looked_at": round(record.looked_at_s, 3),
         "problem": record.problem,
