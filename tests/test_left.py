@@ -192,6 +192,7 @@ def test_what_people_see(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     said = commands.invoke(capfd, "setup", "--run", str(run), "--step", "46", "--as-is", "--yes")
     assert "3 checkpoints with higher numbers than step 46 are left" in (said.out + said.err)
     said = commands.invoke(capfd, "list", "--run", str(run))
+    assert said.out.count("COMPLETE (left)") == 3
     assert "steps 93 to 187 (3): left: setup went back to step 46" in (said.out + said.err)
     assert "is the newest whole one listed that training has not left" in said.out
     said = commands.invoke(capfd, "list", "--run", str(run), "--latest", "--json")

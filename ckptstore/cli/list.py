@@ -253,7 +253,7 @@ def _row(checkpoint: Checkpoint, now_s: float) -> tuple[str, ...]:
         str(checkpoint.file_count),
         size(checkpoint.size_bytes),
         age(checkpoint.age_s(now_s)) if checkpoint.saved_at_s else "-",
-        status(checkpoint.status),
+        status(checkpoint.status) + " (left)" * bool(checkpoint.left),
     )
 
 
