@@ -13,7 +13,7 @@ from datetime import timedelta
 import pytest
 
 from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend, waiting
+from ckptstore.backends import open_backend, tries, waiting
 from ckptstore.errors import AccessError, StorageError
 from tests import servers
 
@@ -25,7 +25,7 @@ def endpoint(monkeypatch):
     """Sets what the environment says, and how long one waits."""
     monkeypatch.setattr(waiting, "_next_s", 0.0)
     monkeypatch.setattr(waiting, "NOTICE_S", 0.5)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=3))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=3))
     monkeypatch.setattr(object_backend, "STALL", timedelta(seconds=1))
 
     def point(port: int) -> None:
@@ -61,10 +61,10 @@ def test_in_a_thread_too(endpoint, caplog, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     endpoint(port)
-    ours = object_backend.RETRY_FOR
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))  # the library's tries have pauses of random length,
+    ours = tries.RETRY_FOR
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))  # the library's tries have pauses of random length,
     backend = open_backend(PLACE)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", ours)  # which must leave time for ours
+    monkeypatch.setattr(tries, "RETRY_FOR", ours)  # which must leave time for ours
 
     def ask() -> None:
         with contextlib.suppress(StorageError):

@@ -25,6 +25,7 @@ from ckptstore.backends import object as objects
 from ckptstore.backends.base import Backend
 from ckptstore.backends.connections import NOTHING, Body, Request, whole
 from ckptstore.backends.object import ObjectBackend
+from ckptstore.backends.tries import Tries
 from ckptstore.errors import AccessError, CkptStoreError, NotFoundError, StorageError, TransitError, UnavailableError
 from ckptstore.parallel import Stop
 
@@ -178,7 +179,7 @@ class S3Control:
         `codes`: refusals that are no errors. `long`: it may take a while, as sending a large `body`
         does, which is sent again where it is damaged on its way.
         """
-        tries = objects.Tries(self.backend.location)
+        tries = Tries(self.backend.location)
         while True:
             request = self._signed(method, key, query=query or {}, headers=headers or {}, body=body)
             limit = objects.REQUEST if long else objects.STALL

@@ -18,15 +18,16 @@ _CAUSE = re.compile(r'(?:message|error): "([^"]{1,200})"')  #: in the library's 
 _TIMEOUT = re.compile(r"kind: Timeout|source: TimedOut")
 
 
-def said(error: BaseException) -> str:
-    """The text of an error of the library's."""
+def said(error: BaseException, *, again: int = 0) -> str:
+    """The text of an error of the library's; how often it was tried `again` by us, else by the library, in it."""
     text, _, notes = str(error).partition("Debug source:")
     text = " ".join(text.split())
     if answer := _ANSWER.search(text):
         text = f"{text[: answer.start()]}{answer[1]}: {answer[2]}"
     if request := _REQUEST.fullmatch(text):
-        again = f", {int(request['again']) + 1} tries" if request["again"] else ""
-        text = f"{_what(request['what'], notes)} ({request['method']} to {_server(request['url'])}{again})"
+        again = again or int(request["again"] or 0)
+        tries = f", {again + 1} tries" if again else ""
+        text = f"{_what(request['what'], notes)} ({request['method']} to {_server(request['url'])}{tries})"
     return shown(text)[:400].strip()
 
 

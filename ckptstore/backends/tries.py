@@ -1,0 +1,53 @@
+"""How long a request that fails is tried again: one bound for all that goes to an object store, whoever makes it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from ckptstore.backends import interruptible, waiting
+
+#: From the first failure on: a store that is overloaded or restarts comes back, one that is gone is named.
+RETRY_FOR = timedelta(seconds=60)
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  #: each is twice as long as the last one, and of random length from half of that on
+_chance = random.Random()  # ours alone: a retry must not change what the trainer draws from the `random` that it has seeded
+
+
+class Tries:
+    """Whether one request, that has failed, is to be made again: for a while, with growing pauses. Not thread-safe.
+
+    `of`: what is named where it takes long.
+    """
+
+    def __init__(self, of: str) -> None:
+        self.made = 0  #: failures that were waited for
+        self._of = of
+        self._failed_s: float | None = None  #: when it first failed
+
+    def again(self, sleep: Callable[[float], object] = time.sleep) -> bool:
+        """Wait a while; False when it is time to give up, and where one tidies up after Ctrl-C."""
+        now_s = time.monotonic()
+        if self._failed_s is None:
+            self._failed_s = now_s
+        if interruptible.in_a_hurry() or now_s - self._failed_s >= RETRY_FOR.total_seconds():
+            return False
+        waiting.notice(self._of, now_s - self._failed_s)
+        sleep(min(FIRST_PAUSE_S * 2**self.made, LONGEST_PAUSE_S) * _chance.uniform(0.5, 1))
+        self.made += 1
+        return True
+
+
+def of_the_library() -> dict[str, object]:
+    """The same bound, for an upload by parts that the library makes as a whole.
+
+    Its pauses are drawn from all between the first and `base` times the last one: with a base of 2 they do not grow.
+    """
+    longest = timedelta(seconds=LONGEST_PAUSE_S)
+    backoff = {"init_backoff": timedelta(seconds=FIRST_PAUSE_S), "max_backoff": longest, "base": 4}
+    return {"max_retries": 1000, "retry_timeout": RETRY_FOR, "backoff": backoff}
+
+
+#: For requests that are tried again here.
+NONE: dict[str, object] = {"max_retries": 0}
