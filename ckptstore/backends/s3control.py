@@ -154,6 +154,15 @@ class S3Control:
             raise UnavailableError(f"{_LISTING} {self.backend.location}: the store does not say when one was begun") from None
         return int((begun if begun.tzinfo else begun.replace(tzinfo=UTC)).timestamp() * 1e9)
 
+    def remove(self, key: str) -> bool:
+        """Remove `key`, there or not; False where the bucket keeps old versions, so that this has only marked it as removed."""
+        try:
+            headers = self.ask("removing", "DELETE", key).headers
+        except NotFoundError:
+            return True
+        marked = headers.get("x-amz-delete-marker", "").lower() == "true"
+        return not marked or headers.get("x-amz-version-id", "null") == "null"  # so named where versions are kept no more
+
     def abort(self, upload: Upload) -> None:
         """End an unfinished upload and free its parts; one that is gone is no error."""
         try:

@@ -43,7 +43,10 @@ def denied(error: object) -> str:
     if "InvalidObjectState" in str(error):
         return "It lies in an archive (Glacier, by a lifecycle rule as a rule): have the store restore it first."
     if "AccessDenied" in str(error):
-        return "The credentials are known there, but may not do this; or the bucket is somebody else's."
+        return (
+            "The credentials are known there, but may not do this; or the bucket is somebody else's. Which rights each command "
+            "needs: docs/object-stores.md."
+        )
     return "Are the credentials in the environment right, and not expired?"
 
 
