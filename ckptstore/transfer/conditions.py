@@ -70,7 +70,9 @@ def find_out(target: Backend) -> Conditions:
                 pass
         digests, check = _digests(target, key)
     target.creates_atomically = atomic
-    notes = () if atomic else ("this store does not keep two writers apart: push a step from one machine at a time",)
+    notes: tuple[str, ...] = (
+        () if atomic else ("this store does not keep two writers apart: push a step from one machine at a time",)
+    )
     notes += tuple(
         "scratch keys and claims stay there, since nothing may be removed by us; who may, removes them by "
         f"`ckptstore clean --run URL`: {text}"
