@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from ckptstore.backends import interruptible, open_backend, tries
+from ckptstore.backends import interruptible, open_backend, tries, waiting
 from ckptstore.backends.s3control import control
 from ckptstore.backends.s3multipart import multipart
 from ckptstore.errors import CkptStoreError, StorageError, TransitError
+from ckptstore.store import CheckpointStore
 from ckptstore.transfer import sending
 from tests import faults, servers
+from tests.test_remote_looking import sealed_run
 
 PART = 5 << 20
 
@@ -177,3 +179,18 @@ def test_a_file_of_which_nothing_goes_is_given_up(monkeypatch):
     with pytest.raises(StorageError):
         sending.send(target, [Slow(0, StorageError("")).outgoing])
     assert tried == ["key"]
+
+
+def test_who_ends_a_mirror_does_not_wait_for_a_store_that_is_gone(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in servers.environment(port).items():
+        monkeypatch.setenv(name, value)
+    failed = threading.Event()
+    monkeypatch.setattr(waiting, "notice", lambda *_: failed.set())
+    mirror = CheckpointStore(sealed_run(tmp_path, (46,))).mirror("s3://ckpts/place")
+    assert failed.wait(20)
+    began = time.monotonic()
+    mirror.close()
+    assert time.monotonic() - began < 5
+    assert not mirror._thread.is_alive()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from ckptstore.backends import interruptible, waiting
@@ -13,6 +15,26 @@ from ckptstore.backends import interruptible, waiting
 RETRY_FOR = timedelta(seconds=60)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  #: each is twice as long as the last one, and of random length from half of that on
 _chance = random.Random()  # ours alone: a retry must not change what the trainer draws from the `random` that it has seeded
+
+
+class _Here(threading.local):
+    """What this thread was told."""
+
+    ended: threading.Event | None = None
+
+
+_here = _Here()
+_NEVER = threading.Event()
+
+
+@contextlib.contextmanager
+def until(ended: threading.Event) -> Iterator[None]:
+    """On this thread no request is tried again once `ended` is set: who ends it does not wait for a store that is gone."""
+    _here.ended = ended
+    try:
+        yield
+    finally:
+        _here.ended = None
 
 
 class Tries:
@@ -26,17 +48,22 @@ class Tries:
         self._of = of
         self._failed_s: float | None = None  #: when it first failed
 
-    def again(self, sleep: Callable[[float], object] = time.sleep) -> bool:
-        """Wait a while; False when it is time to give up, and where one tidies up after Ctrl-C."""
+    def again(self, sleep: Callable[[float], object] | None = None) -> bool:
+        """Wait a while; False when it is time to give up, where one tidies up after Ctrl-C, and where the thread shall end."""
         now_s = time.monotonic()
         if self._failed_s is None:
             self._failed_s = now_s
-        if interruptible.in_a_hurry() or now_s - self._failed_s >= RETRY_FOR.total_seconds():
+        ended = _here.ended or _NEVER
+        if interruptible.in_a_hurry() or ended.is_set() or now_s - self._failed_s >= RETRY_FOR.total_seconds():
             return False
         waiting.notice(self._of, now_s - self._failed_s)
-        sleep(min(FIRST_PAUSE_S * 2**self.made, LONGEST_PAUSE_S) * _chance.uniform(0.5, 1))
+        pause_s = min(FIRST_PAUSE_S * 2**self.made, LONGEST_PAUSE_S) * _chance.uniform(0.5, 1)
+        if sleep is not None:
+            sleep(pause_s)
+        else:
+            ended.wait(pause_s)
         self.made += 1
-        return True
+        return not ended.is_set()
 
 
 def of_the_library() -> dict[str, object]:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from ckptstore import parallel
 from ckptstore.backends.base import Backend, Blob
+from ckptstore.backends.object import ObjectBackend
 from ckptstore.backends.s3control import Upload, control
 from ckptstore.errors import ManifestError, NotFoundError, UnavailableError
 from ckptstore.manifest import parse
@@ -205,6 +206,8 @@ def frees(target: Backend) -> bool | None:
 
     Found out by removing a key that is not there. AccessError where nothing may be removed: better before a mark is put.
     """
+    if not isinstance(target, ObjectBackend):  # what a file system says of such a key is up to it
+        return None
     key = f"{PROBE}{secrets.token_hex(8)}"
     try:
         return control(target).remove(key)
