@@ -14,8 +14,10 @@ import pytest
 
 from ckptstore.backends import open_backend
 from ckptstore.model import CLAIM_NAME, REMOVING_PREFIX
+from ckptstore.retention import Keep
 from ckptstore.store import CheckpointStore
 from ckptstore.transfer import conditions, sending
+from ckptstore.transfer.mirror import mirror
 from tests import commands, faults, servers, trees
 from tests.test_leftovers import die
 from tests.test_push_pull import EXPORT, add_big_file, keys
@@ -119,7 +121,7 @@ def test_the_page_and_the_requests(policy, s3, run, cli, tmp_path, monkeypatch):
 
     agrees("push --dry-run", "push", "46", "--dry-run", "--run", run, "--to", s3, all_of_it=False)
     agrees("push", "push", "46", "--run", run, "--to", s3)
-    agrees("list", "list", "--run", s3)
+    agrees("list", "list", "--run", s3, all_of_it=False)
     agrees("show", "show", "46", "--run", s3)
     agrees("verify", "verify", "46", "--run", s3)
     agrees("verify", "verify", "46", "--level", "server", "--run", s3)
@@ -135,11 +137,17 @@ def test_the_page_and_the_requests(policy, s3, run, cli, tmp_path, monkeypatch):
     agrees("clean --dry-run", "clean", "--dry-run", "--run", s3)
     agrees("clean", "clean", "--run", s3, all_of_it=False)
     steps = f"{s3}-steps"
-    for step in (1, 2):
+    writes = promised("push")
+    for write in (
+        lambda: mirror(open_backend(run), f"{s3}-mirror"),
+        lambda: CheckpointStore(steps).save(1, run / EXPORT),
+        lambda: CheckpointStore(steps).save(2, run / EXPORT, keep=Keep(1)),
+        lambda: CheckpointStore(steps).save(3, run / EXPORT),
+    ):
         policy.asked()
-        CheckpointStore(steps).save(step, run / EXPORT)
+        write()
         asked = policy.asked()
-        assert promised("push")[0] <= asked <= set.union(*promised("push")), asked
+        assert writes[0] <= asked <= writes[0] | writes[1], asked
     agrees("prune", "prune", "--run", steps, "--keep-last", "1")
 
 

@@ -87,11 +87,16 @@ def test_a_store_that_is_gone_is_given_up_by_all_alike(monkeypatch):
     assert all(0.9 < seconds < 1.8 for seconds in took.values()), took
 
 
-@pytest.mark.parametrize("what", ["put", "delete", "replace"])
-def test_a_conflict_with_another_request_passes(seaweed, s3, monkeypatch, what):
+PASSES = {"a conflict": (b"409 Conflict", b"OperationAborted"), "broken off": (b"400 Bad Request", b"IncompleteBody")}
+
+
+@pytest.mark.parametrize("answer", PASSES.values(), ids=PASSES)
+@pytest.mark.parametrize("what", ["put", "delete", "replace", "begin an upload"])
+def test_what_is_refused_for_this_moment_passes(seaweed, s3, monkeypatch, what, answer):
+    status, code = answer
     open_backend(s3).put("key", b"1")
     proxy = faults.Proxy(seaweed.port)
-    proxy.instead = lambda _: faults.response(b"409 Conflict", b"<Error><Code>OperationAborted</Code></Error>")
+    proxy.instead = lambda _: faults.response(status, b"<Error><Code>%s</Code></Error>" % code)
     proxy.choose = lambda request: "instead" if request.method != "GET" and not proxy.hit else ""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
     requests(s3)[what]()

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from ckptstore.backends import interruptible, profile, proxies
 from ckptstore.backends.base import Backend, Blob
-from ckptstore.backends.tries import NONE, Tries, of_the_library
+from ckptstore.backends.tries import NONE, PASSING, Tries, of_the_library
 from ckptstore.backends.wording import denied, said
 from ckptstore.errors import (
     AccessError,
@@ -57,7 +57,7 @@ _DENIED = re.compile(rf"status code: 40[13] |<Code>({'|'.join(EXPIRED)})<")
 _UNKNOWN = re.compile(r"status code: (405|501) |<Code>(NotImplemented|InvalidArgument|InvalidRequest)<")
 #: No other answer comes to the same request. A 400 may also be one that broke off; not that of a HEAD, which has no body.
 _FINAL = re.compile(
-    r"status code: 4(?!00|08|09|29)\d\d |status code: 400 .*<Code>(?!RequestTimeout|OperationAborted)"
+    rf"status code: 4(?!00|08|09|29)\d\d |status code: 400 .*<Code>(?!{'|'.join(PASSING)})"
     r"|performing HEAD .*status code: 400 |Received (redirect|non-partial)|metadata from headers",
     re.DOTALL,
 )

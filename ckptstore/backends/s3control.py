@@ -25,7 +25,7 @@ from ckptstore.backends import object as objects
 from ckptstore.backends.base import Backend
 from ckptstore.backends.connections import NOTHING, Body, Request, whole
 from ckptstore.backends.object import ObjectBackend
-from ckptstore.backends.tries import Tries
+from ckptstore.backends.tries import PASSING, Tries
 from ckptstore.errors import AccessError, CkptStoreError, NotFoundError, StorageError, TransitError, UnavailableError
 from ckptstore.parallel import Stop
 
@@ -33,7 +33,6 @@ PAGE = 1000  #: uploads that one answer lists, the most that S3 allows
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
 #: S3 begins to answer a request that takes long with 200, and may say afterwards that it failed.
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*>)?\s*<Error[\s>]")
-_PASSING = ("RequestTimeout", "OperationAborted")  #: with a status that says otherwise
 DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch")  #: by a digest that came along
 CRC = "x-amz-checksum-crc64nvme"
 _SCRATCH = "x"  #: a key that is only named, to see where the bucket is
@@ -215,7 +214,7 @@ class S3Control:
             code = found[1].decode() if found else ""
             if code in codes:
                 return Reply(answer.headers, answer.body, code)
-            passing = status >= 500 or status == 429 or code in _PASSING or (long and code in DAMAGED)
+            passing = status >= 500 or status == 429 or code in PASSING or (long and code in DAMAGED)
             if not passing or status == 501 or not tries.again(stop.wait):
                 self._raise(doing, key, status, code)
 

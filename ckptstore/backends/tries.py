@@ -13,6 +13,8 @@ from ckptstore.backends import interruptible, waiting
 
 #: From the first failure on: a store that is overloaded or restarts comes back, one that is gone is named.
 RETRY_FOR = timedelta(seconds=60)
+#: S3's codes for what may fare better the next time, although its status says otherwise: it broke off, or met another one.
+PASSING = ("RequestTimeout", "IncompleteBody", "OperationAborted")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  #: each is twice as long as the last one, and of random length from half of that on
 _chance = random.Random()  # ours alone: a retry must not change what the trainer draws from the `random` that it has seeded
 
