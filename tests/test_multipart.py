@@ -945,3 +945,23 @@ def test_no_answer_by_tls(secure, s3, monkeypatch, why):
     with pytest.raises(TimeoutError if why == "stalled" else parallel.Stopped):
         Connections().ask(request, timeout_s=10, stop=stop)
     assert 0.9 < time.monotonic() - began < 3
+
+
+def test_a_store_that_has_no_word_for_an_upload_that_has_ended(proxy, s3, run):
+    """Ceph 16 answers 500 for good: that is seen at once, and the file begun anew."""
+    ended: list[str] = []
+
+    def choose(request: faults.Request) -> str:
+        name = request.path.rpartition("uploadId=")[2]
+        if request.method == "POST" and "uploadId" in request.path and ended in ([], [name]):
+            if not ended:
+                ended.append(name)
+                (upload,) = control(open_backend(s3)).uploads()
+                control(open_backend(s3)).abort(upload)
+            return "internal"
+        return ""
+
+    proxy.choose = choose
+    send(run, s3)
+    assert proxy.hit == ["internal"]
+    assert checked(s3).ok
