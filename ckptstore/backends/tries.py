@@ -26,17 +26,16 @@ class _Here(threading.local):
 
 
 _here = _Here()
-_NEVER = threading.Event()
 
 
 @contextlib.contextmanager
 def until(ended: threading.Event) -> Iterator[None]:
     """On this thread no request is tried again once `ended` is set: who ends it does not wait for a store that is gone."""
-    _here.ended = ended
+    before, _here.ended = _here.ended, ended
     try:
         yield
     finally:
-        _here.ended = None
+        _here.ended = before
 
 
 class Tries:
@@ -55,17 +54,18 @@ class Tries:
         now_s = time.monotonic()
         if self._failed_s is None:
             self._failed_s = now_s
-        ended = _here.ended or _NEVER
-        if interruptible.in_a_hurry() or ended.is_set() or now_s - self._failed_s >= RETRY_FOR.total_seconds():
+        ended = _here.ended
+        if interruptible.in_a_hurry() or _is_set(ended) or now_s - self._failed_s >= RETRY_FOR.total_seconds():
             return False
         waiting.notice(self._of, now_s - self._failed_s)
-        pause_s = min(FIRST_PAUSE_S * 2**self.made, LONGEST_PAUSE_S) * _chance.uniform(0.5, 1)
-        if sleep is not None:
-            sleep(pause_s)
-        else:
-            ended.wait(pause_s)
+        pause = sleep or (time.sleep if ended is None else ended.wait)
+        pause(min(FIRST_PAUSE_S * 2**self.made, LONGEST_PAUSE_S) * _chance.uniform(0.5, 1))
         self.made += 1
-        return not ended.is_set()
+        return not _is_set(ended)
+
+
+def _is_set(event: threading.Event | None) -> bool:
+    return event is not None and event.is_set()
 
 
 def of_the_library() -> dict[str, object]:
