@@ -1,7 +1,8 @@
 """One writer a run. The lock says who holds it and how far it is, so that a second `setup` can show that.
 
 flock decides on one machine: a dead holder's lock frees itself. Where file systems don't carry flock to other machines, the
-heartbeat does: a holder on another host counts as alive until its heartbeat is STALE_S old (docs/design.md).
+heartbeat does: a holder on another host counts as alive while its heartbeat is within STALE_S of this machine's clock. Where it
+is not, the clocks differ, or it is dead: who wants the lock watches it for WATCH_S, and any beat says that it lives.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ckptstore.untrusted import open_regular
 
 STALE_S = 120.0
 HEARTBEAT_S = 5.0
+WATCH_S = 10.0  #: ten beats: a network file system may show an older one for some seconds
 NO_FLOCK = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  #: what flock says where a file system has none
 
 
@@ -41,7 +43,10 @@ class Holder:
     heartbeat_at_s: float
 
     def __str__(self) -> str:
-        text = f"pid {self.pid} on {self.host}, since {time.time() - self.started_at_s:.0f} s: {self.doing}"
+        beat_s = self.heartbeat_at_s - time.time()  # a beat of the future tells how far its clock is ahead
+        ahead = f", whose clock is {beat_s:.0f} s ahead," if beat_s > STALE_S else ""
+        since_s = max(time.time() + (beat_s if ahead else 0) - self.started_at_s, 0)
+        text = f"pid {self.pid} on {self.host}{ahead} since {since_s:.0f} s: {self.doing}"
         if self.total_bytes:
             text += (
                 f", {self.done_bytes / 1e9:.2f} of {self.total_bytes / 1e9:.2f} GB ({self.done_bytes / self.total_bytes:.0%})"
@@ -77,15 +82,16 @@ class RunLock:
             raise from_os_error(error, doing="locking", path=self._path) from error
         holder = read_holder(self._path)
         try:
-            taken = self._take(holder)
+            taken = self._take(holder) and not (holder and _alive_elsewhere(holder, self._path, sure=True))
         except BaseException:
             os.close(self._descriptor)
             raise
-        if not taken or (holder and _alive_elsewhere(holder)):
+        if not taken:
             os.close(self._descriptor)
             raise BusyError(
                 f"another ckptstore is at work on this run: {holder or 'it has not said who it is'}",
-                hint="Wait for it, or stop that process; a dead one's lock frees itself.",
+                hint="Wait for it, or stop that process; a dead one's lock frees itself, that of another machine after "
+                f"{2 * STALE_S / 60:.0f} minutes at most.",
             )
         with contextlib.suppress(OSError):  # what it says is a courtesy: on a full disk the lock holds all the same
             self._write()
@@ -115,7 +121,7 @@ class RunLock:
             if error.errno not in NO_FLOCK:
                 raise from_os_error(error, doing="locking", path=self._path) from error
             # No flock here: what the holder last said has to do.
-            return holder is None or holder.pid == os.getpid() or not _alive_here(holder)
+            return holder is None or holder.pid == os.getpid() or not _alive_here(holder, self._path)
         return True
 
     def _write(self) -> None:
@@ -158,7 +164,7 @@ def busy(side: str) -> Holder | None:
     holder = read_holder(path)
     if holder is None:
         return None
-    if _alive_elsewhere(holder):
+    if _alive_elsewhere(holder, path):
         return holder
     with contextlib.suppress(OSError), _opened(path) as descriptor:
         try:
@@ -166,7 +172,7 @@ def busy(side: str) -> Holder | None:
         except BlockingIOError:
             return holder
         except OSError as error:
-            if error.errno in NO_FLOCK and _alive_here(holder):
+            if error.errno in NO_FLOCK and _alive_here(holder, path):
                 return holder
     return None
 
@@ -193,9 +199,27 @@ def _opened(path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _alive_here(holder: Holder) -> bool:
-    return os.path.exists(f"/proc/{holder.pid}") and time.time() - holder.heartbeat_at_s < STALE_S
+def _alive_here(holder: Holder, path: str) -> bool:
+    return os.path.exists(f"/proc/{holder.pid}") and _beats(holder, path)
 
 
-def _alive_elsewhere(holder: Holder) -> bool:
-    return holder.host != socket.gethostname() and time.time() - holder.heartbeat_at_s < STALE_S
+def _alive_elsewhere(holder: Holder, path: str, *, sure: bool = False) -> bool:
+    return holder.host != socket.gethostname() and _beats(holder, path, sure=sure)
+
+
+def _beats(holder: Holder, path: str, *, sure: bool = False) -> bool:
+    """Whether the holder lives: by the clocks where they can tell, else by what it writes meanwhile.
+
+    A beat of the future has no age. An old one is a dead holder's, unless one must be `sure`: its clock may be behind.
+    """
+    age_s = time.time() - holder.heartbeat_at_s
+    if abs(age_s) < STALE_S:
+        return True
+    if age_s > 0 and not sure:
+        return False
+    deadline = time.monotonic() + WATCH_S
+    while time.monotonic() < deadline:
+        time.sleep(min(0.2, WATCH_S))
+        if read_holder(path) != holder:
+            return True
+    return False

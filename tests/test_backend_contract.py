@@ -20,8 +20,7 @@ from typing import Any
 
 import pytest
 
-from ckptstore.backends import Backend, open_backend
-from ckptstore.backends import object as object_backend
+from ckptstore.backends import Backend, open_backend, tries
 from ckptstore.backends.below import Below
 from ckptstore.backends.s3control import control
 from ckptstore.errors import AccessError, AlreadyExistsError, CkptStoreError, NotFoundError, StorageError, UsageError
@@ -328,7 +327,7 @@ def test_tree(medium):
 def test_wrong_credentials(seaweed, s3, monkeypatch):
     """Denied is denied, at once, and the secret is in no message."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrongsecret99")
-    monkeypatch.setattr(object_backend.Tries, "again", never)
+    monkeypatch.setattr(tries.Tries, "again", never)
     backend = open_backend(s3)
     for ask in (lambda: backend.get("key"), lambda: list(backend.list()), lambda: backend.put("key", b"x")):
         with pytest.raises(AccessError, match="answers 403") as caught:
@@ -343,7 +342,7 @@ def never(self, sleep=None):
 
 def test_no_bucket(s3, monkeypatch):
     """Said at once."""
-    monkeypatch.setattr(object_backend.Tries, "again", never)
+    monkeypatch.setattr(tries.Tries, "again", never)
     with pytest.raises(NotFoundError, match="no-such-bucket"):
         list(open_backend("s3://no-such-bucket/x").list())
 
@@ -384,7 +383,7 @@ def test_an_endpoint_in_a_profile(seaweed, s3, tmp_path, monkeypatch, variable):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
     if variable:
         monkeypatch.setenv(variable, f"http://127.0.0.1:{seaweed.port}")
     assert open_backend(s3).get("key") == b"data"
@@ -414,8 +413,7 @@ def test_prefixes_that_name_nothing(url):
 
 
 def test_a_password_in_an_endpoint_is_not_repeated(s3, monkeypatch):
-    monkeypatch.setattr(object_backend, "TRIES", 1)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hush-hush@127.0.0.1:1")
     for ask in (lambda backend: backend.get("key"), lambda backend: control(backend).head("key")):
         with pytest.raises(StorageError) as caught:

@@ -200,6 +200,19 @@ def test_what_was_staged_before_is_not_counted_as_speed(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "copying default: 9.0 GB of 10.0 GB, 100 MB/s, 10 s left\n"
 
 
+def test_what_begins_anew_has_a_rate_of_its_own(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    """After the digests the upload, and a file that is sent again: no rate is below nothing."""
+    with Progress() as progress:
+        progress.notify("digesting default", 10_000_000_000, 10_000_000_000)
+        clock.now_s += 1
+        report(progress, clock, seconds=15)
+        report(progress, clock, seconds=10)
+    assert capsys.readouterr().err.splitlines() == [
+        "copying default: 900 MB of 10.0 GB, 100 MB/s, 91 s left",
+        "copying default: 300 MB of 10.0 GB, 100 MB/s, 97 s left",
+    ]
+
+
 def test_a_standstill_is_said(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     """All parts are on their way, and the store has stopped answering: neither a rate nor "0 s left"."""
     with Progress() as progress:

@@ -258,8 +258,9 @@ def test_the_state_of_a_run(sample: Path, cli: Cli) -> None:
 def test_moving(sample: Path, cli: Cli, tmp_path: Path) -> None:
     url = "memory://docs-moving/run"
     cli("seal", "46")
-    agree("push", cli("push", "46", "--to", url).json)
-    agree("pull", cli("pull", "46", "--from", url, "--to", tmp_path / "there").json)
+    open_backend(url).put(f"default/{trees.checkpoint(sample, 93).name}/theirs", b"of another tool")
+    agree("push", cli("push", "46", "93", "--to", url).json)
+    agree("pull", cli("pull", "46", "93", "--from", url, "--to", tmp_path / "there").json)
     trees.bitflip(trees.checkpoint(sample, 46) / "model.safetensors")
     agree("repair", cli("repair", "46", "--from", url, "--dry-run").json)
 

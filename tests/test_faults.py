@@ -15,7 +15,7 @@ import pytest
 
 from ckptstore import listing, parallel
 from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend
+from ckptstore.backends import open_backend, tries
 from ckptstore.errors import (
     AccessError,
     AlreadyExistsError,
@@ -48,7 +48,7 @@ def proxy(seaweed, s3, monkeypatch):
     proxy = faults.Proxy(seaweed.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
     monkeypatch.setattr(object_backend, "STALL", timedelta(seconds=3))
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=20))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=20))
     yield proxy
     proxy.close()
 
@@ -114,8 +114,7 @@ def assert_nothing_half(backend) -> None:
 def test_a_store_that_is_gone(proxy, seaweed, s3, run, tmp_path, monkeypatch, kind):
     """All requests fail: a typed error that names the place, within the bounds; nothing is visible anywhere."""
     send(run, s3)
-    monkeypatch.setattr(object_backend, "TRIES", 2)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=3))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=3))
     monkeypatch.setattr(object_backend, "STALL", timedelta(seconds=1))
     monkeypatch.setattr(object_backend, "REQUEST", timedelta(seconds=2))
     proxy.choose = faults.always(kind)
@@ -170,7 +169,7 @@ def test_a_create_whose_answer_is_lost(proxy, s3, run, name):
 
 
 def test_a_list_that_fails_is_no_empty_store(proxy, s3, run, monkeypatch):
-    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
     send(run, s3)
     proxy.choose = faults.always("slowdown", "GET", "list-type")
     with pytest.raises(StorageError, match="listing"):
@@ -179,7 +178,7 @@ def test_a_list_that_fails_is_no_empty_store(proxy, s3, run, monkeypatch):
 
 def test_a_manifest_that_cannot_be_read_is_not_none(proxy, s3, run, tmp_path, monkeypatch):
     """Else what came would count as "without a manifest", and its damage would go unseen."""
-    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
     send(run, s3)
     backend = open_backend(s3)
     checkpoint = listing.scan(backend).checkpoints[0]
@@ -291,7 +290,7 @@ def test_ctrl_c_while_a_thread_comes_up(monkeypatch):
 
 def test_a_store_that_is_gone_is_asked_for_one_thing(proxy, s3, run, monkeypatch):
     """And the error says for which: the scratch key that could not be put is not removed."""
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
     proxy.choose = faults.always("reset")
     with pytest.raises(StorageError, match="writing"):
         send(run, s3)
@@ -325,7 +324,7 @@ def test_a_request_that_a_store_does_not_know(proxy, s3, monkeypatch):
     body = b"<Error><Code>NotImplemented</Code><Message>A header you provided implies functionality ...</Message></Error>"
     proxy.instead = lambda request: faults.response(b"501 Not Implemented", body)
     proxy.choose = lambda request: "instead"
-    monkeypatch.setattr(object_backend, "TRIES", 2)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
     for what in ("create", "get", "list"):
         with pytest.raises(UnavailableError, match="does not do what was asked"):
             REFUSALS[what](open_backend(s3))
@@ -333,8 +332,7 @@ def test_a_request_that_a_store_does_not_know(proxy, s3, monkeypatch):
 
 def test_a_store_that_is_down_for_a_moment_still_knows_conditions(proxy, s3, monkeypatch):
     """What was found out by trying is not what a failure says."""
-    monkeypatch.setattr(object_backend, "TRIES", 2)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
     backend = open_backend(s3)
     backend.put("key", b"1")
     proxy.choose = lambda request: "internal" if b"if-match" in request.head.lower() else ""
@@ -361,7 +359,7 @@ def test_a_conflict_is_no_existing_key(proxy, s3, monkeypatch):
     with pytest.raises(AlreadyExistsError):
         backend.put("key", b"1", if_absent=True)
     proxy.choose = lambda request: "instead" if request.method == "PUT" else ""
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
     with pytest.raises(StorageError, match="other"):
         backend.put("other", b"1", if_absent=True)
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -98,13 +99,59 @@ def test_setup_refuses_while_another_is_at_work(tmp_path):
     recovery.setup(LocalBackend(run), options=Options(as_is=True))
 
 
-def test_heartbeat_from_another_host(tmp_path):
+def test_heartbeat_from_another_host(tmp_path, monkeypatch):
     """flock may not reach other machines: a fresh heartbeat counts, an old one does not."""
+    monkeypatch.setattr(locks, "WATCH_S", 0.05)
     write_state(tmp_path, host="another-node", heartbeat_at_s=time.time() - locks.STALE_S / 2)
     assert busy(str(tmp_path)).host == "another-node"
     with pytest.raises(BusyError, match="another-node"):
         take(tmp_path)
     write_state(tmp_path, host="another-node", heartbeat_at_s=time.time() - locks.STALE_S * 2)
+    assert busy(str(tmp_path)) is None
+    take(tmp_path)
+
+
+@pytest.mark.parametrize("ahead_s", [-3600, 3600, 365 * 86400], ids=str)
+@pytest.mark.parametrize("lives", [False, True])
+def test_another_host_whose_clock_is_wrong(tmp_path, monkeypatch, ahead_s, lives):
+    """Dead: it locks nobody out, however far its clock ran ahead. Alive: its beats are seen, and no clock is asked."""
+    monkeypatch.setattr(locks, "WATCH_S", 0.3)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while True:
+            write_state(tmp_path, host="another-node", heartbeat_at_s=time.time() + ahead_s, started_at_s=time.time() + ahead_s)
+            if not lives or stop.wait(0.05):
+                return
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        while not (tmp_path / "lock").exists() or read_holder(str(tmp_path / "lock")) is None:
+            time.sleep(0.01)
+        if lives:
+            with pytest.raises(BusyError, match="another-node") as caught:
+                take(tmp_path)
+            assert ("ahead" in str(caught.value)) == (ahead_s > 0)
+            assert "since -" not in str(caught.value)
+        else:
+            assert busy(str(tmp_path)) is None
+            take(tmp_path)
+            assert (tmp_path / "lock").read_bytes() == b""
+    finally:
+        stop.set()
+        heart.join()
+
+
+def test_a_clock_that_was_set_back_here(tmp_path, monkeypatch):
+    """Where there is no flock: the words of a dead process whose number lives, as all do in a container."""
+
+    def none(descriptor, operation):
+        raise OSError(errno.ENOSYS, "planted")
+
+    monkeypatch.setattr(locks, "WATCH_S", 0.05)
+    monkeypatch.setattr(fcntl, "flock", none)
+    write_state(tmp_path, pid=os.getppid(), heartbeat_at_s=time.time() + 86400)
     assert busy(str(tmp_path)) is None
     take(tmp_path)
 

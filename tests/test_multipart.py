@@ -26,7 +26,7 @@ from typing import NamedTuple
 import pytest
 
 from ckptstore import listing, native, parallel
-from ckptstore.backends import connections, open_backend, s3control, s3multipart, stalls
+from ckptstore.backends import connections, open_backend, s3control, s3multipart, stalls, tries
 from ckptstore.backends import object as object_backend
 from ckptstore.backends.connections import Connections
 from ckptstore.backends.s3control import Upload, control
@@ -77,7 +77,7 @@ def run(sealed, tmp_path):
 def proxy(seaweed, s3, monkeypatch):
     proxy = faults.Proxy(seaweed.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=5))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=5))
     yield proxy
     proxy.close()
 
@@ -451,7 +451,7 @@ def test_complete(proxy, s3, run, monkeypatch, answers):
 
 def test_complete_itself(proxy, s3, run, monkeypatch):
     """Refused with a part's digest, a part or the whole that is another; an error or nothing in a 200 is no success."""
-    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
     parts = pieces(run)
     upload = leave(s3, {})
     store, stop = store_of(s3), parallel.Stop()
@@ -492,12 +492,12 @@ def test_an_upload_that_is_gone_and_no_object(proxy, s3, run, monkeypatch):
 
 def test_what_this_push_sent_was_not_there(proxy, s3, run, monkeypatch):
     """One part fails for so long that the file is begun again: the others are its own, not an earlier push's."""
-    monkeypatch.setattr(object_backend, "TRIES", 1)
-    refusals = iter(range(4))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
+    refusals = iter(range(2))
     proxy.choose = lambda request: "internal" if "partNumber=3" in request.path and next(refusals, None) is not None else ""
     told: list[tuple[int, int]] = []
     (sent,) = send(run, s3, notify=lambda doing, done, total: told.append((done, total)))
-    assert proxy.hit == ["internal"] * 4
+    assert proxy.hit == ["internal"] * 2
     size = CheckpointStore(run).get(46).size_bytes
     assert (sent.sent_bytes, sent.there_bytes) == (size, 0)
     assert told[-1] == (size, size)
@@ -623,7 +623,7 @@ def test_a_store_that_is_slow_is_waited_for(proxy, s3, monkeypatch):
     """One that answers each part after three times what counts as a stall: it is found out once, not with each part."""
     monkeypatch.setattr(stalls, "ANSWER_S", 0.1)
     monkeypatch.setattr(connections, "LOOK_S", 0.02)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=0.9))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=0.9))
     fresh = Connections()
     monkeypatch.setattr(connections, "shared", lambda authorities: fresh)
     proxy.choose = lambda request: ("partNumber" in request.path and time.sleep(0.3)) or ""
@@ -945,3 +945,23 @@ def test_no_answer_by_tls(secure, s3, monkeypatch, why):
     with pytest.raises(TimeoutError if why == "stalled" else parallel.Stopped):
         Connections().ask(request, timeout_s=10, stop=stop)
     assert 0.9 < time.monotonic() - began < 3
+
+
+def test_a_store_that_has_no_word_for_an_upload_that_has_ended(proxy, s3, run):
+    """Ceph 16 answers 500 for good: that is seen at once, and the file begun anew."""
+    ended: list[str] = []
+
+    def choose(request: faults.Request) -> str:
+        name = request.path.rpartition("uploadId=")[2]
+        if request.method == "POST" and "uploadId" in request.path and ended in ([], [name]):
+            if not ended:
+                ended.append(name)
+                (upload,) = control(open_backend(s3)).uploads()
+                control(open_backend(s3)).abort(upload)
+            return "internal"
+        return ""
+
+    proxy.choose = choose
+    send(run, s3)
+    assert proxy.hit == ["internal"]
+    assert checked(s3).ok

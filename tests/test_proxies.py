@@ -13,8 +13,7 @@ from datetime import timedelta
 import pytest
 
 from ckptstore import native
-from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend
+from ckptstore.backends import open_backend, tries
 from ckptstore.backends.s3control import control
 from ckptstore.errors import NotFoundError, StorageError, UnavailableError, UsageError
 from ckptstore.store import CheckpointStore
@@ -35,8 +34,7 @@ def nothing_said(monkeypatch):
     """Whatever this machine says of proxies and certificates."""
     for name in (*NAMES, *(name.lower() for name in NAMES), *CERTIFICATES, "REQUEST_METHOD"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
-    monkeypatch.setattr(object_backend, "TRIES", 2)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
 
 
 @pytest.fixture
@@ -279,8 +277,7 @@ def test_a_certificate_that_nobody_vouches_for(s3s, tmp_path, monkeypatch, bundl
     """Said as what it is, and asked once: it will not change. No variable turns the check off."""
     monkeypatch.setenv("AWS_ALLOW_INVALID_CERTIFICATES", "true")
     monkeypatch.delenv("SSL_CERT_FILE")
-    monkeypatch.setattr(object_backend, "TRIES", 8)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=60))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=60))
     if bundle:
         words = [
             "req",

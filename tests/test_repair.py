@@ -16,8 +16,7 @@ import pytest
 
 from ckptstore import listing
 from ckptstore import repair as repairing
-from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend
+from ckptstore.backends import open_backend, tries
 from ckptstore.errors import AccessError, IntegrityError, NotFoundError, RefusedError, UsageError
 from ckptstore.model import MANIFEST_NAME, Level, Status
 from ckptstore.repair import Repaired, repair
@@ -303,7 +302,7 @@ def test_an_outage_is_no_damage(seaweed, s3, run, good, monkeypatch):
     """A store that refuses repairs nothing and is blamed for nothing."""
     send(run, s3)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
     with pytest.raises(AccessError):
         mend(s3, run)
 

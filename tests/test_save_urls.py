@@ -8,14 +8,14 @@ import random
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ckptstore import CheckpointStore, listing, native, retention
-from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend
+from ckptstore.backends import open_backend, tries
 from ckptstore.backends.fsspec import FsspecBackend
 from ckptstore.errors import (
     CommitUncertain,
@@ -257,7 +257,7 @@ def test_a_store_that_fails_in_the_middle(
 ) -> None:
     store = CheckpointStore(s3)
     store.save(1, source)
-    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
     monkeypatch.setattr("ckptstore.transfer.sending.FILE_TRIES", 1)
     proxy.choose = faults.always(kind, "PUT", "large.bin")
     with pytest.raises(StorageError, match=r"large\.bin"):
@@ -282,7 +282,7 @@ def test_a_store_that_goes_at_the_manifest(
     proxy: faults.Proxy, s3: str, source: Path, monkeypatch: pytest.MonkeyPatch, arrives: bool
 ) -> None:
     """Nobody knows whether it is in: that is said, and nothing is removed. The next look tells."""
-    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
     store = CheckpointStore(s3)
     store.save(1, source)
     gone: list[bool] = []

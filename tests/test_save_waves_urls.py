@@ -7,13 +7,14 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ckptstore import CheckpointStore
-from ckptstore.backends import object as object_backend
+from ckptstore.backends import tries
 from ckptstore.errors import SourceChangedError, StorageError, TransitError
 from tests import faults, servers
 from tests import test_save_waves as on_a_disk
@@ -218,7 +219,7 @@ def test_a_file_that_arrives_damaged(proxy: faults.Proxy, seaweed: servers.Serve
 
 def test_a_store_that_fails_in_the_middle(proxy: faults.Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save(s3, 1, make(1)).wait(60)
-    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
     monkeypatch.setattr("ckptstore.transfer.sending.FILE_TRIES", 2)
     proxy.choose = faults.always("reset", "PUT", "partNumber=2")
     handle = save(s3, 1, make(2))
@@ -250,7 +251,7 @@ def test_a_file_system_that_fails_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_an_upload_that_outlives_its_save(proxy: faults.Proxy, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file fails while another one's requests hang: their buffers are not used again, whatever becomes of them."""
-    monkeypatch.setattr(object_backend, "TRIES", 1)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(0))
     monkeypatch.setattr("ckptstore.transfer.sending.FILE_TRIES", 1)
     ended = threading.Event()
 

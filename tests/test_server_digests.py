@@ -17,7 +17,7 @@ import pytest
 
 from ckptstore import listing, native
 from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend, s3control
+from ckptstore.backends import open_backend, s3control, tries
 from ckptstore.backends.s3control import control
 from ckptstore.errors import AccessError, NotFoundError, StorageError, TransitError, UnavailableError
 from ckptstore.model import MANIFEST_NAME, Level, Status
@@ -43,8 +43,7 @@ def proxy(seaweed, s3, monkeypatch):
     proxy = faults.Proxy(seaweed.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
     monkeypatch.setattr(object_backend, "STALL", timedelta(seconds=1))
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=3))
-    monkeypatch.setattr(object_backend, "TRIES", 2)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=3))
     yield proxy
     proxy.close()
 

@@ -24,7 +24,7 @@ from ckptstore.transfer.sharing import deal, share_of
 from ckptstore.verify import verify
 from tests import commands, trees, warm
 from tests.faults import Proxy
-from tests.test_push_pull import EXPORT, add_big_file, same, send
+from tests.test_push_pull import EXPORT, add_big_file, flip, same, send
 from tests.test_remote_looking import sealed_run
 
 CHUNK = 8 << 20
@@ -358,3 +358,18 @@ def test_a_dry_run_meets_nobody(pushed, tmp_path):
     assert outs[1] == ""
     assert not there.exists()
     shutil.rmtree(tmp_path / "there", ignore_errors=True)
+
+
+@pytest.mark.parametrize("largest", [1, 2], ids=["the leader's share", "another's"])
+def test_one_that_is_damaged_does_not_hold_up_the_others(pushed, s3, tmp_path, largest):
+    run = tmp_path / "run/trial0"
+    shutil.copytree(pushed.run, run)
+    newest = run / "default" / trees.folder_name(93)
+    sizes = sorted((path.stat().st_size, path) for path in newest.iterdir() if path.name != MANIFEST_NAME)
+    flip(sizes[-largest][1], 0)
+    codes, (out, _), err = ended(ranks(2, "push", 93, 46, "--run", run, "--to", s3, env=pushed.env))
+    assert codes == [3, 0], err
+    assert "step 93 is not pushed" in err
+    assert "step 46, default is committed" in out
+    (found,) = [found for found in listing.scan(open_backend(s3)).checkpoints if found.status is Status.COMMITTED]
+    assert verify(open_backend(s3), found, Level.FULL).ok

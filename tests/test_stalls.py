@@ -175,11 +175,11 @@ from datetime import timedelta
 for name in ("awscrt", "awscrt.auth", "awscrt.http"):  # our own uploads find it themselves: tests/test_multipart.py
     sys.modules[name] = None
 from ckptstore.transfer import sending
-from ckptstore.backends import stalls
+from ckptstore.backends import stalls, tries
 from ckptstore.backends import object as objects
 sending.FILE_TRIES = 2
 stalls.STALL_S = stalls.ANSWER_S = 1.0
-objects.TRIES, objects.RETRY_FOR = 1, timedelta(seconds=2)
+tries.RETRY_FOR = timedelta(seconds=2)
 objects.STALL = timedelta(seconds=2)
 from ckptstore.recover import main
 sys.exit(main())

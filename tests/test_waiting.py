@@ -13,7 +13,7 @@ from datetime import timedelta
 import pytest
 
 from ckptstore.backends import object as object_backend
-from ckptstore.backends import open_backend, waiting
+from ckptstore.backends import open_backend, tries, waiting
 from ckptstore.errors import AccessError, StorageError
 from tests import servers
 
@@ -25,7 +25,7 @@ def endpoint(monkeypatch):
     """Sets what the environment says, and how long one waits."""
     monkeypatch.setattr(waiting, "_next_s", 0.0)
     monkeypatch.setattr(waiting, "NOTICE_S", 0.5)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=3))
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=3))
     monkeypatch.setattr(object_backend, "STALL", timedelta(seconds=1))
 
     def point(port: int) -> None:
@@ -61,10 +61,8 @@ def test_in_a_thread_too(endpoint, caplog, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     endpoint(port)
-    ours = object_backend.RETRY_FOR
-    monkeypatch.setattr(object_backend, "RETRY_FOR", timedelta(seconds=1))  # the library's tries have pauses of random length,
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
     backend = open_backend(PLACE)
-    monkeypatch.setattr(object_backend, "RETRY_FOR", ours)  # which must leave time for ours
 
     def ask() -> None:
         with contextlib.suppress(StorageError):
@@ -76,11 +74,12 @@ def test_in_a_thread_too(endpoint, caplog, monkeypatch):
     assert f"no answer from {PLACE}" in caplog.text
 
 
-def test_why_there_is_no_answer(endpoint):
+def test_why_there_is_no_answer(endpoint, monkeypatch):
     """In the words of the system, not of a library: nobody listens there."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     endpoint(port)
+    monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=0.3))
     drawn = random.getstate()
     with pytest.raises(StorageError, match=rf"Connection refused \(GET to http://127.0.0.1:{port}, \d tries\)$"):
         list(open_backend(PLACE).list())

@@ -68,6 +68,11 @@ def briefly() -> Iterator[None]:
         _limit_s = None
 
 
+def in_a_hurry() -> bool:
+    """Whether this is the main thread, within briefly()."""
+    return _limit_s is not None and _main()
+
+
 @contextlib.contextmanager
 def tidied(tidy: Callable[[], object]) -> Iterator[None]:
     """Calls `tidy` at the end, as a `finally` does; after Ctrl-C briefly."""

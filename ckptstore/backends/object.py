@@ -1,25 +1,26 @@
 """ObjectBackend: s3://, gs:// and az:// through obstore, and every endpoint that speaks S3.
 
 Credentials and endpoints as each cloud's users expect: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, instance roles and so
-on by obstore itself; the profiles of ~/.aws by us, since obstore reads none. All retries of a request are here; who reads a
-range and finds it wrong asks again (fetching.py), and who sent a file that arrived damaged sends it again (push.py).
+on by obstore itself; the profiles of ~/.aws by us, since obstore reads none. A request is tried again here, by the one bound of
+tries.py; who reads a range and finds it wrong asks again (fetching.py), and who sent a file that arrived damaged sends it again
+(push.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import random
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from ckptstore.backends import interruptible, profile, proxies, waiting
+from ckptstore.backends import interruptible, profile, proxies
 from ckptstore.backends.base import Backend, Blob
+from ckptstore.backends.tries import NONE, PASSING, Tries, of_the_library
 from ckptstore.backends.wording import denied, said
 from ckptstore.errors import (
     AccessError,
@@ -36,10 +37,8 @@ from ckptstore.model import DRAFT_PREFIX
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-#: A request is tried again for so long: a store that is overloaded or restarts comes back, one that is gone is named.
-RETRY_FOR = timedelta(seconds=60)
-TRIES = 8
-_chance = random.Random()  # ours alone: a retry must not change what the trainer draws from the `random` that it has seeded
+T = TypeVar("T")
+
 #: A request on which nothing comes for so long has stalled.
 STALL = timedelta(seconds=10)
 #: The longest that one request may take. Uploads have no other bound here: for them the library counts the time of sending as
@@ -54,8 +53,14 @@ _NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
 _BAD_DIGEST = re.compile(r"<Code>(BadDigest|InvalidDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
 EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answers them with 400
 _DENIED = re.compile(rf"status code: 40[13] |<Code>({'|'.join(EXPIRED)})<")
-#: The store knows the bucket, and not what is asked of it. A 400 may also be a request that broke off.
+#: The store knows the bucket, and not what is asked of it.
 _UNKNOWN = re.compile(r"status code: (405|501) |<Code>(NotImplemented|InvalidArgument|InvalidRequest)<")
+#: No other answer comes to the same request. A 400 may also be one that broke off; not that of a HEAD, which has no body.
+_FINAL = re.compile(
+    rf"status code: 4(?!00|08|09|29)\d\d |status code: 400 .*<Code>(?!{'|'.join(PASSING)})"
+    r"|performing HEAD .*status code: 400 |Received (redirect|non-partial)|metadata from headers",
+    re.DOTALL,
+)
 
 
 class ObjectBackend(Backend):
@@ -72,8 +77,9 @@ class ObjectBackend(Backend):
         self._missing = (kinds.NotFoundError, FileNotFoundError)
         self._failures = (kinds.BaseError, FileNotFoundError, NotImplementedError)
         try:
-            self._store = _store(parts.scheme, parts.netloc, {"read_timeout": STALL})
-            self._sending = _store(parts.scheme, parts.netloc, {})
+            self._store = _store(parts.scheme, parts.netloc, {"read_timeout": STALL}, NONE)
+            self._sending = _store(parts.scheme, parts.netloc, {}, NONE)
+            self._by_parts = _store(parts.scheme, parts.netloc, {}, of_the_library())
         except UsageError:
             raise
         except (*self._failures, ValueError) as error:
@@ -89,23 +95,30 @@ class ObjectBackend(Backend):
             return b""
         wanted: Any = {"offset": offset_bytes} if length_bytes is None else (offset_bytes, offset_bytes + length_bytes)
         options = {} if not offset_bytes and length_bytes is None else {"range": wanted}
-        try:
-            data, _ = self._read(path, options)
-        except self._failures as error:
-            # A range that begins behind the end is refused by most stores, each in words of its own.
-            if options and not isinstance(error, self._missing) and self._size(key) <= offset_bytes:
-                return b""
-            self._raise(error, "reading", key)
+
+        def read() -> bytes:
+            try:
+                return self._read(path, options)[0]
+            except self._failures as error:
+                # A range that begins behind the end is refused by most stores, each in words of its own.
+                refused = options and not isinstance(error, self._missing) and not self._passing(error)
+                if refused and self._size(key) <= offset_bytes:
+                    return b""
+                raise
+
+        data = self._tried("reading", key, read)
         self._pay(len(data))  # afterwards: it may be less than was asked for
         return data
 
     def view(self, key: str, offset_bytes: int, length_bytes: int) -> Buffer:
         """See Backend.view."""
         self._pay(length_bytes)
-        try:
-            data = self._ask("get_range", self._store, self.key_path(key), start=offset_bytes, length=length_bytes)
-        except self._failures as error:
-            self._raise(error, "reading", key)
+        path = self.key_path(key)
+
+        def read() -> Any:
+            return self._ask("get_range", self._store, path, start=offset_bytes, length=length_bytes)
+
+        data = self._tried("reading", key, read)
         return self._exact(key, offset_bytes, length_bytes, memoryview(data))
 
     def list(self, prefix: str = "") -> Iterator[Blob]:
@@ -113,7 +126,7 @@ class ObjectBackend(Backend):
         below = self.key_path(prefix) if prefix else self._prefix
         cut = len(self._prefix) + 1 if self._prefix else 0
         last: str | None = None
-        tries = Tries(self.location, from_now=True)
+        tries = Tries(self.location)
         while True:
             try:
                 for batch in self._pages(self._obstore.list(self._store, prefix=below or None, offset=last, chunk_size=1000)):
@@ -122,11 +135,10 @@ class ObjectBackend(Backend):
                         if last == below:  # ends with a slash in the store: a console's, or a mount's, sign of a folder
                             continue
                         yield Blob(last[cut:], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
-                    tries = Tries(self.location, from_now=True)
+                    tries = Tries(self.location)
                 return
-            except self._failures as error:  # an answer that broke off is not asked for again by obstore
-                if not self._passing(error) or not tries.again():
-                    self._raise(error, "listing", prefix)
+            except self._failures as error:
+                self._again(error, tries, "listing", prefix)
 
     def _pages(self, listing: Any) -> Iterator[Any]:
         while (page := interruptible.result(lambda: next(listing, None), of=self.location)) is not None:
@@ -139,19 +151,20 @@ class ObjectBackend(Backend):
         if if_absent:
             self._create(key, data)
             return
-        try:
+
+        def write() -> None:
             self._ask("put", self._uploading(data), path, memoryview(data), mode="overwrite", use_multipart=False)
-        except self._failures as error:
-            self._raise(error, "writing", key)
+
+        self._tried("writing", key, write)
 
     def _uploading(self, data: Buffer) -> Any:
         return self._store if memoryview(data).nbytes <= SMALL_BYTES else self._sending
 
     def _create(self, key: str, data: Buffer) -> None:
-        """Create-only is the one request that obstore does not repeat when the answer is lost: done or not, nobody knows.
+        """When the answer is lost, nobody knows whether it was done. It is repeated.
 
-        Here it is repeated; a key that is there after a lost answer is read: where it holds `data`, a first try came through.
-        One that is not there was not created by anybody: S3 refuses, too, while another request is under way.
+        A key that is there after a lost answer is read: where it holds `data`, a first try came through. One that is not there
+        was not created by anybody: S3 refuses, too, while another request is under way.
         """
         kinds = self._obstore.exceptions
         path = self.key_path(key)
@@ -169,8 +182,7 @@ class ObjectBackend(Backend):
                 if not tries.again():
                     self._raise(error, "writing", key)
             except self._failures as error:
-                if not self._passing(error) or not tries.again():
-                    self._raise(error, "writing", key)
+                self._again(error, tries, "writing", key)
                 lost = True
 
     def _is_there(self, key: str) -> bool:
@@ -181,8 +193,23 @@ class ObjectBackend(Backend):
 
     def _passing(self, error: Exception) -> bool:
         """Whether the same request may fare better the next time."""
-        hopeless = any(what.search(str(error)) for what in (_NO_BUCKET, _DENIED, _REFUSED_CERTIFICATE, _UNKNOWN))
-        return isinstance(error, self._obstore.exceptions.GenericError) and not hopeless
+        hopeless = any(what.search(str(error)) for what in (_NO_BUCKET, _DENIED, _REFUSED_CERTIFICATE, _UNKNOWN, _FINAL))
+        kinds = self._obstore.exceptions
+        return isinstance(error, (kinds.GenericError, kinds.AlreadyExistsError)) and not hopeless  # or a conflict: 409
+
+    def _again(self, error: Exception, tries: Tries, doing: str, key: str) -> None:
+        """Wait, where the request may fare better then; else what `error` is, is raised."""
+        if not self._passing(error) or not tries.again():
+            self._raise(error, doing, key, tries.made)
+
+    def _tried(self, doing: str, key: str, request: Callable[[], T]) -> T:
+        """What a request answers that may be repeated."""
+        tries = Tries(self.location)
+        while True:
+            try:
+                return request()
+            except self._failures as error:
+                self._again(error, tries, doing, key)
 
     def replace(self, key: str, data: Buffer, *, expected: bytes) -> None:
         """See Backend.replace."""
@@ -212,25 +239,28 @@ class ObjectBackend(Backend):
                     return False
                 tries.made += 1
             except self._failures as error:
-                if not self._passing(error) or not tries.again():
-                    self._raise(error, "replacing", key)
+                self._again(error, tries, "replacing", key)
 
     def _probe_versions(self) -> bool:
         """Whether a wrong version is refused and the right one is not: some stores ignore the condition, some refuse any."""
         key = f"{DRAFT_PREFIX}probe-{secrets.token_hex(8)}"
+        self.put(key, b"1")  # a store that does not answer is not asked to remove it, either
         try:
-            with interruptible.tidied(lambda: self.delete(key)):
-                self.put(key, b"1")
+            with interruptible.tidied(lambda: self._try_to_delete(key)):
                 return not self._swap(key, b"2", b"1", '"00000000000000000000000000000000"') and self._swap(key, b"3", b"1")
         except UnavailableError:
             return False
+
+    def _try_to_delete(self, key: str) -> None:
+        with contextlib.suppress(AccessError):  # who may remove nothing leaves a scratch key, and is told by conditions.py
+            self.delete(key)
 
     def put_parts(self, key: str, parts: Iterable[Buffer], *, part_bytes: int, parallel: int = 1) -> None:
         """See Backend.put_parts."""
         failed: list[BaseException] = []  # which obstore turns into errors of its own
         try:
             self._obstore.put(
-                self._sending,
+                self._by_parts,
                 self.key_path(key),
                 self._paid(parts, failed),
                 use_multipart=True,
@@ -247,22 +277,16 @@ class ObjectBackend(Backend):
     def delete(self, key: str) -> None:
         """See Backend.delete."""
         path = self.key_path(key)
-        tries = Tries(self.location)
-        while True:
-            try:
+
+        def remove() -> None:
+            with contextlib.suppress(*self._missing):
                 self._ask("delete", self._store, path)
-                return
-            except self._missing:
-                return
-            except self._failures as error:  # a lost answer is not asked for again by obstore
-                if not self._passing(error) or not tries.again():
-                    self._raise(error, "removing", key)
+
+        self._tried("removing", key, remove)
 
     def _size(self, key: str) -> int:
-        try:
-            return int(self._ask("head", self._store, self.key_path(key))["size"])
-        except self._failures as error:
-            self._raise(error, "reading", key)
+        path = self.key_path(key)
+        return int(self._tried("reading", key, lambda: self._ask("head", self._store, path))["size"])
 
     def signed_url(self, key: str) -> str:
         """An address of `key` that works for a minute: whoever sees it can read, so it is never shown. See s3control.py."""
@@ -291,7 +315,7 @@ class ObjectBackend(Backend):
 
         return interruptible.result(read, of=self.location)
 
-    def _raise(self, error: Exception, doing: str, key: str) -> NoReturn:
+    def _raise(self, error: Exception, doing: str, key: str, again: int = 0) -> NoReturn:
         kinds = self._obstore.exceptions
         what = f"{doing} {self.location}/{key}" if key else f"{doing} {self.location}"
         if _NO_BUCKET.search(str(error)):
@@ -326,40 +350,14 @@ class ObjectBackend(Backend):
                 hint="What a store must be able to do: docs/object-stores.md.",
             ) from None
         raise StorageError(
-            f"{what}: {said(error)}",
+            f"{what}: {said(error, again=again)}",
             operation=doing,
             path=f"{self.location}/{key}",
-            hint="It was tried several times. Is the store there, and its name right? The same command goes on."
-            + self._whose()
-            + proxies.hint(),
+            hint="Is the store there, and its name right? The same command goes on." + self._whose() + proxies.hint(),
         ) from None
 
     def _whose(self) -> str:
         return profile.whose() if self.location.startswith("s3://") else ""
-
-
-class Tries:
-    """A bounded number of tries, with growing pauses of random length between them, for a while from the first failure on.
-
-    With `from_now`, from now on: where the library itself has tried for as long. `of`: what is named where it takes long.
-    """
-
-    def __init__(self, of: str, *, from_now: bool = False) -> None:
-        self.made = 0
-        self._of = of
-        self._begun_s = time.monotonic() if from_now else None
-
-    def again(self, sleep: Callable[[float], object] = time.sleep) -> bool:
-        """Wait a while; False when it is time to give up."""
-        now_s = time.monotonic()
-        if self._begun_s is None:
-            self._begun_s = now_s
-        if self.made >= TRIES or now_s - self._begun_s > RETRY_FOR.total_seconds():
-            return False
-        waiting.notice(self._of, now_s - self._begun_s)
-        sleep(min(0.1 * 2**self.made, 5) * _chance.uniform(0.5, 1))
-        self.made += 1
-        return True
 
 
 def _library() -> Any:
@@ -374,15 +372,10 @@ def _library() -> Any:
     return obstore
 
 
-def _store(scheme: str, bucket: str, timeouts: dict[str, Any]) -> Any:
+def _store(scheme: str, bucket: str, timeouts: dict[str, Any], retries: Any) -> Any:
     from obstore.store import AzureStore, GCSStore, S3Store
 
     options: Any = {"timeout": REQUEST, "connect_timeout": timedelta(seconds=5), **timeouts}
-    retries: Any = {
-        "max_retries": TRIES,
-        "retry_timeout": RETRY_FOR,
-        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
-    }
     if scheme == "gs":
         return GCSStore(bucket, client_options=options, retry_config=retries)
     if scheme == "az":

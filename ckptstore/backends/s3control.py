@@ -25,6 +25,7 @@ from ckptstore.backends import object as objects
 from ckptstore.backends.base import Backend
 from ckptstore.backends.connections import NOTHING, Body, Request, whole
 from ckptstore.backends.object import ObjectBackend
+from ckptstore.backends.tries import PASSING, Tries
 from ckptstore.errors import AccessError, CkptStoreError, NotFoundError, StorageError, TransitError, UnavailableError
 from ckptstore.parallel import Stop
 
@@ -32,7 +33,6 @@ PAGE = 1000  #: uploads that one answer lists, the most that S3 allows
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
 #: S3 begins to answer a request that takes long with 200, and may say afterwards that it failed.
 _ERROR = re.compile(rb"\s*(<\?xml[^>]*>)?\s*<Error[\s>]")
-_PASSING = ("RequestTimeout", "OperationAborted")  #: with a status that says otherwise
 DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch")  #: by a digest that came along
 CRC = "x-amz-checksum-crc64nvme"
 _SCRATCH = "x"  #: a key that is only named, to see where the bucket is
@@ -153,6 +153,15 @@ class S3Control:
             raise UnavailableError(f"{_LISTING} {self.backend.location}: the store does not say when one was begun") from None
         return int((begun if begun.tzinfo else begun.replace(tzinfo=UTC)).timestamp() * 1e9)
 
+    def remove(self, key: str) -> bool:
+        """Remove `key`, there or not; False where the bucket keeps old versions, so that this has only marked it as removed."""
+        try:
+            headers = self.ask("removing", "DELETE", key).headers
+        except NotFoundError:
+            return True
+        marked = headers.get("x-amz-delete-marker", "").lower() == "true"
+        return not marked or headers.get("x-amz-version-id", "null") == "null"  # so named where versions are kept no more
+
     def abort(self, upload: Upload) -> None:
         """End an unfinished upload and free its parts; one that is gone is no error."""
         try:
@@ -178,7 +187,7 @@ class S3Control:
         `codes`: refusals that are no errors. `long`: it may take a while, as sending a large `body`
         does, which is sent again where it is damaged on its way.
         """
-        tries = objects.Tries(self.backend.location)
+        tries = Tries(self.backend.location)
         while True:
             request = self._signed(method, key, query=query or {}, headers=headers or {}, body=body)
             limit = objects.REQUEST if long else objects.STALL
@@ -205,7 +214,7 @@ class S3Control:
             code = found[1].decode() if found else ""
             if code in codes:
                 return Reply(answer.headers, answer.body, code)
-            passing = status >= 500 or status == 429 or code in _PASSING or (long and code in DAMAGED)
+            passing = status >= 500 or status == 429 or code in PASSING or (long and code in DAMAGED)
             if not passing or status == 501 or not tries.again(stop.wait):
                 self._raise(doing, key, status, code)
 

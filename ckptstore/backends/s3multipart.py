@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ckptstore.parallel import Stop
 
 PAGE = 1000  #: parts that one answer lists, the most that S3 allows
-_GONE = "NoSuchUpload"
+_GONE, _FAILED = "NoSuchUpload", "InternalError"
 #: Refusals of Complete that another Complete, of other parts, may not meet.
 _OTHER_PARTS = (*DAMAGED, "InvalidPart", "EntityTooSmall")
 #: What the library sends along when these are set, and we do not: an encryption, above all.
@@ -130,11 +130,22 @@ class S3Multipart:
         space = "http://s3.amazonaws.com/doc/2006-03-01/"
         body = whole(f'<CompleteMultipartUpload xmlns="{space}">{entries}</CompleteMultipartUpload>'.encode())
         headers = {CRC: text_of(crc64), "x-amz-checksum-type": "FULL_OBJECT"} if self.digests else {}
-        answer = self._control.ask(
-            "completing the upload of", "POST", upload.key, query={"uploadId": upload.upload_id}, headers=headers, body=body,
-            long=True, codes=(_GONE, *_OTHER_PARTS), stop=stop,
-        )  # fmt: skip
-        self._see(upload, answer)
+        for failures in ((_FAILED,), ()):
+            answer = self._control.ask(
+                "completing the upload of",
+                "POST",
+                upload.key,
+                query={"uploadId": upload.upload_id},
+                headers=headers,
+                body=body,
+                long=True,
+                codes=(_GONE, *_OTHER_PARTS, *failures),
+                stop=stop,
+            )
+            self._see(upload, answer)
+            if answer.code != _FAILED:
+                break
+            self.parts(upload)  # Ceph says so, for good, of one that has ended
         return answer.code or ("" if b"CompleteMultipartUploadResult" in answer.body else "an answer without a result")
 
     def abort(self, upload: Upload) -> None:

@@ -18,15 +18,16 @@ _CAUSE = re.compile(r'(?:message|error): "([^"]{1,200})"')  #: in the library's 
 _TIMEOUT = re.compile(r"kind: Timeout|source: TimedOut")
 
 
-def said(error: BaseException) -> str:
-    """The text of an error of the library's."""
+def said(error: BaseException, *, again: int = 0) -> str:
+    """The text of an error of the library's; how often it was tried `again` by us, else by the library, in it."""
     text, _, notes = str(error).partition("Debug source:")
     text = " ".join(text.split())
     if answer := _ANSWER.search(text):
         text = f"{text[: answer.start()]}{answer[1]}: {answer[2]}"
     if request := _REQUEST.fullmatch(text):
-        again = f", {int(request['again']) + 1} tries" if request["again"] else ""
-        text = f"{_what(request['what'], notes)} ({request['method']} to {_server(request['url'])}{again})"
+        again = again or int(request["again"] or 0)
+        tries = f", {again + 1} tries" if again else ""
+        text = f"{_what(request['what'], notes)} ({request['method']} to {_server(request['url'])}{tries})"
     return shown(text)[:400].strip()
 
 
@@ -42,7 +43,10 @@ def denied(error: object) -> str:
     if "InvalidObjectState" in str(error):
         return "It lies in an archive (Glacier, by a lifecycle rule as a rule): have the store restore it first."
     if "AccessDenied" in str(error):
-        return "The credentials are known there, but may not do this; or the bucket is somebody else's."
+        return (
+            "The credentials are known there, but may not do this; or the bucket is somebody else's. Which rights each command "
+            "needs: docs/object-stores.md."
+        )
     return "Are the credentials in the environment right, and not expired?"
 
 

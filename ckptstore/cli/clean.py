@@ -108,6 +108,7 @@ def _clean_remote(backend: Backend, older_than_s: float, *, dry_run: bool, as_js
     from ckptstore.transfer import leftovers
 
     found, notes = leftovers.look(backend, older_than_s=older_than_s)
+    freed = leftovers.frees(backend) if found and not dry_run else None
     gone = [one for one in found if dry_run or leftovers.remove(backend, one)]
     notes += tuple(f"{one.name} stays: somebody is at work there" for one in found if one not in gone)
     if as_json:
@@ -115,7 +116,8 @@ def _clean_remote(backend: Backend, older_than_s: float, *, dry_run: bool, as_js
             {"name": one.name, "bytes": one.size_bytes, "why": one.why, "last_written_at": round(one.newest_ns / 1e9)}
             for one in gone
         ]
-        print_json({"done": not dry_run, "url": backend.location, "removed": removed, "notes": list(notes)})
+        document = {"done": not dry_run, "url": backend.location, "removed": removed, "freed": freed, "notes": list(notes)}
+        print_json(document)
         return
     echo()
     if not gone:
@@ -125,7 +127,10 @@ def _clean_remote(backend: Backend, older_than_s: float, *, dry_run: bool, as_js
         item("-", f"{backend.location}/{one.name}  {size(one.size_bytes)}, {days:.1f} days old: {one.why}")
     if gone:
         total = size(sum(one.size_bytes for one in gone))
-        echo(f"{len(gone)} of these, {total}, would be removed" if dry_run else f"removed {len(gone)}: {total} freed")
+        done_text = f"removed {len(gone)}: {total}{' freed' if freed else ''}"
+        echo(f"{len(gone)} of these, {total}, would be removed" if dry_run else done_text)
+    if freed is False:
+        note("nothing is freed: this bucket keeps old versions of what is removed, until a lifecycle rule expires them")
     for text in notes:
         note(text)
 

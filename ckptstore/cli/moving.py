@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
-from ckptstore.backends import Bandwidth, is_url
+from ckptstore.backends import Backend, Bandwidth, is_url
 from ckptstore.cli.common import WhichOption
 from ckptstore.cli.opening import pick
+from ckptstore.cli.render import problem
 from ckptstore.cli.urls import URL_VARIABLE
-from ckptstore.errors import NothingToResumeError, UsageError
+from ckptstore.errors import AccessError, CkptStoreError, NothingToResumeError, RankError, StorageError, UsageError
 from ckptstore.listing import Listing
 from ckptstore.model import Checkpoint
 
@@ -74,3 +75,57 @@ def chosen(listing: Listing, steps: Sequence[int], *, latest: bool, everything: 
     if not whole:
         raise NothingToResumeError(f"there is no whole checkpoint in {listing.run.path}", hint="`ckptstore list` says why.")
     return whole[-1:] if latest else whole
+
+
+IN_A_ROW = 2  #: failures of the store itself, each after many tries: it is gone
+
+
+class Failed(NamedTuple):
+    """A checkpoint that was not moved, and why."""
+
+    step: int
+    error: CkptStoreError
+
+
+def move_each(
+    picked: Sequence[Checkpoint], move: Callable[[Checkpoint], object], *, store: Backend, failed: list[Failed]
+) -> None:
+    """`move` them all: one that cannot go, added to `failed`, does not hold up those after it.
+
+    The error of one that was picked alone is raised, and so is that of another rank, which ends all. Where `store` itself
+    fails several times running, the others are not tried.
+    """
+    running = 0
+    for number, checkpoint in enumerate(picked):
+        try:
+            move(checkpoint)
+            running = 0
+        except RankError:
+            raise
+        except CkptStoreError as error:
+            if len(picked) == 1:
+                raise
+            failed.append(Failed(checkpoint.step, error))
+            running = running + 1 if isinstance(error, StorageError | AccessError) and store.location in str(error) else 0
+            if running == IN_A_ROW:
+                untried = StorageError(f"not tried, since {store.location} failed {running} times running")
+                failed.extend(Failed(other.step, untried) for other in picked[number + 1 :])
+                return
+
+
+def print_failed(failed: Sequence[Failed], doing: str) -> None:
+    """To stderr, one by one."""
+    for one in failed:
+        problem(f"step {one.step} is not {doing}: {one.error}", hint=one.error.hint)
+
+
+def failed_json(failed: Sequence[Failed]) -> list[dict[str, Any]]:
+    """The field `failed` of a document."""
+    return [
+        {"step": one.step, "error": str(one.error), "hint": one.error.hint, "exit_code": one.error.exit_code} for one in failed
+    ]
+
+
+def exit_code(failed: Sequence[Failed]) -> int:
+    """Of the whole command: 0 where all went, 3 where something is damaged."""
+    return max((one.error.exit_code for one in failed), default=0)

@@ -64,12 +64,15 @@ class Progress:
         """Show that `doing` has come to `done_bytes` of `total_bytes`. Never raises for a terminal that is gone."""
         if self._quiet:
             return
+        doing = safe(doing)
         if not self._doing:
-            self._started_s = self._line_s = time.monotonic()
-            self._base_bytes = done_bytes  # staged by an earlier try: not copied at any rate
-        if not self._doing or done_bytes != self._done_bytes:
+            self._line_s = time.monotonic()
+        if doing != self._doing or done_bytes < self._done_bytes:  # something else, or again from an earlier place
+            self._started_s = self._moved_s = time.monotonic()
+            self._base_bytes = self._done_bytes = done_bytes  # staged by an earlier try: not copied at any rate
+        elif done_bytes != self._done_bytes:
             self._done_bytes, self._moved_s = done_bytes, time.monotonic()
-        self._doing = doing = safe(doing)
+        self._doing = doing
         try:
             if self._terminal:
                 self._draw(doing, done_bytes, total_bytes)

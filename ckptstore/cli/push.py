@@ -12,7 +12,20 @@ from ckptstore.backends import Backend, open_backend
 from ckptstore.backends.stalls import StallWatch
 from ckptstore.choose import newest_first
 from ckptstore.cli.common import JSON, LOG_STEP, Verb, location_options, read_words
-from ckptstore.cli.moving import EVERYTHING, LATEST, MAX_BANDWIDTH, bounded, chosen, url_option, url_or_usage
+from ckptstore.cli.moving import (
+    EVERYTHING,
+    LATEST,
+    MAX_BANDWIDTH,
+    Failed,
+    bounded,
+    chosen,
+    exit_code,
+    failed_json,
+    move_each,
+    print_failed,
+    url_option,
+    url_or_usage,
+)
 from ckptstore.cli.opening import open_run
 from ckptstore.cli.progress import Progress
 from ckptstore.cli.render import done, echo, field, item, note, print_json, rate, row
@@ -50,11 +63,11 @@ def command(
     dry_run: bool,
     as_json: bool,
     words: tuple[str, ...],
-) -> None:
+) -> int:
     """Push checkpoints to s3://, gs://, az:// or any fsspec URL. STEPs are global steps.
 
     Every byte is checked against its manifest on the way; the manifest comes last, so that readers see all or nothing. What is
-    there already is not sent again: the same command goes on after a crash.
+    there already is not sent again: the same command goes on after a crash. One that cannot go does not hold up the others.
     """
     where, steps = read_words(where, words, log_steps)
     told = launch()
@@ -65,18 +78,19 @@ def command(
     listing = scan(backend)
     of_nodes = gathering.concerns(backend, listing, steps)
     if dry_run and not first and not of_nodes:
-        return
+        return 0
     picked = chosen(listing, steps, latest=latest, everything=everything) if first else []
     if everything:  # this machine may be gone before all are there
         picked = newest_first(listing.run.path, picked)
-    if told is None and of_nodes:
-        _refuse_parts(backend, picked)
     results: list[Sent] = []
+    failed: list[Failed] = []
     started = time.monotonic()
     stalls = StallWatch()
 
     def send_all(sending: Sending | None = None, gather: Callable[[int], Manifest] | None = None) -> None:
-        for checkpoint in picked:
+        def send(checkpoint: Checkpoint) -> None:
+            if told is None and of_nodes:
+                _refuse_part(backend, checkpoint)
             whole = gather(checkpoint.step) if gather and gathering.group_of(backend, checkpoint) else None
             results.extend(
                 push(
@@ -91,6 +105,8 @@ def command(
                 )
             )
 
+        move_each(picked, send, store=target, failed=failed)
+
     try:
         with Progress(quiet=as_json or not first) as progress, stalls:
             if told is None or (dry_run and not of_nodes):
@@ -101,16 +117,17 @@ def command(
                 with _meeting(told) if of_nodes else Rendezvous(located.run.path, told) as group:
                     if not group.leads:
                         sharing.help_push(group, backend, target)
-                        return
+                        return 0
                     shared = sharing.Shared(group, source=backend, target=target)
                     send_all(shared.send, shared.gather if of_nodes else None)
                     shared.end()
                 if not first:  # a machine with a disk of its own: what is here, rank 0's machine sends
-                    return
+                    return 0
     except KeyboardInterrupt:
         note("stopped: nothing unfinished is visible there. The same command goes on with what arrived.")
         raise
     finally:
+        print_failed(failed, "pushed")
         if stalls.broken:
             note(f"connections on which nothing moved, broken off: {stalls.broken}")
     seconds = time.monotonic() - started
@@ -121,10 +138,12 @@ def command(
                 "done": not dry_run,
                 "seconds": round(seconds, 6),
                 "parts": [_json(sent) for sent in results],
+                "failed": failed_json(failed),
             }
         )
-        return
-    _print(results, target.location, seconds, dry_run=dry_run)
+    else:
+        _print(results, target.location, seconds, dry_run=dry_run)
+    return exit_code(failed)
 
 
 def _meeting(told: Launch) -> Rendezvous:
@@ -138,15 +157,14 @@ def _meeting(told: Launch) -> Rendezvous:
     return Meeting(told)
 
 
-def _refuse_parts(backend: Backend, picked: list[Checkpoint]) -> None:
+def _refuse_part(backend: Backend, checkpoint: Checkpoint) -> None:
     """One node's part of a save is no checkpoint for anybody else."""
-    for checkpoint in picked:
-        if (group := gathering.group_of(backend, checkpoint)) is not None:
-            raise RefusedError(
-                f"step {checkpoint.step} here is of {group.whose}: without the other nodes' files nobody can load it",
-                hint=f"On all {group.nodes} nodes at once: torchrun --nnodes {group.nodes} … -m -- ckptstore.recover push "
-                f"{checkpoint.step} --run DIR --to URL. It becomes one checkpoint there.",
-            )
+    if (group := gathering.group_of(backend, checkpoint)) is not None:
+        raise RefusedError(
+            f"step {checkpoint.step} here is of {group.whose}: without the other nodes' files nobody can load it",
+            hint=f"On all {group.nodes} nodes at once: torchrun --nnodes {group.nodes} … -m -- ckptstore.recover push "
+            f"{checkpoint.step} --run DIR --to URL. It becomes one checkpoint there.",
+        )
 
 
 def _print(results: list[Sent], url: str, seconds: float, *, dry_run: bool) -> None:

@@ -14,6 +14,7 @@ were removed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,7 +26,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from ckptstore.backends.base import Backend
-from ckptstore.errors import AlreadyExistsError, BusyError, ManifestError, NotFoundError, StorageError
+from ckptstore.errors import AccessError, AlreadyExistsError, BusyError, ManifestError, NotFoundError, StorageError
 from ckptstore.manifest import Manifest, parse
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, DRAFT_PREFIX, MANIFEST_NAME, OURS, REMOVING_PREFIX
 from ckptstore.parts import read_manifest
@@ -275,7 +276,8 @@ class Place:
     def _release(self, committed: Manifest | None) -> None:
         """Take our claim away where its files count: elsewhere it says whose they are, until they are cleaned."""
         if committed is not None and committed.base == self.base:
-            release(self.target, self.files_folder)
+            with contextlib.suppress(AccessError):  # conditions.py has found that out, and the push's result says it
+                release(self.target, self.files_folder)
 
     def _committed(self) -> Manifest | None:
         """The manifest that is there. AlreadyExistsError for one that is not ours to replace."""

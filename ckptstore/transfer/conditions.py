@@ -53,7 +53,15 @@ def find_out(target: Backend) -> Conditions:
     atomic = target.creates_atomically
     if atomic:
         target.put(key, _DATA, if_absent=True)  # a store that does not answer is not asked to remove it, either
-    with interruptible.tidied(lambda: target.delete(key)):
+    refused: list[str] = []
+
+    def tidy() -> None:
+        try:
+            target.delete(key)
+        except AccessError as error:  # a policy that lets nobody remove anything: what counts is there all the same
+            refused.append(str(error))
+
+    with interruptible.tidied(tidy):
         if atomic:
             try:
                 target.put(key, _DATA, if_absent=True)
@@ -62,8 +70,15 @@ def find_out(target: Backend) -> Conditions:
                 pass
         digests, check = _digests(target, key)
     target.creates_atomically = atomic
-    text = "this store does not keep two writers apart: push a step from one machine at a time"
-    return Conditions(digests, check, () if atomic else (text,))
+    notes: tuple[str, ...] = (
+        () if atomic else ("this store does not keep two writers apart: push a step from one machine at a time",)
+    )
+    notes += tuple(
+        "scratch keys and claims stay there, since nothing may be removed by us; who may, removes them by "
+        f"`ckptstore clean --run URL`: {text}"
+        for text in refused
+    )
+    return Conditions(digests, check, notes)
 
 
 @functools.lru_cache(maxsize=4)

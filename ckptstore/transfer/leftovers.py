@@ -19,13 +19,15 @@ reader may still read.
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ckptstore import parallel
 from ckptstore.backends.base import Backend, Blob
-from ckptstore.backends.s3control import Upload
-from ckptstore.errors import ManifestError, NotFoundError
+from ckptstore.backends.object import ObjectBackend
+from ckptstore.backends.s3control import Upload, control
+from ckptstore.errors import ManifestError, NotFoundError, UnavailableError
 from ckptstore.manifest import parse
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, DRAFT_PREFIX, MANIFEST_NAME, REMOVING_PREFIX
 from ckptstore.parts import read_manifest
@@ -197,6 +199,21 @@ def remove(target: Backend, leftover: Leftover) -> bool:
     for key in (*signs, mark):
         target.delete(key)
     return True
+
+
+def frees(target: Backend) -> bool | None:
+    """Whether what is removed there frees its bytes: False where the store keeps old versions, None where it does not tell.
+
+    Found out by removing a key that is not there. AccessError where nothing may be removed: better before a mark is put.
+    """
+    if not isinstance(target, ObjectBackend):  # what a file system says of such a key is up to it
+        return None
+    key = f"{PROBE}{secrets.token_hex(8)}"
+    try:
+        return control(target).remove(key)
+    except UnavailableError:
+        target.delete(key)
+        return None
 
 
 def _newer(target: Backend, leftover: Leftover) -> bool:

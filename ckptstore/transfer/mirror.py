@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import TracebackType
 
 from ckptstore import choose, left, native, parallel, places
-from ckptstore.backends import Bandwidth, normal_url, open_backend
+from ckptstore.backends import Bandwidth, normal_url, open_backend, tries
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
 from ckptstore.frameworks.areal import layout
@@ -248,12 +248,15 @@ class Mirror:
             tried = self._waiting()
             try:
                 if not is_safe(self._backend, self._url):
-                    mirror(self._backend, self._url, bandwidth=self._bandwidth, notify=self._notify)
+                    with tries.until(self._ended):
+                        mirror(self._backend, self._url, bandwidth=self._bandwidth, notify=self._notify)
                 pause_s = POLL_S
                 self._stuck = frozenset()
             except parallel.Stopped:
                 return
             except CkptStoreError as error:
+                if self._ended.is_set():
+                    return
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
                 said = f"{error}. {error.hint}" if error.hint else error
                 log.warning("ckptstore: not mirrored to %s (tried again in %.0f s): %s", self._url, pause_s, said)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptstore import native, parallel
 from ckptstore.backends.base import Backend
-from ckptstore.errors import NoSpaceError, StorageError
+from ckptstore.errors import NoSpaceError, StorageError, TransitError
 from ckptstore.transfer import multipart
 from ckptstore.transfer.tuning import Tuner
 
@@ -25,7 +25,7 @@ PART_BYTES = 16 << 20
 MAX_PARTS = 9000  #: of 10,000 that S3 allows one object
 FILES_AT_ONCE = 4
 FILE_TRIES = 4
-SEND_AGAIN_S = 60.0  #: what failed for longer than this has been tried often enough, request by request
+SEND_AGAIN_S = 30.0  #: where nothing went for longer than this, it has been tried often enough, request by request
 BUDGET_BYTES = 256 << 20  #: of parts on their way by the library, which holds them twice at most
 AT_ONCE, MOST_AT_ONCE = 16, 32  #: parts of our own uploads on their way; they take no memory worth counting
 
@@ -88,15 +88,15 @@ def send(
     def send_one(file: Outgoing, stop: parallel.Stop) -> None:
         """A file whose upload fails as a whole (damaged on its way, broken off as it began) is sent anew, for a while."""
         nonlocal done, found
-        mine = 0
+        mine, moved_s = 0, time.monotonic()
 
         def moved(count_bytes: int) -> None:
-            nonlocal done, mine
+            nonlocal done, mine, moved_s
             with lock:
                 done += count_bytes
                 mine += count_bytes
+                moved_s = time.monotonic()
 
-        deadline = time.monotonic() + SEND_AGAIN_S
         uploading: multipart.Uploading | None = None
         for left in reversed(range(FILE_TRIES)):
             if uploading is None and uploads is not None:
@@ -110,7 +110,8 @@ def send(
                 sent = True
                 file.arrived()
             except StorageError as error:
-                if not left or time.monotonic() > deadline or isinstance(error, NoSpaceError):
+                gone = time.monotonic() > moved_s + SEND_AGAIN_S and not isinstance(error, TransitError)
+                if not left or gone or isinstance(error, NoSpaceError):
                     raise
                 if uploading is None or sent:  # else its parts are there, and stay
                     uploading = None

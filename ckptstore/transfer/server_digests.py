@@ -6,6 +6,7 @@ rots on the store's disks shows only when it is read.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ckptstore import parallel
 from ckptstore.backends.base import Backend
-from ckptstore.errors import NotFoundError, TransitError
+from ckptstore.errors import AccessError, NotFoundError, TransitError
 from ckptstore.manifest import FileEntry
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def compare(target: Backend, store: S3Control, key: str, file: FileEntry, *, kee
     """
     said = ask(store, key, file)
     if said is Said.OTHER and not keep:
-        target.delete(key)
+        with contextlib.suppress(AccessError):  # where nothing may be removed, what is sent again takes its place
+            target.delete(key)
     if said in (Said.OTHER, Said.MISSING):
         raise TransitError(
             f"{target.location}/{key} is not what was sent there: the store says, {said.value}",

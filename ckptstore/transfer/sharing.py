@@ -7,7 +7,8 @@
     commit; tell the end                       →    see with their own eyes what is there now, and leave
 
 No byte is asked for twice: a pull is shared by chunks, a push by files, since a store takes an object from one process.
-Whoever fails ends them all (rendezvous.py); what has arrived stays staged.
+Damage that one finds is the leader's error, of this checkpoint. Whoever fails otherwise ends them all (rendezvous.py); what has
+arrived stays staged.
 """
 
 from __future__ import annotations
@@ -137,9 +138,11 @@ class Shared:
             progress(min(own_bytes + self._group.others_bytes(number), total_bytes), total_bytes)
 
     def _finish(self, number: int, look: Any) -> None:
-        for rank in self._group.members:
-            if rank != self._group.rank:
-                self._group.wait(f"done-{number}-{rank}", tick=look)
+        others = [rank for rank in self._group.members if rank != self._group.rank]
+        found = [self._group.wait(f"done-{number}-{rank}", tick=look) for rank in others]
+        for said in found:
+            if said.get("damage"):
+                raise IntegrityError(said["damage"], hint=said["hint"])
 
 
 def help_pull(group: Rendezvous, source: Backend) -> None:
@@ -195,8 +198,12 @@ def _help(group: Rendezvous, work: Any) -> Any:
             group.check()
 
         group.progress = (number, 0)
-        work(job, told)
-        group.tell(f"done-{number}-{group.rank}", {})
+        done = {}
+        try:
+            work(job, told)
+        except IntegrityError as error:  # of this checkpoint: the leader says it, and may have another job
+            done = {"damage": f"{error} (found by rank {group.rank})", "hint": error.hint}
+        group.tell(f"done-{number}-{group.rank}", done)
     raise AssertionError
 
 
