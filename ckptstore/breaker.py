@@ -236,17 +236,21 @@ class CircuitBreaker:
 
     def _recall(self, ledger: Ledger, step: int) -> None:
         watches = (*self._watches, *self._server)
-        resets = [event.at_s for event in ledger.events if event.name == "reset"]
-        read, before_s = health.Reader(), 0.0
-        for record in (*ledger.line(before_step=step), None):
-            now_s = math.inf if record is None else record.at_s
-            if any(before_s <= at_s < now_s for at_s in resets):
+        read, forgiven = health.Reader(), 0
+
+        def forgive(resets: int) -> None:
+            nonlocal forgiven
+            if resets > forgiven:  # somebody has said to go on
+                forgiven = resets
                 for watch in watches:
-                    watch.forgive()  # somebody has said to go on
-            if record is not None:
-                before_s, read.metrics = now_s, dict(record.metrics)
-                for watch in watches:
-                    watch.look(read, record.step)
+                    watch.forgive()
+
+        for record in ledger.line(before_step=step):
+            forgive(record.resets)
+            read.metrics = dict(record.metrics)
+            for watch in watches:
+                watch.look(read, record.step)
+        forgive(sum(event.name == ledgers.RESET for event in ledger.events))
 
     def _ledger(self) -> Ledger:
         if not self._side:

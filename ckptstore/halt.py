@@ -175,10 +175,10 @@ def reset(side: str) -> Trip | None:
     """Let training start again: remove the record, and note in the ledger that what went before is forgiven."""
     trip = clear(side)
     if trip is not None:
-        from ckptstore.ledger import Writer  # only now: all verbs look for the record, and hardly any finds one
+        from ckptstore.ledger import RESET, Writer  # only now: all verbs look for the record, and hardly any finds one
 
         writer = Writer(ledger_in(side))
-        writer.event("reset", trip.step, time.time(), since_step=trip.since_step)
+        writer.event(RESET, trip.step, time.time(), since_step=trip.since_step)
         writer.sync()
         writer.close()
     return trip

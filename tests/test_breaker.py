@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -663,6 +664,30 @@ def test_reset_forgives_the_streak(tmp_path: Path) -> None:
     halt.reset(side)
     assert trips_at(CircuitBreaker(run), [0.0] * 30, first=11) == 20, "ten more, not one"
     assert health.at_step(5, ledger.read(ledger.path_in(side)), saved_at_s=0).health is health.Health.BAD, "but bad it was"
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, 3600.0])
+def test_a_reset_forgives_what_came_before_it_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    run = trees.make_run(tmp_path)
+    assert trips_at(CircuitBreaker(run), [GOOD] + [0.0] * 10) == 10
+    with monkeypatch.context() as patch:
+        patch.setattr(halt.time, "time", lambda now=time.time: now() + ahead_s)
+        halt.reset(ledger.side_of(str(run)))
+    assert trips_at(CircuitBreaker(run), [0.0] * 6, first=11) == -1, "what went before the reset does not count"
+    assert trips_at(CircuitBreaker(run), [0.0] * 30, first=17) == 20, "what came after it does, over a restart too"
+
+
+def test_a_reset_holds_where_training_goes_on_before_the_trip_or_old_metrics_are_imported(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    side = ledger.side_of(str(run))
+    assert trips_at(CircuitBreaker(run), [GOOD] + [0.0] * 10) == 10
+    halt.reset(side)
+    writer = ledger.Writer(ledger.path_in(side))
+    writer.records([ledger.Record(0, time.time() - 3600, {"loss": 1.0})], imported_at_s=time.time())
+    writer.close()
+    assert trips_at(CircuitBreaker(run), [0.0] * 30, first=8) == 17, "ten from step 8 on"
 
 
 def test_state_dict_takes_the_place_of_the_ledger() -> None:

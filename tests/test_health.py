@@ -431,7 +431,7 @@ def test_a_clock_that_was_set_mixes_no_history(tmp_path: Path, set_by_s: float, 
     records = [Record(step, at_s, {REWARD: 0.0 if step >= 120 else GOOD}) for step, at_s in times.items()]
     observed, imported = Writer(str(tmp_path / "observed")), Writer(str(tmp_path / "imported"))
     for record in records:
-        observed.record(*record)
+        observed.record(record.step, record.at_s, record.metrics)
     imported.records(records, imported_at_s=1.8e9)
     for writer in (observed, imported):
         writer.close()
