@@ -278,9 +278,7 @@ class Writer:
     def records(self, records: Iterable[Record], *, imported_at_s: float) -> None:
         """Append what was recorded elsewhere, in its order, in one write as far as the system allows."""
         mark = f',"imported":{imported_at_s:.6f}}}\n'.encode()
-        self._write(
-            b"".join(self._record_line(one.step, one.at_s, one.metrics).removesuffix(b"}\n") + mark for one in records)
-        )
+        self._write(b"".join(self._record_line(one.step, one.at_s, one.metrics).removesuffix(b"}\n") + mark for one in records))
 
     def event(self, name: str, step: int, at_s: float, *, since_step: int) -> None:
         """Append something that happened."""

@@ -690,6 +690,17 @@ def test_a_reset_holds_where_training_goes_on_before_the_trip_or_old_metrics_are
     assert trips_at(CircuitBreaker(run), [0.0] * 30, first=8) == 17, "ten from step 8 on"
 
 
+def test_a_reset_that_cannot_be_noted_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trees.make_run(tmp_path)
+    side = ledger.side_of(str(run))
+    assert trips_at(CircuitBreaker(run), [GOOD] + [0.0] * 10) == 10
+    Path(ledger.path_in(side)).unlink()
+    Path(ledger.path_in(side)).mkdir()
+    caplog.clear()
+    assert halt.reset(side) is not None
+    assert any("the reset cannot be noted" in text for text in messages(caplog))
+
+
 def test_state_dict_takes_the_place_of_the_ledger() -> None:
     rules = [Zero(patience=5), Collapse(patience=5, warmup_steps=3), Zero(metric="a") | Unchanged(metric="b")]
     values = [0.7, 0.8, 0.75, 0.9, 0.8, 0.01, 0.0]
