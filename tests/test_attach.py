@@ -135,6 +135,31 @@ def test_each_save_is_kept_and_no_other_dump(trial: Path, handler_class: type[Ha
     assert not [name for name in side.iterdir() if name.name.startswith("stage-")]
 
 
+def test_a_save_amid_zeros_is_kept_and_said(trial: Path, caplog: pytest.LogCaptureFixture) -> None:
+    handler = HandlerA(trial)
+    logger = StatsLogger()
+    attachment = attach(logger, handler, run=trial)
+    for step in range(35):
+        handler.dump({"default": Engine()}, step_info(step), None, None, None, dataloader=None)
+        logger.commit(0, step, step, {"ppo_actor/task_reward/avg": 0.7 if step < 12 else 0.0})
+    attachment.wait()
+    said = [record.getMessage() for record in caplog.records if "training had gone bad" in record.getMessage()]
+    assert [text.split()[2] for text in said] == ["19", "29"]
+    assert adopted(trial) == [9, 19, 29], "and the last good one stays"
+
+
+def test_a_ledger_that_cannot_be_read_is_no_save_that_failed(trial: Path, caplog: pytest.LogCaptureFixture) -> None:
+    handler = HandlerA(trial)
+    attachment = attach(StatsLogger(), handler, run=trial)
+    Path(ledger.path_in(ledger.side_of(str(trial)))).mkdir(parents=True)
+    for step in range(10):
+        handler.dump({"default": Engine()}, step_info(step), None, None, None, dataloader=None)
+    attachment.wait()
+    assert adopted(trial) == [9]
+    assert "step 9 is kept; older ones may not be removed" in caplog.text
+    assert "not kept" not in caplog.text
+
+
 def test_one_engine_or_several(trial: Path, handler_class: type[HandlerA]) -> None:
     handler = handler_class(trial)
     attachment = attach(StatsLogger(), handler, run=str(trial))

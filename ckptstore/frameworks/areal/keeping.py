@@ -13,6 +13,7 @@ from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError,
 from ckptstore.frameworks.areal import layout, recover_info
 
 if TYPE_CHECKING:
+    from ckptstore.backends.local import LocalBackend
     from ckptstore.ledger import Writer
     from ckptstore.model import Checkpoint
 
@@ -97,16 +98,28 @@ class Keeper:
                 break
             try:
                 checkpoint = adopt.adopt(backend)
-                adopt.prune(backend, keep=self._keep)
-                return checkpoint
             except AlreadyExistsError as error:
                 problem = error
                 break
             except (RefusedError, IntegrityError, StorageError) as error:
                 problem = error
+            else:
+                self._kept(backend, checkpoint)
+                return checkpoint
         if problem is not None:
             log.warning("ckptstore: the save was not kept (training goes on): %s", problem)
         return None
+
+    def _kept(self, backend: LocalBackend, checkpoint: Checkpoint) -> None:
+        """Say what the metrics so far say of it, those of its own step are yet to come; remove older ones."""
+        from ckptstore import adopt, choose
+
+        try:
+            for step, why in choose.gone_bad(self._run, [checkpoint]).items():
+                log.warning("ckptstore: step %d is kept, although training had gone bad: %s", step, why)
+            adopt.prune(backend, keep=self._keep)
+        except CkptStoreError as error:
+            log.warning("ckptstore: step %d is kept; older ones may not be removed: %s", checkpoint.step, error)
 
 
 class Recorder:
