@@ -155,7 +155,7 @@ def keys(document: object) -> Iterator[str]:
 
 
 def documented(kind: str) -> set[str]:
-    row = re.sub(r"\((?:words|with (?:their|its) health|null [^)]*|the folder [^)]*|all of [^)]*)\)", "", DOCUMENTS[f"`{kind}`"])
+    row = re.sub(r"\((?:words|with \w+ health|null [^)]*|the folder [^)]*|all of [^)]*)\)", "", DOCUMENTS[f"`{kind}`"])
     own = {*_NAME.findall(row)} - {"setup", "list"}
     below = {"setup": "setup --dry-run", "resume": "setup", "verify --weights": "verify"}.get(kind)
     own |= documented(below) if below else set()
