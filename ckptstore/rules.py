@@ -70,6 +70,11 @@ def match(name: str, keys: Collection[str]) -> str | None:
     return min(found, key=_preference, default=None)
 
 
+def is_loss(metric: str) -> bool:
+    """Whether a metric is by its name a training's loss: a number at every step, unless training has diverged."""
+    return "loss" in metric.lower() and not _NOW_AND_THEN.search(metric)
+
+
 def _suffix(name: str) -> str:
     # The first component is a scope that differs between trainers; what is left must still say something.
     _, slash, rest = name.partition("/")
@@ -127,7 +132,7 @@ class Rule:
             return self.patience
         if _NOW_AND_THEN.search(self.metric):
             return None
-        return self.patience if "loss" in self.metric.lower() else max(self.patience, NAN_START_STEPS)
+        return self.patience if is_loss(self.metric) else max(self.patience, NAN_START_STEPS)
 
     @property
     def metrics(self) -> tuple[str, ...]:

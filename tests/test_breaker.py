@@ -944,5 +944,10 @@ def test_ranks_pass_over_bad_steps(tmp_path: Path, caplog: pytest.LogCaptureFixt
             shutil.rmtree(tmp_path / "mine" / f"step-{step}")
         with pytest.raises(NothingToResumeError, match="step 39 has health bad"):
             ckpt.resume_step(store)
+        other = CheckpointStore(tmp_path / "other")
+        for step, loss in enumerate((0.5, 0.25, math.nan)):
+            ckpt.save(other, step, {"w": torch.zeros(1)}, metrics={"loss": loss})
+        assert ckpt.resume_step(other) == 1
+        assert "step 1 is chosen, not 2: loss was NaN or infinite when it was saved" in caplog.text
     finally:
         torch.distributed.destroy_process_group()
