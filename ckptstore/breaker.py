@@ -30,8 +30,9 @@ from ckptstore.config import RunConfig, load
 from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.halt import Trip, both
 from ckptstore.ledger import Judges, Ledger, Writer
+from ckptstore.metric_names import match
 from ckptstore.ranks import Alone, own_rank, together
-from ckptstore.rules import Arm, NonFinite, Rule, Sign, match, server_rule
+from ckptstore.rules import LOST, Arm, NonFinite, Rule, Sign, server_rule
 from ckptstore.streak import Watch
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,10 @@ class CircuitBreaker:
         self._judges = Judges(settings.make_rules(), settings.alive_metrics)
         self._watches = [Watch(rule) for rule in self._judges.rules]
         self._server = [Watch(server_rule(name)) for name in self._judges.alive]
-        self._wanted = tuple(dict.fromkeys(name for rule in self._judges.rules for name in rule.metrics))
-        self._extra = tuple(dict.fromkeys(name for name in (*self._judges.alive, *record) if name not in self._wanted))
+        asked = [rule for rule in self._judges.rules if rule is not LOST]
+        others = [LOST.metric] * (len(asked) < len(self._judges.rules))
+        self._wanted = tuple(dict.fromkeys(name for rule in asked for name in rule.metrics))
+        self._extra = tuple(dict.fromkeys(n for n in (*others, *self._judges.alive, *record) if n not in self._wanted))
         self._keys: dict[str, str] = {}
         self._extra_missed: tuple[int, ...] = ()  #: sizes of the dicts in which some of _extra were looked for in vain
         self._save, self._server_alive, self._reduce = save, server_alive, reduce
@@ -297,6 +300,8 @@ class CircuitBreaker:
         dicts = (stats,) if isinstance(stats, Mapping) else tuple(stats or ())
         for watch in self._watches:
             name = watch.rule.metric
+            if watch.rule is LOST and not watch.steps:
+                continue  # nobody has asked for it
             if watch.steps == 0 and watch.silent >= SILENT_STEPS:
                 found = [(key, metrics[key]) for metrics in dicts if (key := match(name, metrics)) is not None]
                 seen = sorted({str(key) for metrics in dicts for key in metrics})

@@ -13,9 +13,9 @@ from ckptstore.errors import AccessError, CkptStoreError, ManifestError, NotFoun
 from ckptstore.formats import FormatError, dcp
 from ckptstore.frameworks.areal import layout
 from ckptstore.manifest import Manifest
+from ckptstore.metric_names import is_loss
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME, FileInfo, Finding, Part, ReadAt, Status, worst
 from ckptstore.native import Folder
-from ckptstore.rules import is_loss
 
 
 class ReadSigns(Protocol):

@@ -11,13 +11,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import ckptstore.torch as ckpt
 from ckptstore import CheckpointStore, halt, health, importing, ledger, pins, places, recovery
@@ -27,6 +28,7 @@ from ckptstore.breaker_config import BreakerConfig
 from ckptstore.choose import Selection
 from ckptstore.errors import CkptStoreError, NothingToResumeError, TrainingHalted, UsageError
 from ckptstore.listing import scan
+from ckptstore.metric_names import match
 from ckptstore.picture import compose
 from ckptstore.plan import Options
 from ckptstore.retention import Keep
@@ -45,7 +47,6 @@ from ckptstore.rules import (
     Spike,
     Unchanged,
     Zero,
-    match,
     parse,
 )
 from ckptstore.streak import Watch
@@ -172,6 +173,50 @@ def test_the_error_survives_pickling() -> None:
 )
 def test_default_rule(name: str, values: list[float | None], trips: int) -> None:
     assert trips_at(CircuitBreaker(), values) == trips
+
+
+@pytest.mark.parametrize("key", ["ppo_actor/update/actor_loss/avg", "grpo_actor/actor_loss/avg", "actor_loss/avg"])
+@pytest.mark.parametrize("first", [0, 20])
+def test_a_loss_that_is_no_number_halts_whatever_the_reward_is(key: str, first: int) -> None:
+    """The reward of a run whose updates are all left out (AReaL does for a NaN) stays where it was."""
+    steps = ((step, {REWARD: GOOD, key: 0.01 if step < first else NAN}) for step in range(100))
+    error = halted_by(CircuitBreaker(), steps)
+    assert error is not None
+    assert error.step == first + 9
+    assert f"{key} was NaN or infinite for 10 steps in a row" in str(error)
+
+
+def test_a_trainer_without_that_loss_is_told_nothing_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    assert trips_at(CircuitBreaker(), [GOOD] * 200) == -1
+    assert trips_at(CircuitBreaker(metric="reward"), [GOOD] * 200, key="reward") == -1
+    assert not messages(caplog)
+    rules = [Zero(), NonFinite(metric="actor_loss/avg", patience=10)]
+    assert trips_at(CircuitBreaker(rules=rules), [GOOD] * 200) == -1
+    assert any("no metric actor_loss/avg" in text for text in messages(caplog)), "who asks for it, is told"
+
+
+@pytest.mark.parametrize(
+    ("said", "metrics"),
+    [
+        ("task_reward/avg was more than 50% below", lambda step: {REWARD: 0.6 - 0.5 * min(step / 300, 1)}),
+        ("actor_loss/avg was NaN", lambda step: {"ppo_actor/update/actor_loss/avg": NAN if step > 50 else 0.0}),
+        ("entropy/avg was more than 90% below", lambda step: {"ppo_actor/update/entropy/avg": 0.4 if step < 150 else 0.01}),
+        ("approx_kl/avg was above 0.5", lambda step: {"ppo_actor/update/approx_kl/avg": 0.001 * 1.05**step}),
+        (
+            "grad_norm was more than 10 times its average and",
+            lambda step: {"ppo_actor/update/grad_norm": 9.0 if step > 200 else 0.5, REWARD: 0.3 if step > 200 else GOOD},
+        ),
+        ("", lambda step: {"ppo_actor/update/grad_norm": 9.0 if step > 200 else 0.5, "ppo_actor/update/entropy/avg": 0.3}),
+    ],
+)
+def test_the_rules_of_the_page_see_what_it_says_of_them(said: str, metrics: Callable[[int], dict[str, float]]) -> None:
+    page = (
+        (Path(__file__).parent.parent / "docs/circuit-breaker.md").read_text().partition("### What the usual rules do not see")
+    )
+    block = yaml.safe_load(page[2].partition("```yaml")[2].partition("```")[0])["circuit_breaker"]
+    breaker = CircuitBreaker(settings=BreakerConfig.of_block(block))
+    error = halted_by(breaker, ((step, {REWARD: GOOD} | metrics(step)) for step in range(400)))
+    assert (said in str(error)) if said else error is None
 
 
 def test_evaluation_steps_do_not_count() -> None:

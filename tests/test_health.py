@@ -114,6 +114,29 @@ def test_rules_with_an_average_are_judged_from_the_beginning() -> None:
     assert of(35, found) is Health.BAD
 
 
+def falling(*, rules: Sequence[Rule] = (), to: float = 0.1) -> Ledger:
+    """From 0.6 at step 150 to 0.1 at step 450, with noise."""
+    noise = random.Random(3)
+    return ledger_of(
+        [max(0.6 - (0.6 - to) * min(max(step - 150, 0) / 300, 1) + noise.gauss(0, 0.04), 0.01) for step in range(500)],
+        rules=rules,
+    )
+
+
+def test_a_reward_that_has_fallen_slowly_is_said_and_no_more() -> None:
+    verdict = health.at_step(480, falling(), saved_at_s=0)
+    assert (verdict.health, verdict.fallen[:11]) == (Health.GOOD, "since step ")
+    assert verdict.why.endswith(verdict.fallen)
+    assert 300 < int(verdict.fallen.split()[2]) < 450
+    assert health.at_step(200, falling(), saved_at_s=0).fallen == ""
+    assert health.at_step(480, falling(to=0.4), saved_at_s=0).fallen == "", "a third less is nothing unusual"
+    assert health.at_step(480, falling(rules=[Zero()]), saved_at_s=0).fallen, "a breaker with the usual rule knows no more"
+    lower_is_better = health.at_step(480, falling(rules=[Spike(metric=REWARD)]), saved_at_s=0)
+    assert (lower_is_better.health, lower_is_better.fallen) == (Health.GOOD, "")
+    chosen = health.at_step(480, falling(rules=[Collapse(drop=0.5, halflife_steps=200)]), saved_at_s=0)
+    assert (chosen.health, chosen.fallen) == (Health.BAD, ""), "who chose the rule has it judged"
+
+
 def test_metrics_recorded_now_and_then() -> None:
     lines = [
         json.dumps({"step": step, "at": step, "m": {REWARD: GOOD if step < 100 else 0.0}}).encode()

@@ -125,6 +125,19 @@ def test_the_slot_counts_where_nothing_else_is_good(tmp_path: Path, cli: Cli) ->
     assert cli("status", "--run", run, "--json").json["last_good_step"] == 150
 
 
+def test_a_reward_that_has_fallen_slowly_is_said_where_one_chooses(run: Path, cli: Cli) -> None:
+    recorded(run, lambda step: 0.6 if step < 100 else max(0.6 - 0.01 * (step - 100), 0.05), 200)
+    said = "since step 131 it is less than half of what it was"
+    assert (
+        f"global step 187 is the newest good one: grpo_actor/task_reward/avg is 0.05; {said}" in cli("status", "--run", run).out
+    )
+    assert (
+        f"health good: grpo_actor/task_reward/avg is 0.05; {said} (`ckptstore plot` shows it" in cli("list", "--run", run).out
+    )
+    plan = cli("setup", "--run", run, "--dry-run", "--as-is", "--json").json
+    assert (plan["checkpoint"]["step"], said in plan["why"]) == (187, True)
+
+
 def test_reset(run: Path, cli: Cli) -> None:
     trip(run)
     result = cli("status", "--run", run, "--reset")
@@ -179,7 +192,7 @@ def test_import_makes_health_of_a_run_that_nobody_watched(run: Path, cli: Cli, t
 def test_import_of_other_metrics_is_told(run: Path, cli: Cli, tmp_path: Path) -> None:
     table = tmp_path / "export.csv"
     table.write_text("global_step,train/reward\n" + "".join(f"{step},0.7\n" for step in range(200)))
-    assert "does not hold grpo_actor/task_reward/avg, which is judged" in cli("status", "--run", run, "--import", table).err
+    assert "holds nothing of what is judged (grpo_actor/task_reward/avg, " in cli("status", "--run", run, "--import", table).err
     table.write_text(table.read_text().replace("train/reward", "ppo_actor/task_reward/avg"))
     assert "is judged" not in cli("status", "--run", run, "--import", table).err
 

@@ -23,6 +23,7 @@ class Shown(NamedTuple):
     text: str
     json: dict[str, Any]
     resumable: bool
+    fallen: bool = False  #: whether its reward is far below what it was, although it is good
 
 
 def of_all(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, Shown]:
@@ -33,7 +34,11 @@ def of_all(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, Shown]:
         verdict = of(checkpoint, ledger)
         text = f"health {verdict.health}: {verdict.why}"
         shown[id(checkpoint)] = Shown(
-            (metric(verdict.value), health(verdict.health)), text, verdict_json(verdict), verdict.health.resumable
+            (metric(verdict.value), health(verdict.health)),
+            text,
+            verdict_json(verdict),
+            verdict.health.resumable,
+            bool(verdict.fallen),
         )
     return shown
 

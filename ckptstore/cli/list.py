@@ -334,6 +334,8 @@ def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bo
         ours = listing.framework == "steps"
         who = "a load that names no step passes it over" if ours else "setup passes it over (--include-bad does not)"
         field("", f"{verdicts[id(newest)].text}: {who}")
+    elif verdicts and verdicts[id(newest)].fallen:
+        field("", f"{verdicts[id(newest)].text} (`ckptstore plot` shows it; data that turned harder looks the same)")
     bound = (
         f" --before-step {before_step}"
         if before_step is not None

@@ -20,8 +20,8 @@ from ckptstore.health import Health
 from ckptstore.ledger import Ledger, Writer
 from ckptstore.listing import RESUMABLE, Listing, scan
 from ckptstore.locate import Located, Where
+from ckptstore.metric_names import match
 from ckptstore.model import Checkpoint
-from ckptstore.rules import match
 from ckptstore.transfer import mirrored
 from ckptstore.transfer.mirrored import Lag
 
@@ -113,7 +113,7 @@ def _import(side: str, path: str, axis: str) -> str:
     judged = [name for rule in ledger.judges.rules for name in rule.metrics]
     if not any(match(name, record.metrics) for record in found.records for name in judged):
         names = ", ".join(dict.fromkeys(judged))
-        note(f"{path} does not hold {names}, which is judged: it tells nothing of health; `plot --metric` shows it")
+        note(f"{path} holds nothing of what is judged ({names}): it tells nothing of health; `plot --metric` shows it")
     first, last = found.records[0].step, found.records[-1].step
     steps = "its steps are global steps" if found.axis == "global" else "its step N is global step N - 1"
     known = f", {len(found.records) - len(fresh)} of them known already" if len(fresh) < len(found.records) else ""

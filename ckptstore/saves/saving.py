@@ -11,7 +11,7 @@ from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import UsageError
 from ckptstore.manifest import Manifest
-from ckptstore.rules import is_loss
+from ckptstore.metric_names import is_loss
 from ckptstore.saves import steps, uploading
 from ckptstore.saves.uploading import Upload, Written
 

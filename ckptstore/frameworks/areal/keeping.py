@@ -132,14 +132,15 @@ class Recorder:
     def observe(self, data: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None, step: int) -> None:
         """Record one step; `data` as AReaL commits it: one dict, or one a minibatch."""
         from ckptstore.breaker_config import BreakerConfig
+        from ckptstore.metric_names import match
         from ckptstore.ranks import own_rank
-        from ckptstore.rules import REWARD, match
+        from ckptstore.rules import LOST, REWARD
 
         if own_rank() != 0:
             return
         dicts = (data,) if isinstance(data, Mapping) else tuple(data or ())
         found = {}
-        for name in (REWARD, *BreakerConfig().alive_metrics):
+        for name in (REWARD, LOST.metric, *BreakerConfig().alive_metrics):
             for metrics in dicts:
                 key = match(name, metrics)
                 if key is not None:
