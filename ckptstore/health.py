@@ -131,7 +131,7 @@ class Replay:
 
     tracks: tuple[Track, ...]
     server: dict[int, bool]  #: step → alive
-    falls: tuple[Stretch, ...] = ()  #: of the reward, where no rule judges that
+    falls: tuple[tuple[int, int], ...] = ()  #: of the reward, where no rule judges that: from a step on, up to another
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -148,11 +148,23 @@ def replay(line: Line, judges: Judges) -> Replay:
     return Replay(tuple(_track(line, rule) for rule in judges.rules), server, _falls(line, judges.rules))
 
 
-def _falls(line: Line, rules: Sequence[Rule]) -> tuple[Stretch, ...]:
+def _falls(line: Line, rules: Sequence[Rule]) -> tuple[tuple[int, int], ...]:
     if not rules or not isinstance(rules[0], Zero) or any(isinstance(rule, Collapse) for rule in rules):
         return ()
-    fall = Collapse(metric=rules[0].metric, drop=FALL, halflife_steps=FALL_HALFLIFE_STEPS)
-    return tuple(stretch for stretch in _track(line, fall).stretches if stretch.confirmed)
+    rule = Collapse(metric=rules[0].metric, drop=FALL, halflife_steps=FALL_HALFLIFE_STEPS)
+    falls: list[tuple[int, int]] = []
+    first, low, high = -1, 0, rule.patience  # steps in a row below and above; a fall ends as it begins, by `patience` of them
+    for seen in _track(line, rule).seen:
+        if seen.sign is Sign.BAD:
+            first = seen.step if not low and high >= rule.patience else first
+            low, high = low + 1, 0
+            if low == rule.patience and (not falls or falls[-1][1] < first):
+                falls.append((first, ledgers.MAX_STEP))
+        else:
+            low, high = 0, high + 1
+            if high == rule.patience and falls and falls[-1][1] == ledgers.MAX_STEP:
+                falls[-1] = (falls[-1][0], seen.step)
+    return tuple(falls)
 
 
 class Reader:
@@ -263,10 +275,10 @@ def at_step(step: int, ledger: Ledger, *, saved_at_s: float) -> Verdict:
     return _with_fall(chosen, step, found.falls) if chosen.health is Health.GOOD else chosen
 
 
-def _with_fall(verdict: Verdict, step: int, falls: Sequence[Stretch]) -> Verdict:
-    for fall in falls:
-        if fall.first_step <= step and (step <= fall.last_step or not fall.over):
-            fallen = f"since step {fall.first_step} it is less than half of what it was"
+def _with_fall(verdict: Verdict, step: int, falls: Sequence[tuple[int, int]]) -> Verdict:
+    for first, end in falls:
+        if first <= step < end:
+            fallen = f"since step {first} it is less than half of what it was"
             return verdict._replace(why=f"{verdict.why}; {fallen}", fallen=fallen)
     return verdict
 

@@ -654,6 +654,15 @@ def test_a_second_trip_has_a_quarantine_of_its_own(tmp_path: Path) -> None:
     assert len(set(folders)) == 2
 
 
+def test_a_last_good_checkpoint_that_is_hardly_good_is_told(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    values = [0.6] * 60 + [0.05] * 120 + [0.0] * 20
+    error = halted_by(CircuitBreaker(run), ((step, {REWARD: value}) for step, value in enumerate(values)))
+    assert error is not None
+    assert error.last_good_step == 140
+    assert "at the last good checkpoint, since step 60 it is less than half of what it was." in str(error)
+
+
 def test_without_checkpoints_it_says_that_none_is_left(tmp_path: Path) -> None:
     run = tmp_path / "checkpoints/alice/e/t"
     error = halted_by(CircuitBreaker(run, threshold=1), [(0, {REWARD: GOOD}), (1, {REWARD: 0.0})])

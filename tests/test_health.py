@@ -123,6 +123,15 @@ def falling(*, rules: Sequence[Rule] = (), to: float = 0.1) -> Ledger:
     )
 
 
+def test_a_fall_begins_and_ends_with_steps_in_a_row() -> None:
+    """A step now and then on the other side, as noise has it, neither ends it nor moves where it began."""
+    high, low = [0.8] * 50, [0.1, 0.1, 0.8] * 5 + [0.1] * 30
+    found = ledger_of([*high, *low, 0.8, *[0.1] * 30, *[0.8] * 30])
+    said = {step: health.at_step(step, found, saved_at_s=0).fallen[:13] for step in (49, 50, 52, 95, 126, 144, 145, 150)}
+    assert said == {49: "", 50: "since step 50", 52: "since step 50", 95: "since step 50", 126: "since step 50",
+                    144: "since step 50", 145: "", 150: ""}  # fmt: skip
+
+
 def test_a_reward_that_has_fallen_slowly_is_said_and_no_more() -> None:
     verdict = health.at_step(480, falling(), saved_at_s=0)
     assert (verdict.health, verdict.fallen[:11]) == (Health.GOOD, "since step ")
