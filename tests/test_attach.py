@@ -314,6 +314,27 @@ def test_metrics_are_recorded_without_a_breaker(trial: Path, data: Any) -> None:
     assert logger.logged == [3, 4]
 
 
+@pytest.mark.parametrize("loss", [None, "n/a", [0.1, 0.2]])
+def test_what_is_no_number_costs_no_other_metric(trial: Path, loss: Any) -> None:
+    logger = StatsLogger()
+    attach(logger, HandlerA(trial), run=trial)
+    logger.commit(0, 3, 3, {REWARD["B"]: 0.5, "ppo_actor/update/actor_loss/avg": loss, "n_seqs": 8})
+    assert recorded(trial) == {3: {REWARD["B"]: 0.5, "n_seqs": 8.0}}
+
+
+def test_metrics_that_cannot_be_recorded_are_said(trial: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = StatsLogger()
+    attach(logger, HandlerA(trial), run=trial)
+    path = Path(ledger.path_in(ledger.side_of(str(trial))))
+    path.mkdir(parents=True)  # the system writes no line into a folder
+    for step in range(3):
+        logger.commit(0, step, step, {REWARD["B"]: 0.5})
+    assert caplog.text.count("Is a directory") == 1
+    path.rmdir()
+    logger.commit(0, 3, 3, {REWARD["B"]: 0.5})
+    assert list(recorded(trial)) == [3]
+
+
 def test_the_breaker_halts_training_after_the_step_is_logged(trial: Path) -> None:
     logger, steps = StatsLogger(), []
     attach(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ckptstore.backends.local import LocalBackend
     from ckptstore.ledger import Writer
     from ckptstore.model import Checkpoint
+    from ckptstore.stats import StatsReader
 
 log = logging.getLogger(__name__)
 
@@ -127,27 +128,24 @@ class Recorder:
 
     def __init__(self, run: str) -> None:
         self._run = run
+        self._read: StatsReader | None = None
         self._writer: Writer | None = None
 
     def observe(self, data: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None, step: int) -> None:
-        """Record one step; `data` as AReaL commits it: one dict, or one a minibatch."""
-        from ckptstore.breaker_config import BreakerConfig
-        from ckptstore.metric_names import match
+        """Record one step; `data` as AReaL commits it: one dict, or one a minibatch. OSError where it cannot be written."""
         from ckptstore.ranks import own_rank
-        from ckptstore.rules import LOST, REWARD
+        from ckptstore.rules import ALIVE, LOST, REWARD
+        from ckptstore.stats import StatsReader
 
         if own_rank() != 0:
             return
-        dicts = (data,) if isinstance(data, Mapping) else tuple(data or ())
-        found = {}
-        for name in (REWARD, LOST.metric, *BreakerConfig().alive_metrics):
-            for metrics in dicts:
-                key = match(name, metrics)
-                if key is not None:
-                    found[key] = float(metrics[key])
-                    break
-        if found:
-            self._open().record(int(step), time.time(), found)
+        if self._read is None:
+            self._read = StatsReader((REWARD,), (LOST.metric, *ALIVE))
+        if found := self._read(data):
+            writer = self._open()
+            writer.record(int(step), time.time(), {self._read.keys[name]: value for name, value in found.items()})
+            if writer.lost is not None:
+                raise writer.lost
 
     def _open(self) -> Writer:
         from ckptstore import ledger
