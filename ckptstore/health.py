@@ -152,9 +152,12 @@ def _falls(line: Line, rules: Sequence[Rule]) -> tuple[tuple[int, int], ...]:
     if not rules or not isinstance(rules[0], Zero) or any(isinstance(rule, Collapse) for rule in rules):
         return ()
     rule = Collapse(metric=rules[0].metric, drop=FALL, halflife_steps=FALL_HALFLIFE_STEPS)
+    track = _track(line, rule)
+    if any(item.value is not None and item.value < 0 for item in track.seen):
+        return ()  # half of what is below 0, or about 0, says nothing
     falls: list[tuple[int, int]] = []
     first, low, high = -1, 0, rule.patience  # steps in a row below and above; a fall ends as it begins, by `patience` of them
-    for seen in _track(line, rule).seen:
+    for seen in track.seen:
         if seen.sign is Sign.BAD:
             first = seen.step if not low and high >= rule.patience else first
             low, high = low + 1, 0

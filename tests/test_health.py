@@ -132,6 +132,13 @@ def test_a_fall_begins_and_ends_with_steps_in_a_row() -> None:
                     144: "since step 50", 145: "", 150: ""}  # fmt: skip
 
 
+def test_nothing_is_said_of_a_fall_of_a_reward_that_is_negative_at_times() -> None:
+    """Half of what is below 0, or about 0, says nothing."""
+    found = ledger_of([-0.1] * 10 + [0.3] * 100 + [0.05] * 100)
+    assert health.at_step(205, found, saved_at_s=0)[::4] == (Health.GOOD, "")
+    assert health.at_step(125, ledger_of([-0.1] * 100 + [-0.3] * 100), saved_at_s=0).fallen == ""
+
+
 def test_a_reward_that_has_fallen_slowly_is_said_and_no_more() -> None:
     verdict = health.at_step(480, falling(), saved_at_s=0)
     assert (verdict.health, verdict.fallen[:11]) == (Health.GOOD, "since step ")
