@@ -30,14 +30,14 @@ from ckptstore.config import RunConfig, load
 from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.halt import Trip, both
 from ckptstore.ledger import Judges, Ledger, Writer
+from ckptstore.metric_names import match
 from ckptstore.ranks import Alone, own_rank, together
-from ckptstore.rules import Arm, NonFinite, Rule, Sign, match, server_rule
+from ckptstore.rules import LOST, Arm, NonFinite, Rule, Sign, server_rule
+from ckptstore.stats import Stats, StatsReader, dicts_of
 from ckptstore.streak import Watch
 
 log = logging.getLogger(__name__)
 
-Stats = Mapping[str, Any] | Iterable[Mapping[str, Any]] | None
-"""One step's metrics: a dict, or a list of dicts (one a minibatch; the first that has a metric counts)."""
 Save = Callable[[str], object]
 """Saves the model into the folder that it is given. Called on every rank that observes."""
 Reduce = Literal["same", "any", "mean"]
@@ -92,10 +92,10 @@ class CircuitBreaker:
         self._judges = Judges(settings.make_rules(), settings.alive_metrics)
         self._watches = [Watch(rule) for rule in self._judges.rules]
         self._server = [Watch(server_rule(name)) for name in self._judges.alive]
-        self._wanted = tuple(dict.fromkeys(name for rule in self._judges.rules for name in rule.metrics))
-        self._extra = tuple(dict.fromkeys(name for name in (*self._judges.alive, *record) if name not in self._wanted))
-        self._keys: dict[str, str] = {}
-        self._extra_missed: tuple[int, ...] = ()  #: sizes of the dicts in which some of _extra were looked for in vain
+        asked = [rule for rule in self._judges.rules if rule is not LOST]
+        others = [LOST.metric] * (len(asked) < len(self._judges.rules))
+        wanted = (name for rule in asked for name in rule.metrics)
+        self._read = StatsReader(wanted, (*others, *self._judges.alive, *record))
         self._save, self._server_alive, self._reduce = save, server_alive, reduce
         self._trip: Trip | None = None
         self._started = False
@@ -141,11 +141,10 @@ class CircuitBreaker:
             self._start(step)
         found = self._read(stats)
         if self._reduce == "mean":
-            names = (*self._wanted, *self._extra)
-            means = self._ranks.mean([found.get(name) for name in names])
-            found = {name: value for name, value in zip(names, means, strict=True) if value is not None}
+            means = self._ranks.mean([found.get(name) for name in self._read.names])
+            found = {name: value for name, value in zip(self._read.names, means, strict=True) if value is not None}
         if self._writer is not None and found:
-            self._writer.record(step, time.time(), {self._keys.get(name, name): value for name, value in found.items()})
+            self._writer.record(step, time.time(), {self._read.keys.get(name, name): value for name, value in found.items()})
             if self._writer.lost is not None:
                 self._not_recorded(self._writer)
         get = found.get
@@ -236,17 +235,21 @@ class CircuitBreaker:
 
     def _recall(self, ledger: Ledger, step: int) -> None:
         watches = (*self._watches, *self._server)
-        resets = [event.at_s for event in ledger.events if event.name == "reset"]
-        read, before_s = health.Reader(), 0.0
-        for record in (*ledger.line(before_step=step), None):
-            now_s = math.inf if record is None else record.at_s
-            if any(before_s <= at_s < now_s for at_s in resets):
+        read, forgiven = health.Reader(), 0
+
+        def forgive(resets: int) -> None:
+            nonlocal forgiven
+            if resets > forgiven:  # somebody has said to go on
+                forgiven = resets
                 for watch in watches:
-                    watch.forgive()  # somebody has said to go on
-            if record is not None:
-                before_s, read.metrics = now_s, dict(record.metrics)
-                for watch in watches:
-                    watch.look(read, record.step)
+                    watch.forgive()
+
+        for record in ledger.line(before_step=step):
+            forgive(record.resets)
+            read.metrics = dict(record.metrics)
+            for watch in watches:
+                watch.look(read, record.step)
+        forgive(sum(event.name == ledgers.RESET for event in ledger.events))
 
     def _ledger(self) -> Ledger:
         if not self._side:
@@ -259,40 +262,12 @@ class CircuitBreaker:
 
     # --- one step ------------------------------------------------------------------------------------------------------
 
-    def _read(self, stats: Stats) -> dict[str, float]:
-        """The values of the metrics that matter, by the names that the rules use."""
-        dicts = (stats,) if isinstance(stats, Mapping) else tuple(stats or ())
-        found = {}
-        for name in self._wanted:
-            if (value := self._value(name, dicts)) is not None:
-                found[name] = value
-        sizes = tuple(map(len, dicts))
-        for name in self._extra:
-            # What nobody demands is not looked for again in dicts of the same sizes: it costs more than all the rest.
-            if sizes == self._extra_missed and name not in self._keys:
-                continue
-            if (value := self._value(name, dicts)) is not None:
-                found[name] = value
-        self._extra_missed = sizes
-        return found
-
-    def _value(self, name: str, dicts: tuple[Mapping[str, Any], ...]) -> float | None:
-        key = self._keys.get(name)
-        if key is not None:
-            for metrics in dicts:
-                if key in metrics and (value := _number(metrics[key])) is not None:
-                    return value
-        for metrics in dicts:
-            key = match(name, metrics)
-            if key is not None and (value := _number(metrics[key])) is not None:
-                self._keys[name] = key
-                return value
-        return None
-
     def _warn_of_silence(self, stats: Stats, step: int) -> None:
-        dicts = (stats,) if isinstance(stats, Mapping) else tuple(stats or ())
+        dicts = dicts_of(stats)
         for watch in self._watches:
             name = watch.rule.metric
+            if watch.rule is LOST and not watch.steps:
+                continue  # nobody has asked for it
             if watch.steps == 0 and watch.silent >= SILENT_STEPS:
                 found = [(key, metrics[key]) for metrics in dicts if (key := match(name, metrics)) is not None]
                 seen = sorted({str(key) for metrics in dicts for key in metrics})
@@ -303,7 +278,7 @@ class CircuitBreaker:
                 text = f"{name} {NonFinite.saw} from the start, for {watch.nonfinite} steps"
                 self._warn(f"never finite {name}", f"{text}: after {watch.patience} training is halted")
             elif not watch.armed and watch.steps >= UNARMED_STEPS:
-                value = self._value(name, dicts)
+                value = self._read.value(name, dicts)
                 said = watch.rule.said if value is None or math.isfinite(value) else NonFinite.saw
                 text = f"{name} {said} from the start, for {watch.steps} steps: a broken dataset or reward looks like "
                 self._warn(
@@ -320,8 +295,8 @@ class CircuitBreaker:
     # --- tripping ------------------------------------------------------------------------------------------------------
 
     def _halt(self, watch: Watch | None, step: int) -> None:
-        diagnosis = tripping.diagnose(self._server, self._keys, self._server_alive)
-        trip = tripping.describe(step, watch, run=self.run, keys=self._keys, diagnosis=diagnosis, ledger=self._ledger())
+        diagnosis = tripping.diagnose(self._server, self._read.keys, self._server_alive)
+        trip = tripping.describe(step, watch, run=self.run, keys=self._read.keys, diagnosis=diagnosis, ledger=self._ledger())
         self._trip = trip
         if watch is not None:
             self._keep(trip)
@@ -388,17 +363,3 @@ class CircuitBreaker:
                 halt.rewrite(self._side, halt.with_post_mortem(trip, folder, how))
         except (CkptStoreError, OSError) as error:
             log.error("the TRIPPED record could not be completed: %s", error)
-
-
-def _number(value: Any) -> float | None:
-    """A number of whatever kind as a float; None for what is none."""
-    if type(value) is float:
-        return value
-    try:
-        if hasattr(value, "item"):
-            value = value.item()  # numpy scalars and tensors; waits for the device
-        return None if value is None or isinstance(value, str) else float(value)
-    except OverflowError:
-        return math.inf
-    except (TypeError, ValueError, RuntimeError):
-        return None  # several elements, or nothing like a number

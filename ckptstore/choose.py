@@ -16,8 +16,9 @@ from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import AccessError, IntegrityError, NotFoundError, NothingToResumeError, StorageError, UsageError
 from ckptstore.frameworks.areal import layout
 from ckptstore.listing import RESUMABLE, Listing, backend_for, never_stepped, read_adopted
+from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, Status
-from ckptstore.parts import find_manifest, read_part, with_dcp_holdings
+from ckptstore.parts import diverged, find_manifest, folder_of, manifest_told, read_part, with_dcp_holdings
 from ckptstore.verify import OWN_SUMS, Notify, verify
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     Judge = Callable[[Checkpoint], Verdict]
 
+_NONE: Mapping[int, Manifest | None] = {}
 #: How many steps of weights a resumable state is worth: Adam's moments need about as many to recover.
 STATE_WORTH_STEPS = 20
 
@@ -125,6 +127,7 @@ def resume_point(
         listing.refuse_doubt()
     skipped: list[Skipped] = []
     newest: Checkpoint | None = None
+    lost: Checkpoint | None = None
     verdict_on = _judge(ledger_of or listing.run.path)
     strict = not (selection.include_bad or selection.named)
     for candidate in _candidates(backend, listing, selection):
@@ -140,12 +143,18 @@ def resume_point(
             if newest is None:
                 skipped.append(Skipped(checkpoint, reasons))
             continue
+        if strict and listing.framework == "steps" and (why := diverged(_manifest_of(backend, checkpoint))):
+            skipped.append(Skipped(checkpoint, (why,)))
+            lost = lost or checkpoint
+            continue
         if newest is not None:
             why = f"its optimizer state is worth more than {newest.step - checkpoint.step} newer steps of weights alone"
             return ResumePoint(checkpoint, tuple(skipped), why, newest)
         newest = checkpoint
         if selection.named or selection.prefer != "state" or "optimizer" in checkpoint.holds:
             break
+    if newest is None and lost is not None:  # no loss of any is a number: the metric is broken, or all is lost
+        newest, skipped = lost, [skip for skip in skipped if skip.checkpoint.step > lost.step]
     if newest is not None:
         why = _why(newest, skipped, selection, verdict_on and verdict_on(newest), read_slot=read_slot)
         return ResumePoint(newest, tuple(skipped), why)
@@ -159,18 +168,24 @@ def resume_point(
     raise _nothing(listing, selection, skipped)
 
 
-def passed_over(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, str]:
+def passed_over(
+    run: str, checkpoints: Sequence[Checkpoint], manifests: Mapping[int, Manifest | None] = _NONE
+) -> dict[int, str]:
     """The steps that nobody goes on from unasked, and why: training has left them, or had gone bad (gone_bad)."""
-    return gone_bad(run, checkpoints) | {checkpoint.step: checkpoint.left for checkpoint in checkpoints if checkpoint.left}
+    left = {checkpoint.step: checkpoint.left for checkpoint in checkpoints if checkpoint.left}
+    return gone_bad(run, [checkpoint for checkpoint in checkpoints if not checkpoint.left], manifests) | left
 
 
-def gone_bad(run: str, checkpoints: Iterable[Checkpoint]) -> dict[int, str]:
-    """The steps of which a run's metrics say that training had gone bad, and what they say. None where none were recorded."""
+def gone_bad(run: str, checkpoints: Sequence[Checkpoint], manifests: Mapping[int, Manifest | None] = _NONE) -> dict[int, str]:
+    """The steps of which a run's metrics say that training had gone bad, and what they say. None where none were recorded.
+
+    With `manifests`, by step, those too that were saved with a loss that is no number, unless that leaves none.
+    """
     verdict_on = _judge(run)
-    if verdict_on is None:
-        return {}
-    verdicts = ((checkpoint.step, verdict_on(checkpoint)) for checkpoint in checkpoints)
-    return {step: f"health {found.health}: {found.why}" for step, found in verdicts if not found.health.resumable}
+    verdicts = ((checkpoint.step, verdict_on(checkpoint)) for checkpoint in checkpoints) if verdict_on is not None else ()
+    bad = {step: f"health {found.health}: {found.why}" for step, found in verdicts if not found.health.resumable}
+    lost = {step: why for step, manifest in manifests.items() if (why := diverged(manifest))}
+    return bad if all(one.step in bad or one.step in lost for one in checkpoints) else lost | bad
 
 
 def newest_good(run: str, checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
@@ -191,6 +206,10 @@ def newest_first(run: str, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint
     with contextlib.suppress(AccessError, StorageError):  # a ledger that cannot be read must not keep them from being sent
         bad = gone_bad(run, ordered) if len(ordered) > 1 else {}
     return sorted(ordered, key=lambda checkpoint: checkpoint.step in bad)
+
+
+def _manifest_of(backend: Backend, checkpoint: Checkpoint) -> Manifest | None:
+    return manifest_told(backend, folder_of(backend, checkpoint.parts[0]))
 
 
 def _judge(run: str) -> Judge | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -23,6 +24,8 @@ from ckptstore.errors import TrainingHalted, from_os_error
 from ckptstore.places import ledger_in
 from ckptstore.places import trip_in as path_in
 from ckptstore.untrusted import OUT_OF_RANGE, open_regular
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 20
 
@@ -175,12 +178,14 @@ def reset(side: str) -> Trip | None:
     """Let training start again: remove the record, and note in the ledger that what went before is forgiven."""
     trip = clear(side)
     if trip is not None:
-        from ckptstore.ledger import Writer  # only now: all verbs look for the record, and hardly any finds one
+        from ckptstore.ledger import RESET, Writer  # only now: all verbs look for the record, and hardly any finds one
 
         writer = Writer(ledger_in(side))
-        writer.event("reset", trip.step, time.time(), since_step=trip.since_step)
+        writer.event(RESET, trip.step, time.time(), since_step=trip.since_step)
         writer.sync()
         writer.close()
+        if writer.lost is not None:
+            log.warning("%s: the reset cannot be noted (%s), and bad steps go on counting", writer.path, writer.lost)
     return trip
 
 

@@ -26,8 +26,9 @@ from typing import NamedTuple
 from ckptstore import importing
 from ckptstore import ledger as ledgers
 from ckptstore.ledger import Judges, Ledger, Line, Record
+from ckptstore.metric_names import match
 from ckptstore.model import Checkpoint
-from ckptstore.rules import Rule, Sign, match, server_rule
+from ckptstore.rules import Collapse, Rule, Sign, Zero, server_rule
 from ckptstore.streak import Watch
 
 #: Metrics so many steps away say nothing about a step.
@@ -38,6 +39,9 @@ SPARSE = 0.25
 SPARSE_STRETCHES = 4
 #: But a stretch so many times as long as any that the run came out of is none of the usual ones.
 UNUSUAL = 3
+#: A fall that is said, and changes no health: data that turns harder looks the same. Where somebody chose a `collapse`, or
+#: watches something else than a reward, nothing is said. (docs/circuit-breaker.md has the figures.)
+FALL, FALL_HALFLIFE_STEPS = 0.5, 200.0
 
 
 class Health(StrEnum):
@@ -58,12 +62,16 @@ _WORST_LAST = tuple(Health)
 
 
 class Verdict(NamedTuple):
-    """A checkpoint's health and why. `value` is the first rule's metric at its own step, None where it is not recorded."""
+    """A checkpoint's health and why. `value` is the first rule's metric at its own step, None where it is not recorded.
+
+    `fallen`, which `why` ends with: that the reward of a good one is far below what it was.
+    """
 
     health: Health
     why: str
     value: float | None = None
     metric: str = ""
+    fallen: str = ""
 
 
 class Stretch(NamedTuple):
@@ -123,6 +131,7 @@ class Replay:
 
     tracks: tuple[Track, ...]
     server: dict[int, bool]  #: step → alive
+    falls: tuple[tuple[int, int], ...] = ()  #: of the reward, where no rule judges that: from a step on, up to another
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -136,7 +145,29 @@ def replay(line: Line, judges: Judges) -> Replay:
     for name in judges.alive:
         for seen in _track(line, server_rule(name)).seen:
             server[seen.step] = server.get(seen.step, True) and seen.sign is Sign.GOOD
-    return Replay(tuple(_track(line, rule) for rule in judges.rules), server)
+    return Replay(tuple(_track(line, rule) for rule in judges.rules), server, _falls(line, judges.rules))
+
+
+def _falls(line: Line, rules: Sequence[Rule]) -> tuple[tuple[int, int], ...]:
+    if not rules or not isinstance(rules[0], Zero) or any(isinstance(rule, Collapse) for rule in rules):
+        return ()
+    rule = Collapse(metric=rules[0].metric, drop=FALL, halflife_steps=FALL_HALFLIFE_STEPS)
+    track = _track(line, rule)
+    if any(item.value is not None and item.value < 0 for item in track.seen):
+        return ()  # half of what is below 0, or about 0, says nothing
+    falls: list[tuple[int, int]] = []
+    first, low, high = -1, 0, rule.patience  # steps in a row below and above; a fall ends as it begins, by `patience` of them
+    for seen in track.seen:
+        if seen.sign is Sign.BAD:
+            first = seen.step if not low and high >= rule.patience else first
+            low, high = low + 1, 0
+            if low == rule.patience and (not falls or falls[-1][1] < first):
+                falls.append((first, ledgers.MAX_STEP))
+        else:
+            low, high = 0, high + 1
+            if high == rule.patience and falls and falls[-1][1] == ledgers.MAX_STEP:
+                falls[-1] = (falls[-1][0], seen.step)
+    return tuple(falls)
 
 
 class Reader:
@@ -243,7 +274,16 @@ def at_step(step: int, ledger: Ledger, *, saved_at_s: float) -> Verdict:
     # The first rule is what the run is about; of the others only what is wrong counts.
     worst = max(verdicts, key=lambda verdict: _WORST_LAST.index(verdict.health))
     chosen = verdicts[0] if worst.health.resumable else worst
-    return chosen._replace(value=verdicts[0].value, metric=verdicts[0].metric)
+    chosen = chosen._replace(value=verdicts[0].value, metric=verdicts[0].metric)
+    return _with_fall(chosen, step, found.falls) if chosen.health is Health.GOOD else chosen
+
+
+def _with_fall(verdict: Verdict, step: int, falls: Sequence[tuple[int, int]]) -> Verdict:
+    for first, end in falls:
+        if first <= step < end:
+            fallen = f"since step {first} it is less than half of what it was"
+            return verdict._replace(why=f"{verdict.why}; {fallen}", fallen=fallen)
+    return verdict
 
 
 def _or_usual(step: int, track: Track, verdict: Verdict) -> Verdict:

@@ -6,7 +6,7 @@ cannot be understood are counted and ignored. Steps are global steps, 0-based; t
     {"ledger":1,"at":…,"rules":[…],"alive":[…]}                 what judged the steps that follow
     {"step":187,"at":…,"m":{"grpo_actor/task_reward/avg":0.0}}  "nan", "inf", "-inf" stand for what JSON lacks
     {"step":99,"at":…,"m":{…},"imported":…}                     the same, brought later; when it was
-    {"event":"trip","step":196,"at":…,"since":187}              also: reset
+    {"event":"trip","step":196,"at":…,"since":187}              also: reset, of what comes before it in the file
 
 A run that went back (resumed from step 140 after step 240) has two lines of history: `Ledger.line` follows one of them, and
 a checkpoint is looked up in the one during which it was saved.
@@ -34,6 +34,7 @@ from ckptstore.untrusted import open_regular
 side_of = places.side_of
 path_in = places.ledger_in
 VERSION = 1
+RESET = "reset"  #: the event after which what came before it is forgiven
 MAX_LINE_BYTES = 1 << 20
 MAX_BYTES = 256 << 20  #: of a ledger, from its end: a quarter of a million steps with a kilobyte each
 MAX_METRICS = 4096  #: of one line
@@ -42,11 +43,14 @@ _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Record(NamedTuple):
-    """One step's metrics. `at_s` is 0 where the time is unknown."""
+    """One step's metrics. `at_s` is 0 where the time is unknown. `resets`: as many came before it, in the order of the file,
+    whatever the clocks said; 0 for what was imported.
+    """
 
     step: int
     at_s: float
     metrics: Mapping[str, float]
+    resets: int = 0
 
 
 class Judges(NamedTuple):
@@ -161,7 +165,7 @@ def from_lines(lines: Iterable[bytes], *, logged: Iterable[Record] = ()) -> Ledg
     blocks: dict[float, list[Record]] = {0.0: []}  # what was recorded at the time; then each import
     events: list[Event] = []
     judges = DEFAULT_JUDGES
-    damaged, newest_s = 0, 0.0
+    damaged, newest_s, resets = 0, 0.0, 0
 
     def placed(record: Record) -> Record:
         nonlocal newest_s
@@ -173,9 +177,13 @@ def from_lines(lines: Iterable[bytes], *, logged: Iterable[Record] = ()) -> Ledg
             continue
         parsed = _parse(line)
         if isinstance(parsed, _Recorded):
-            blocks.setdefault(parsed.imported_at_s, []).append(placed(parsed.record))
+            record = placed(parsed.record)
+            blocks.setdefault(parsed.imported_at_s, []).append(
+                record if parsed.imported_at_s else record._replace(resets=resets)
+            )
         elif isinstance(parsed, Event):
             events.append(parsed)
+            resets += parsed.name == RESET
         elif isinstance(parsed, Judges):
             judges = parsed
         else:
@@ -240,7 +248,9 @@ def _branches(records: list[Record]) -> tuple[Line, ...]:
     current: list[Record] = []
     for record in records:
         if current and record.step == current[-1].step:
-            current[-1] = Record(record.step, record.at_s, {**current[-1].metrics, **record.metrics})
+            old = current[-1]
+            resets = max(old.resets, record.resets)
+            current[-1] = Record(record.step, record.at_s, {**old.metrics, **record.metrics}, resets)
         elif not current or record.step > current[-1].step:
             current.append(record)
         else:
@@ -268,7 +278,7 @@ class Writer:
     def records(self, records: Iterable[Record], *, imported_at_s: float) -> None:
         """Append what was recorded elsewhere, in its order, in one write as far as the system allows."""
         mark = f',"imported":{imported_at_s:.6f}}}\n'.encode()
-        self._write(b"".join(self._record_line(*record).removesuffix(b"}\n") + mark for record in records))
+        self._write(b"".join(self._record_line(one.step, one.at_s, one.metrics).removesuffix(b"}\n") + mark for one in records))
 
     def event(self, name: str, step: int, at_s: float, *, since_step: int) -> None:
         """Append something that happened."""

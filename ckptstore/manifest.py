@@ -65,6 +65,7 @@ class Manifest:
     source: str = ""  #: for setup: the checkpoint's folder, relative to its run
     tool: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    nonfinite: tuple[str, ...] = ()  #: metrics that were NaN or infinite, which no JSON number is
     base: str = ""  #: in an object store: the folder beside the manifest that the files lie in; "": beside it themselves
     group: NodeSet | None = None  #: the set of nodes that this is a part of; None: these are all files there are
 
@@ -100,6 +101,8 @@ class Manifest:
         }
         if self.base:
             document["base"] = self.base
+        if self.nonfinite:
+            document["nonfinite"] = list(self.nonfinite)
         if self.group is not None:
             document["group"] = self.group._asdict()
         return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -210,6 +213,7 @@ def _understood(document: Mapping[str, Any]) -> Manifest:
         source=_str(document, "source"),
         tool=_str(document, "tool"),
         metrics=_metrics(document.get("metrics", {})),
+        nonfinite=_names(document.get("nonfinite", [])),
         base=base,
         group=_node_set(document.get("group")),
     )
@@ -380,6 +384,12 @@ def _str(document: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str) or len(value) > 4096:
         raise ManifestError(f"manifest: `{key}` is missing or not a short string")
     return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(type(item) is str for item in value):
+        raise ManifestError("manifest: `nonfinite` is not a list of names")
+    return tuple(value)
 
 
 def _metrics(value: Any) -> dict[str, float]:

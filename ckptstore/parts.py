@@ -13,6 +13,7 @@ from ckptstore.errors import AccessError, CkptStoreError, ManifestError, NotFoun
 from ckptstore.formats import FormatError, dcp
 from ckptstore.frameworks.areal import layout
 from ckptstore.manifest import Manifest
+from ckptstore.metric_names import is_loss
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, MANIFEST_NAME, FileInfo, Finding, Part, ReadAt, Status, worst
 from ckptstore.native import Folder
 
@@ -90,12 +91,14 @@ def _judge_manifest(
         if data is None:
             key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
             data = backend.get(key, length_bytes=manifests.MAX_BYTES + 1)
-        plain = b'"group":' not in data
+        plain = b'"group":' not in data and b'"nonfinite":' not in data
         if plain and not findings and manifests.vouches_for(data, files):
             return Status.COMMITTED
         manifest = _parse(backend, data)
         if manifest.group is not None:
             notes.append(f"{manifest.group.whose}: the files of that node's ranks")
+        if why := diverged(manifest):
+            notes.append(f"{why}: a load that names no step passes it over where there is another")
         seen = manifest.inspect(files if backend.is_folder else as_recorded(files, manifest))
     except ManifestError as error:
         notes.append(f"its manifest does not count: {error}")
@@ -192,6 +195,12 @@ def manifest_told(backend: Backend, folder: str) -> Manifest | None:
         if not backend.is_folder:
             raise
         return None  # the listing of a folder has read it, and says so
+
+
+def diverged(manifest: Manifest | None) -> str:
+    """What the metrics that a step was saved with say against it, "" where nothing: a loss that was no number."""
+    lost = [name for name in (manifest.nonfinite if manifest is not None else ()) if is_loss(name)]
+    return f"{', '.join(lost)} was NaN or infinite when it was saved" if lost else ""
 
 
 def vouching(backend: Backend, part: Part) -> Manifest | None:

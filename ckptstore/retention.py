@@ -299,13 +299,13 @@ def _prune_there(backend: Backend, keep: Keep, saved: int) -> list[Decision]:
 
 
 def _candidates(backend: Backend, listing: Listing) -> list[Candidate]:
-    bad = choose.gone_bad(listing.run.path, listing.checkpoints)
     manifests: dict[int, Manifest | None] = {}
 
     def read(checkpoint: Checkpoint, _: parallel.Stop) -> None:
         manifests[checkpoint.step] = manifest_told(backend, folder_of(backend, checkpoint.parts[0]))
 
     parallel.each(listing.checkpoints, read, threads=1 if backend.is_folder else _AT_ONCE)
+    bad = choose.gone_bad(listing.run.path, listing.checkpoints, manifests)
     found = []
     for checkpoint in listing.checkpoints:
         manifest = manifests[checkpoint.step]

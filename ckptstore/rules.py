@@ -9,26 +9,20 @@ But a run that has been NaN from its start on, for `nan_patience` steps, is none
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, StrEnum
 from typing import Any, ClassVar
 
 from ckptstore.errors import UsageError
+from ckptstore.metric_names import is_evaluations, is_loss
 
 REWARD = "grpo_actor/task_reward/avg"
 #: Metrics that fall when the inference server dies: answers get short, then there are none.
 ALIVE = ("seq_len/avg", "n_seqs")
-#: Where several metrics match: the actor's before anybody else's.
-PREFERRED = ("grpo_actor", "ppo_actor", "actor", "rollout")
 #: Others than losses may be no number at first (a reward before the first episode ends; a gradient norm while fp16's scale is
 #: looked for): so many steps of it are no start.
 NAN_START_STEPS = 100
-#: What is evaluated now and then may be logged as NaN until it is.
-_NOW_AND_THEN = re.compile(r"(?:^|[^a-z])(?:eval|val|valid|test|dev)(?:[^a-z]|uation|idation|$)", re.IGNORECASE)
-_EVALUATION = re.compile(r"(eval|valid|test)", re.IGNORECASE)
-
 Read = Callable[[str], float | None]
 """Gives a metric's value at this step by its name, None where the step has none."""
 Memory = dict[str, Any]
@@ -50,35 +44,11 @@ class Arm(StrEnum):
     ALWAYS = "always"  #: from the first step on
 
 
-def match(name: str, keys: Collection[str]) -> str | None:
-    """The key that the metric `name` means: itself, else one that ends like it behind another prefix.
-
-    `grpo_actor/task_reward/avg` is found as `ppo_actor/task_reward/avg` too, but never as `eval-rollout/task_reward/avg`.
-    """
-    if name in keys:
-        return name
-    suffix = _suffix(name)
-    tail = "/" + suffix
+def _arm(value: Any) -> Arm:
     try:
-        found = [key for key in keys if key.endswith(tail)]
-    except AttributeError:  # keys that are no text
-        found = [key for key in keys if isinstance(key, str) and key.endswith(tail)]
-    if suffix in keys:
-        found.append(suffix)
-    if not _EVALUATION.match(name):
-        found = [key for key in found if not _EVALUATION.match(key)]
-    return min(found, key=_preference, default=None)
-
-
-def _suffix(name: str) -> str:
-    # The first component is a scope that differs between trainers; what is left must still say something.
-    _, slash, rest = name.partition("/")
-    return rest if slash and "/" in rest else name
-
-
-def _preference(key: str) -> tuple[int, int, str]:
-    scope = key.partition("/")[0]
-    return (PREFERRED.index(scope) if scope in PREFERRED else len(PREFERRED), len(key), key)
+        return Arm(value)
+    except ValueError:
+        raise UsageError(f"arm is {value!r:.40}, and must be one of {', '.join(Arm)}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +95,9 @@ class Rule:
         """
         if self.arm is Arm.ALWAYS:
             return self.patience
-        if _NOW_AND_THEN.search(self.metric):
+        if is_evaluations(self.metric):
             return None
-        return self.patience if "loss" in self.metric.lower() else max(self.patience, NAN_START_STEPS)
+        return self.patience if is_loss(self.metric) else max(self.patience, NAN_START_STEPS)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -349,9 +319,13 @@ KNOWN: Mapping[str, type[Rule]] = {
 }
 
 
+#: No healthy run has this, and the reward may be anything meanwhile. Trainers without such a metric are judged without it.
+LOST = NonFinite(metric="actor_loss/avg", patience=10)
+
+
 def default_rules(metric: str = REWARD, threshold: int = 10, arm: Arm | str = Arm.FIRST_GOOD) -> tuple[Rule, ...]:
-    """The rule of the old guides: zero (or NaN) for `threshold` steps in a row."""
-    return (Zero(metric=metric, patience=threshold, arm=_arm(arm)),)
+    """The rule of the old guides: zero (or NaN) for `threshold` steps in a row. And AReaL's loss, where there is one."""
+    return (Zero(metric=metric, patience=threshold, arm=_arm(arm)), LOST)
 
 
 def server_rule(metric: str) -> Rule:
@@ -383,13 +357,6 @@ def _rule(spec: Any, depth: int = 0) -> Rule:
         inner = given.get("rules")
         given["rules"] = tuple(_rule(item, depth + 1) for item in inner) if isinstance(inner, list) else ()
     return kind(**given)
-
-
-def _arm(value: Any) -> Arm:
-    try:
-        return Arm(value)
-    except ValueError:
-        raise UsageError(f"arm is {value!r:.40}, and must be one of {', '.join(Arm)}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -74,7 +74,7 @@ class CheckpointStore:
         """Copy a folder's files into the store as `step`: digested in the one read, durable, visible only when whole.
 
         A step that is there already stays until the new one is durable, then is replaced in one act. `metrics` are for
-        retention (best K): numbers of any kind; those that are not finite are left out. `keep` prunes afterwards. Errors:
+        retention: numbers of any kind; a step whose loss is NaN or infinite does not count. `keep` prunes afterwards. Errors:
         NotCommitted and CommitUncertain as in errors.py; RefusedError for a run of AReaL's, links and devices; NoSpaceError;
         SourceChangedError. At a URL it is sent there, as docs/saving.md says.
         """

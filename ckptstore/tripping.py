@@ -28,6 +28,9 @@ def describe(step: int, watch: Watch | None, *, run: str, keys: Keys, diagnosis:
     since = step if watch is None else watch.since
     good = _last_good(run, ledger, since) if run else None
     good_step = -1 if good is None else good.step
+    if good is not None and (fallen := health.of(good, ledger).fallen):
+        low = f"The reward had fallen before, slowly: at the last good checkpoint, {fallen}"
+        diagnosis = f"{diagnosis}. {low}" if diagnosis else low
     return Trip(
         run=run,
         step=step,

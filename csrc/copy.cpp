@@ -9,6 +9,7 @@
 
 #include "crc.h"
 #include "error.h"
+#include "probe.h"
 
 namespace ckptstore {
 namespace {

@@ -9,6 +9,7 @@
 
 #include "error.h"
 #include "pool.h"
+#include "probe.h"
 
 namespace ckptstore {
 namespace {

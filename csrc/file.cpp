@@ -1,6 +1,5 @@
 #include "file.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/openat2.h>
@@ -8,17 +7,12 @@
 #include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
-#include <sys/utsname.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <utility>
 
 #include "error.h"
@@ -48,7 +42,6 @@ struct Syscalls {
   int (*close)(int) = ::close;
   ssize_t (*pread)(int, void*, std::size_t, off64_t) = ::pread64;
   ssize_t (*pwrite)(int, const void*, std::size_t, off64_t) = ::pwrite64;
-  ssize_t (*preadv2)(int, const struct iovec*, int, off64_t, int) = ::preadv64v2;
   int (*fsync)(int) = ::fsync;
   int (*syncfs)(int) = ::syncfs;
   int (*sync_file_range)(int, off64_t, off64_t, unsigned) = ::sync_file_range;
@@ -57,7 +50,6 @@ struct Syscalls {
   int (*ftruncate)(int, off64_t) = ::ftruncate64;
   int (*futimens)(int, const struct timespec*) = ::futimens;
   int (*mkdirat)(int, const char*, mode_t) = ::mkdirat;
-  int (*unlinkat)(int, const char*, int) = ::unlinkat;
   int (*renameat2)(int, const char*, int, const char*, unsigned) = ::renameat2;
   int (*fadvise)(int, off64_t, off64_t, int) = ::posix_fadvise64;
   int (*clone)(int, int) = call_clone;
@@ -313,20 +305,6 @@ void sync_file_system(int fd, const std::string& path) {
   check(kSystem.syncfs(fd), "sync the file system of", path);
 }
 
-bool sync_file_system_is_durable(int fd) {
-  struct statfs system{};
-  if (::fstatfs(fd, &system) < 0) return false;
-  constexpr unsigned long kExt = 0xEF53, kXfs = 0x58465342, kBtrfs = 0x9123683E,
-                          kTmpfs = 0x01021994;
-  const auto type = static_cast<unsigned long>(system.f_type);
-  if (type != kExt && type != kXfs && type != kBtrfs && type != kTmpfs) return false;
-  struct utsname kernel{};
-  int major = 0, minor = 0;
-  if (::uname(&kernel) < 0 || std::sscanf(kernel.release, "%d.%d", &major, &minor) != 2)
-    return false;
-  return major > 5 || (major == 5 && minor >= 8);
-}
-
 void write_back(int fd, std::uint64_t offset, std::uint64_t bytes, bool wait,
                 const std::string& path) {
   unsigned flags = SYNC_FILE_RANGE_WRITE;
@@ -344,31 +322,6 @@ void drop_cache(int fd, std::uint64_t offset, std::uint64_t bytes) noexcept {
 }
 
 void expect_sequential(int fd) noexcept { kSystem.fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL); }
-
-bool is_cached(int fd, std::uint64_t offset, std::uint64_t bytes) noexcept {
-  if (bytes == 0) return true;
-  // cachestat (Linux 6.5) counts the pages. It is denied for files of others.
-  constexpr long kCachestat = 451;
-  struct {
-    std::uint64_t offset, bytes;
-  } range{offset, bytes};
-  struct {
-    std::uint64_t cached, dirty, writeback, evicted, recently_evicted;
-  } counts{};
-  if (::syscall(kCachestat, fd, &range, &counts, 0U) == 0) {
-    return counts.cached * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE)) >= bytes / 2;
-  }
-  // Else ask for single bytes that must not wait for the disk.
-  int hits = 0;
-  constexpr int kProbes = 4;
-  for (int i = 0; i < kProbes; ++i) {
-    char byte;
-    struct iovec vector{&byte, 1};
-    const std::uint64_t at = offset + (bytes - 1) / kProbes * static_cast<std::uint64_t>(i);
-    hits += kSystem.preadv2(fd, &vector, 1, signed_offset(at), RWF_NOWAIT) == 1;
-  }
-  return hits * 2 > kProbes;
-}
 
 bool clone(int destination, int source, const std::string& path) {
   if (retry_interrupted([&] { return kSystem.clone(destination, source); }) == 0) return true;
@@ -390,31 +343,6 @@ void sync_path(const std::string& path) {
                     }),
                     "open", path));
   sync(fd.get(), path);
-}
-
-bool supports_direct(const std::string& folder) {
-  UniqueFd root = open_folder(folder);
-  const std::string name = ".ckptstore-direct-" + std::to_string(::getpid()) + "-" +
-                           std::to_string(reinterpret_cast<std::uintptr_t>(&root));
-  const int flags = O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
-  UniqueFd plain(check(kSystem.openat(root.get(), name.c_str(), flags, 0600), "make", folder));
-  bool works = false;
-  {
-    UniqueFd direct(
-        kSystem.openat(root.get(), name.c_str(), O_RDWR | O_DIRECT | O_NOFOLLOW | O_CLOEXEC, 0));
-    std::unique_ptr<void, decltype(&std::free)> block(
-        std::aligned_alloc(kAlignmentBytes, kAlignmentBytes), std::free);
-    if (direct && block) {
-      std::memset(block.get(), 0xA5, kAlignmentBytes);
-      const auto size = static_cast<ssize_t>(kAlignmentBytes);
-      works = kSystem.pwrite(direct.get(), block.get(), kAlignmentBytes, 0) == size;
-      std::memset(block.get(), 0, kAlignmentBytes);
-      works = works && kSystem.pread(direct.get(), block.get(), kAlignmentBytes, 0) == size &&
-              static_cast<unsigned char*>(block.get())[kAlignmentBytes - 1] == 0xA5;
-    }
-  }
-  kSystem.unlinkat(root.get(), name.c_str(), 0);
-  return works;
 }
 
 void be_nice(int nice) noexcept {

@@ -1,6 +1,6 @@
-// Files by descriptor: everything the engine asks of the kernel. EINTR and short transfers are
-// handled in file.cpp and nowhere else. Every function that can fail throws IoError with the
-// operation, the path given, and errno.
+// Files by descriptor: everything the engine asks of the kernel, but what probe.h finds out. EINTR
+// and short transfers are handled in file.cpp and nowhere else. Every function that can fail throws
+// IoError with the operation, the path given, and errno.
 #pragma once
 
 #include <sys/stat.h>
@@ -94,9 +94,6 @@ void sync_folder(int fd, const std::string& path);
 /// syncfs: everything dirty on the file system of `fd`. Reports errors since `fd` was opened.
 void sync_file_system(int fd, const std::string& path);
 
-/// True where syncfs is known to reach the disk and to report lost pages (Linux 5.8 on).
-bool sync_file_system_is_durable(int fd);
-
 /// Starts writing a range back; waits for it too if `wait`. An error is as final as one of sync().
 void write_back(int fd, std::uint64_t offset, std::uint64_t bytes, bool wait,
                 const std::string& path);
@@ -104,10 +101,6 @@ void write_back(int fd, std::uint64_t offset, std::uint64_t bytes, bool wait,
 /// Advice, never an error: let go of the cached pages that are clean; read ahead.
 void drop_cache(int fd, std::uint64_t offset, std::uint64_t bytes) noexcept;
 void expect_sequential(int fd) noexcept;
-
-/// Whether most of a range is in the page cache. `fd` must not be opened O_DIRECT. False where it
-/// cannot be known.
-bool is_cached(int fd, std::uint64_t offset, std::uint64_t bytes) noexcept;
 
 /// Shares all blocks of `source` with `destination` (FICLONE). False where the file systems cannot.
 bool clone(int destination, int source, const std::string& path);
@@ -117,9 +110,6 @@ void rename_with(const std::string& from, const std::string& to, unsigned flags)
 
 /// fsync by path, of a file or a folder.
 void sync_path(const std::string& path);
-
-/// Whether a scratch file in this folder takes an aligned O_DIRECT write and gives it back.
-bool supports_direct(const std::string& folder);
 
 /// Lowers the priority of the calling thread alone to `nice` (0 to 19). Never raises it. Best
 /// effort.

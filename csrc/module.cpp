@@ -22,6 +22,7 @@
 #include "file.h"
 #include "gil.h"
 #include "pool.h"
+#include "probe.h"
 #include "scan.h"
 
 namespace py = pybind11;

@@ -96,7 +96,7 @@ def areal_run(home: Path) -> Path:
     records = [Record(step, 1.7e9 + step, {"grpo_actor/task_reward/avg": 0.5, "grad_norm": 1.0}) for step in range(40, 190)]
     writer.records(records[:75], imported_at_s=1.8e9)
     for record in records[75:]:
-        writer.record(*record)
+        writer.record(record.step, record.at_s, record.metrics)
     writer.event("reset", 100, 1.7e9 + 100, since_step=90)
     writer.close()
     halt.write_first(side, halt.Trip(step=187, since_step=180, saw="reward was 0", command="ckptstore resume"))

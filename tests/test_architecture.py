@@ -21,7 +21,7 @@ ROOT = Path(ckptstore.__file__).parent
 #: new subject) lies above them all: it may import what it likes, and nothing here may import it.
 LAYERS = (
     ("errors", "model"),
-    ("names", "sizes", "inspection", "untrusted", "marshalling"),
+    ("names", "metric_names", "sizes", "inspection", "untrusted", "marshalling"),
     ("manifest", "native", "config", "rules", "streak", "ranks", "parallel", "backends.stalls", "transfer.tuning", "pages"),
     ("backends", "backends.*", "formats", "formats.*"),
     ("transfer.multipart",),

@@ -135,6 +135,31 @@ def test_each_save_is_kept_and_no_other_dump(trial: Path, handler_class: type[Ha
     assert not [name for name in side.iterdir() if name.name.startswith("stage-")]
 
 
+def test_a_save_amid_zeros_is_kept_and_said(trial: Path, caplog: pytest.LogCaptureFixture) -> None:
+    handler = HandlerA(trial)
+    logger = StatsLogger()
+    attachment = attach(logger, handler, run=trial)
+    for step in range(35):
+        handler.dump({"default": Engine()}, step_info(step), None, None, None, dataloader=None)
+        logger.commit(0, step, step, {"ppo_actor/task_reward/avg": 0.7 if step < 12 else 0.0})
+    attachment.wait()
+    said = [record.getMessage() for record in caplog.records if "training had gone bad" in record.getMessage()]
+    assert [text.split()[2] for text in said] == ["19", "29"]
+    assert adopted(trial) == [9, 19, 29], "and the last good one stays"
+
+
+def test_a_ledger_that_cannot_be_read_is_no_save_that_failed(trial: Path, caplog: pytest.LogCaptureFixture) -> None:
+    handler = HandlerA(trial)
+    attachment = attach(StatsLogger(), handler, run=trial)
+    Path(ledger.path_in(ledger.side_of(str(trial)))).mkdir(parents=True)
+    for step in range(10):
+        handler.dump({"default": Engine()}, step_info(step), None, None, None, dataloader=None)
+    attachment.wait()
+    assert adopted(trial) == [9]
+    assert "step 9 is kept; older ones may not be removed" in caplog.text
+    assert "not kept" not in caplog.text
+
+
 def test_one_engine_or_several(trial: Path, handler_class: type[HandlerA]) -> None:
     handler = handler_class(trial)
     attachment = attach(StatsLogger(), handler, run=str(trial))
@@ -287,6 +312,27 @@ def test_metrics_are_recorded_without_a_breaker(trial: Path, data: Any) -> None:
     assert logger.commit(0, 4, global_step=4, data=data) == "logged"
     assert [list(metrics.values()) for metrics in recorded(trial).values()] == [[0.5], [0.5]]
     assert logger.logged == [3, 4]
+
+
+@pytest.mark.parametrize("loss", [None, "n/a", [0.1, 0.2]])
+def test_what_is_no_number_costs_no_other_metric(trial: Path, loss: Any) -> None:
+    logger = StatsLogger()
+    attach(logger, HandlerA(trial), run=trial)
+    logger.commit(0, 3, 3, {REWARD["B"]: 0.5, "ppo_actor/update/actor_loss/avg": loss, "n_seqs": 8})
+    assert recorded(trial) == {3: {REWARD["B"]: 0.5, "n_seqs": 8.0}}
+
+
+def test_metrics_that_cannot_be_recorded_are_said(trial: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = StatsLogger()
+    attach(logger, HandlerA(trial), run=trial)
+    path = Path(ledger.path_in(ledger.side_of(str(trial))))
+    path.mkdir(parents=True)  # the system writes no line into a folder
+    for step in range(3):
+        logger.commit(0, step, step, {REWARD["B"]: 0.5})
+    assert caplog.text.count("Is a directory") == 1
+    path.rmdir()
+    logger.commit(0, 3, 3, {REWARD["B"]: 0.5})
+    assert list(recorded(trial)) == [3]
 
 
 def test_the_breaker_halts_training_after_the_step_is_logged(trial: Path) -> None:

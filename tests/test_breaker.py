@@ -10,13 +10,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import ckptstore.torch as ckpt
 from ckptstore import CheckpointStore, halt, health, importing, ledger, pins, places, recovery
@@ -26,6 +28,7 @@ from ckptstore.breaker_config import BreakerConfig
 from ckptstore.choose import Selection
 from ckptstore.errors import CkptStoreError, NothingToResumeError, TrainingHalted, UsageError
 from ckptstore.listing import scan
+from ckptstore.metric_names import match
 from ckptstore.picture import compose
 from ckptstore.plan import Options
 from ckptstore.retention import Keep
@@ -44,7 +47,6 @@ from ckptstore.rules import (
     Spike,
     Unchanged,
     Zero,
-    match,
     parse,
 )
 from ckptstore.streak import Watch
@@ -171,6 +173,50 @@ def test_the_error_survives_pickling() -> None:
 )
 def test_default_rule(name: str, values: list[float | None], trips: int) -> None:
     assert trips_at(CircuitBreaker(), values) == trips
+
+
+@pytest.mark.parametrize("key", ["ppo_actor/update/actor_loss/avg", "grpo_actor/actor_loss/avg", "actor_loss/avg"])
+@pytest.mark.parametrize("first", [0, 20])
+def test_a_loss_that_is_no_number_halts_whatever_the_reward_is(key: str, first: int) -> None:
+    """The reward of a run whose updates are all left out (AReaL does for a NaN) stays where it was."""
+    steps = ((step, {REWARD: GOOD, key: 0.01 if step < first else NAN}) for step in range(100))
+    error = halted_by(CircuitBreaker(), steps)
+    assert error is not None
+    assert error.step == first + 9
+    assert f"{key} was NaN or infinite for 10 steps in a row" in str(error)
+
+
+def test_a_trainer_without_that_loss_is_told_nothing_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    assert trips_at(CircuitBreaker(), [GOOD] * 200) == -1
+    assert trips_at(CircuitBreaker(metric="reward"), [GOOD] * 200, key="reward") == -1
+    assert not messages(caplog)
+    rules = [Zero(), NonFinite(metric="actor_loss/avg", patience=10)]
+    assert trips_at(CircuitBreaker(rules=rules), [GOOD] * 200) == -1
+    assert any("no metric actor_loss/avg" in text for text in messages(caplog)), "who asks for it, is told"
+
+
+@pytest.mark.parametrize(
+    ("said", "metrics"),
+    [
+        ("task_reward/avg was more than 50% below", lambda step: {REWARD: 0.6 - 0.5 * min(step / 300, 1)}),
+        ("actor_loss/avg was NaN", lambda step: {"ppo_actor/update/actor_loss/avg": NAN if step > 50 else 0.0}),
+        ("entropy/avg was more than 90% below", lambda step: {"ppo_actor/update/entropy/avg": 0.4 if step < 150 else 0.01}),
+        ("approx_kl/avg was above 0.5", lambda step: {"ppo_actor/update/approx_kl/avg": 0.001 * 1.05**step}),
+        (
+            "grad_norm was more than 10 times its average and",
+            lambda step: {"ppo_actor/update/grad_norm": 9.0 if step > 200 else 0.5, REWARD: 0.3 if step > 200 else GOOD},
+        ),
+        ("", lambda step: {"ppo_actor/update/grad_norm": 9.0 if step > 200 else 0.5, "ppo_actor/update/entropy/avg": 0.3}),
+    ],
+)
+def test_the_rules_of_the_page_see_what_it_says_of_them(said: str, metrics: Callable[[int], dict[str, float]]) -> None:
+    page = (
+        (Path(__file__).parent.parent / "docs/circuit-breaker.md").read_text().partition("### What the usual rules do not see")
+    )
+    block = yaml.safe_load(page[2].partition("```yaml")[2].partition("```")[0])["circuit_breaker"]
+    breaker = CircuitBreaker(settings=BreakerConfig.of_block(block))
+    error = halted_by(breaker, ((step, {REWARD: GOOD} | metrics(step)) for step in range(400)))
+    assert (said in str(error)) if said else error is None
 
 
 def test_evaluation_steps_do_not_count() -> None:
@@ -608,6 +654,15 @@ def test_a_second_trip_has_a_quarantine_of_its_own(tmp_path: Path) -> None:
     assert len(set(folders)) == 2
 
 
+def test_a_last_good_checkpoint_that_is_hardly_good_is_told(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    values = [0.6] * 60 + [0.05] * 120 + [0.0] * 20
+    error = halted_by(CircuitBreaker(run), ((step, {REWARD: value}) for step, value in enumerate(values)))
+    assert error is not None
+    assert error.last_good_step == 140
+    assert "at the last good checkpoint, since step 60 it is less than half of what it was." in str(error)
+
+
 def test_without_checkpoints_it_says_that_none_is_left(tmp_path: Path) -> None:
     run = tmp_path / "checkpoints/alice/e/t"
     error = halted_by(CircuitBreaker(run, threshold=1), [(0, {REWARD: GOOD}), (1, {REWARD: 0.0})])
@@ -663,6 +718,41 @@ def test_reset_forgives_the_streak(tmp_path: Path) -> None:
     halt.reset(side)
     assert trips_at(CircuitBreaker(run), [0.0] * 30, first=11) == 20, "ten more, not one"
     assert health.at_step(5, ledger.read(ledger.path_in(side)), saved_at_s=0).health is health.Health.BAD, "but bad it was"
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, 3600.0])
+def test_a_reset_forgives_what_came_before_it_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    run = trees.make_run(tmp_path)
+    assert trips_at(CircuitBreaker(run), [GOOD] + [0.0] * 10) == 10
+    with monkeypatch.context() as patch:
+        patch.setattr(halt.time, "time", lambda now=time.time: now() + ahead_s)
+        halt.reset(ledger.side_of(str(run)))
+    assert trips_at(CircuitBreaker(run), [0.0] * 6, first=11) == -1, "what went before the reset does not count"
+    assert trips_at(CircuitBreaker(run), [0.0] * 30, first=17) == 20, "what came after it does, over a restart too"
+
+
+def test_a_reset_holds_where_training_goes_on_before_the_trip_or_old_metrics_are_imported(tmp_path: Path) -> None:
+    run = trees.make_run(tmp_path)
+    side = ledger.side_of(str(run))
+    assert trips_at(CircuitBreaker(run), [GOOD] + [0.0] * 10) == 10
+    halt.reset(side)
+    writer = ledger.Writer(ledger.path_in(side))
+    writer.records([ledger.Record(0, time.time() - 3600, {"loss": 1.0})], imported_at_s=time.time())
+    writer.close()
+    assert trips_at(CircuitBreaker(run), [0.0] * 30, first=8) == 17, "ten from step 8 on"
+
+
+def test_a_reset_that_cannot_be_noted_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = trees.make_run(tmp_path)
+    side = ledger.side_of(str(run))
+    assert trips_at(CircuitBreaker(run), [GOOD] + [0.0] * 10) == 10
+    Path(ledger.path_in(side)).unlink()
+    Path(ledger.path_in(side)).mkdir()
+    caplog.clear()
+    assert halt.reset(side) is not None
+    assert any("the reset cannot be noted" in text for text in messages(caplog))
 
 
 def test_state_dict_takes_the_place_of_the_ledger() -> None:
@@ -908,5 +998,10 @@ def test_ranks_pass_over_bad_steps(tmp_path: Path, caplog: pytest.LogCaptureFixt
             shutil.rmtree(tmp_path / "mine" / f"step-{step}")
         with pytest.raises(NothingToResumeError, match="step 39 has health bad"):
             ckpt.resume_step(store)
+        other = CheckpointStore(tmp_path / "other")
+        for step, loss in enumerate((0.5, 0.25, math.nan)):
+            ckpt.save(other, step, {"w": torch.zeros(1)}, metrics={"loss": loss})
+        assert ckpt.resume_step(other) == 1
+        assert "step 1 is chosen, not 2: loss was NaN or infinite when it was saved" in caplog.text
     finally:
         torch.distributed.destroy_process_group()

@@ -315,7 +315,7 @@ def test_the_manifest_is_as_its_page_says(tmp_path: Path) -> None:
         for name in re.findall(r"`([\w.\[\]]+)`", line.split("|")[1])
     }
     told = {name.removeprefix("files[].") for name in table}
-    assert told == ({*found} | {*found["files"][0]} | {"base", "group"}) - {"files"}
+    assert told == ({*found} | {*found["files"][0]} | {"base", "group", "nonfinite"}) - {"files"}
 
 
 # --- nothing of the place where this was written -----------------------------------------------------------------

@@ -134,8 +134,8 @@ HOLDS = {
     "setup --dry-run": ("checkpoint", "finding"),
     "setup": ("checkpoint", "finding"),
     "resume": ("checkpoint", "finding", "run"),
-    "adopt": ("checkpoint",),
-    "watch": ("checkpoint",),
+    "adopt": ("checkpoint", "health"),
+    "watch": ("checkpoint", "health"),
     "status": ("run", "trip", "health", "mirror"),
     "doctor": ("run",),
 }
@@ -155,7 +155,7 @@ def keys(document: object) -> Iterator[str]:
 
 
 def documented(kind: str) -> set[str]:
-    row = re.sub(r"\((?:words|with their health|null [^)]*|the folder [^)]*|all of [^)]*)\)", "", DOCUMENTS[f"`{kind}`"])
+    row = re.sub(r"\((?:words|with \w+ health|null [^)]*|the folder [^)]*|all of [^)]*)\)", "", DOCUMENTS[f"`{kind}`"])
     own = {*_NAME.findall(row)} - {"setup", "list"}
     below = {"setup": "setup --dry-run", "resume": "setup", "verify --weights": "verify"}.get(kind)
     own |= documented(below) if below else set()

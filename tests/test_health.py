@@ -114,6 +114,45 @@ def test_rules_with_an_average_are_judged_from_the_beginning() -> None:
     assert of(35, found) is Health.BAD
 
 
+def falling(*, rules: Sequence[Rule] = (), to: float = 0.1) -> Ledger:
+    """From 0.6 at step 150 to 0.1 at step 450, with noise."""
+    noise = random.Random(3)
+    return ledger_of(
+        [max(0.6 - (0.6 - to) * min(max(step - 150, 0) / 300, 1) + noise.gauss(0, 0.04), 0.01) for step in range(500)],
+        rules=rules,
+    )
+
+
+def test_a_fall_begins_and_ends_with_steps_in_a_row() -> None:
+    """A step now and then on the other side, as noise has it, neither ends it nor moves where it began."""
+    high, low = [0.8] * 50, [0.1, 0.1, 0.8] * 5 + [0.1] * 30
+    found = ledger_of([*high, *low, 0.8, *[0.1] * 30, *[0.8] * 30])
+    said = {step: health.at_step(step, found, saved_at_s=0).fallen[:13] for step in (49, 50, 52, 95, 126, 144, 145, 150)}
+    assert said == {49: "", 50: "since step 50", 52: "since step 50", 95: "since step 50", 126: "since step 50",
+                    144: "since step 50", 145: "", 150: ""}  # fmt: skip
+
+
+def test_nothing_is_said_of_a_fall_of_a_reward_that_is_negative_at_times() -> None:
+    """Half of what is below 0, or about 0, says nothing."""
+    found = ledger_of([-0.1] * 10 + [0.3] * 100 + [0.05] * 100)
+    assert health.at_step(205, found, saved_at_s=0)[::4] == (Health.GOOD, "")
+    assert health.at_step(125, ledger_of([-0.1] * 100 + [-0.3] * 100), saved_at_s=0).fallen == ""
+
+
+def test_a_reward_that_has_fallen_slowly_is_said_and_no_more() -> None:
+    verdict = health.at_step(480, falling(), saved_at_s=0)
+    assert (verdict.health, verdict.fallen[:11]) == (Health.GOOD, "since step ")
+    assert verdict.why.endswith(verdict.fallen)
+    assert 300 < int(verdict.fallen.split()[2]) < 450
+    assert health.at_step(200, falling(), saved_at_s=0).fallen == ""
+    assert health.at_step(480, falling(to=0.4), saved_at_s=0).fallen == "", "a third less is nothing unusual"
+    assert health.at_step(480, falling(rules=[Zero()]), saved_at_s=0).fallen, "a breaker with the usual rule knows no more"
+    lower_is_better = health.at_step(480, falling(rules=[Spike(metric=REWARD)]), saved_at_s=0)
+    assert (lower_is_better.health, lower_is_better.fallen) == (Health.GOOD, "")
+    chosen = health.at_step(480, falling(rules=[Collapse(drop=0.5, halflife_steps=200)]), saved_at_s=0)
+    assert (chosen.health, chosen.fallen) == (Health.BAD, ""), "who chose the rule has it judged"
+
+
 def test_metrics_recorded_now_and_then() -> None:
     lines = [
         json.dumps({"step": step, "at": step, "m": {REWARD: GOOD if step < 100 else 0.0}}).encode()
@@ -431,7 +470,7 @@ def test_a_clock_that_was_set_mixes_no_history(tmp_path: Path, set_by_s: float, 
     records = [Record(step, at_s, {REWARD: 0.0 if step >= 120 else GOOD}) for step, at_s in times.items()]
     observed, imported = Writer(str(tmp_path / "observed")), Writer(str(tmp_path / "imported"))
     for record in records:
-        observed.record(*record)
+        observed.record(record.step, record.at_s, record.metrics)
     imported.records(records, imported_at_s=1.8e9)
     for writer in (observed, imported):
         writer.close()

@@ -102,6 +102,7 @@ def whole_manifests(draw):
         source=draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)),
         tool="t",
         metrics=draw(st.dictionaries(st.text(max_size=8), st.floats(allow_nan=False, allow_infinity=False), max_size=3)),
+        nonfinite=tuple(draw(st.lists(st.text(max_size=8), max_size=2))),
     )
 
 
@@ -179,6 +180,9 @@ def nested(count):
         edited(files=...),
         edited(metrics=[]),
         edited(metrics={"a": "1"}),
+        edited(nonfinite={"a": "nan"}),
+        edited(nonfinite=["a", 1]),
+        edited(nonfinite="loss"),
         edited(metrics={"a": True}),
         edited(metrics={"a": 10**400}),
         edited_file(0, bytes=-1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,73 @@ def test_a_tripped_run(run: Path, cli: Cli) -> None:
     assert "TRIPPED at step 196" in cli("list", "--run", run).out
 
 
+def recorded(run: Path, rewards: Callable[[int], float], steps: int) -> None:
+    Path(side_of(run)).mkdir(parents=True, exist_ok=True)
+    writer = ledger.Writer(ledger.path_in(side_of(run)))
+    for step in range(steps):
+        writer.record(step, 1000.0 + step, {REWARD: rewards(step)})
+    writer.close()
+
+
+def test_what_is_kept_of_a_bad_time_is_kept_and_said(tmp_path: Path, cli: Cli) -> None:
+    run = trees.make_run(tmp_path / "root", slot="era_a", slot_step=150, recover_info=150)
+    recorded(run, lambda step: 0.0 if step > 140 else 0.75, 160)
+    bad = "health bad: grpo_actor/task_reward/avg was 0 at 19 steps in a row, from step 141 on"
+    result = cli("adopt", "--run", run)
+    assert (result.code, "kept global step 150" in result.out) == (0, True)
+    assert f"{bad}: it is kept all the same, and setup passes it over" in " ".join(result.err.split())
+    shown = cli("status", "--run", run)
+    assert "good     global step 140 is the newest good one" in shown.out
+    assert "bad      step 150 (adopted): " in shown.out
+    assert "bad      step 150 (the slot): " in shown.out
+    document = cli("status", "--run", run, "--json").json
+    found = [(one["kind"], one["step"], one["health"]) for one in (*document["checkpoints"], document["slot"])]
+    assert [one for one in found if one[0] != "export"] == [("adopted", 150, "bad"), ("slot", 150, "bad")]
+    assert document["last_good_step"] == 140
+
+
+@pytest.mark.parametrize(("bad_from", "said"), [(141, "bad"), (999, "good"), (None, "unknown")])
+def test_watch_and_adopt_give_the_health_of_what_they_keep(tmp_path: Path, cli: Cli, bad_from: int | None, said: str) -> None:
+    run = trees.make_run(tmp_path / "root", slot="era_a", slot_step=150, recover_info=150)
+    if bad_from is not None:
+        recorded(run, lambda step: 0.0 if step >= bad_from else 0.75, 160)
+    kept = json.loads(cli("watch", "--once", "--run", run, "--json").out)["checkpoint"]
+    assert (kept["step"], kept["health"]) == (150, said)
+    shutil.rmtree(f"{side_of(run)}/adopted")
+    assert cli("adopt", "--run", run, "--json").json["checkpoint"]["health"] == said
+    shutil.rmtree(f"{side_of(run)}/adopted")
+    result = cli("watch", "--once", "--run", run)
+    assert ("health bad" in result.err) is (said == "bad")
+
+
+def test_a_ledger_that_cannot_be_read_keeps_nothing_from_being_kept(tmp_path: Path, cli: Cli) -> None:
+    run = trees.make_run(tmp_path / "root", slot="era_a", slot_step=150, recover_info=150)
+    Path(ledger.path_in(side_of(run))).mkdir(parents=True)
+    result = cli("adopt", "--run", run)
+    assert (result.code, "kept global step 150" in result.out) == (0, True)
+    assert "whether step 150 is healthy cannot be told" in result.err
+
+
+def test_the_slot_counts_where_nothing_else_is_good(tmp_path: Path, cli: Cli) -> None:
+    run = trees.make_run(tmp_path / "root", steps=[], slot="era_a", slot_step=150, recover_info=150)
+    recorded(run, lambda step: 0.75, 160)
+    assert "global step 150 (the slot) is the newest good one" in cli("status", "--run", run).out
+    assert cli("status", "--run", run, "--json").json["last_good_step"] == 150
+
+
+def test_a_reward_that_has_fallen_slowly_is_said_where_one_chooses(run: Path, cli: Cli) -> None:
+    recorded(run, lambda step: 0.6 if step < 100 else max(0.6 - 0.01 * (step - 100), 0.05), 200)
+    said = "since step 131 it is less than half of what it was"
+    assert (
+        f"global step 187 is the newest good one: grpo_actor/task_reward/avg is 0.05; {said}" in cli("status", "--run", run).out
+    )
+    assert (
+        f"health good: grpo_actor/task_reward/avg is 0.05; {said} (`ckptstore plot` shows it" in cli("list", "--run", run).out
+    )
+    plan = cli("setup", "--run", run, "--dry-run", "--as-is", "--json").json
+    assert (plan["checkpoint"]["step"], said in plan["why"]) == (187, True)
+
+
 def test_reset(run: Path, cli: Cli) -> None:
     trip(run)
     result = cli("status", "--run", run, "--reset")
@@ -124,7 +192,7 @@ def test_import_makes_health_of_a_run_that_nobody_watched(run: Path, cli: Cli, t
 def test_import_of_other_metrics_is_told(run: Path, cli: Cli, tmp_path: Path) -> None:
     table = tmp_path / "export.csv"
     table.write_text("global_step,train/reward\n" + "".join(f"{step},0.7\n" for step in range(200)))
-    assert "does not hold grpo_actor/task_reward/avg, which is judged" in cli("status", "--run", run, "--import", table).err
+    assert "holds nothing of what is judged (grpo_actor/task_reward/avg, " in cli("status", "--run", run, "--import", table).err
     table.write_text(table.read_text().replace("train/reward", "ppo_actor/task_reward/avg"))
     assert "is judged" not in cli("status", "--run", run, "--import", table).err
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ckptstore import CheckpointStore, native
+from ckptstore import CheckpointStore, Keep, native
 from ckptstore.backends import LocalBackend
 from ckptstore.errors import (
     CkptStoreError,
@@ -29,7 +29,7 @@ from ckptstore.errors import (
 )
 from ckptstore.manifest import FileEntry
 from ckptstore.saves import loading
-from tests import reads, trees
+from tests import commands, reads, trees
 
 torch = pytest.importorskip("torch")
 dcp = pytest.importorskip("torch.distributed.checkpoint")
@@ -137,6 +137,54 @@ def test_a_loss_that_backward_has_not_left_behind_is_a_metric(store: CheckpointS
     finally:
         torch.set_warn_always(False)
     assert manifest.metrics == {"loss": 0.25}
+
+
+def lost_from(store: CheckpointStore, step: int, steps: range, **more: float) -> None:
+    """Weights and loss are NaN from a step on, as a loop would save them."""
+    for at in steps:
+        weights = torch.full((2,), float(at) if at < step else math.nan)
+        ckpt.save(store, at, {"w": weights}, metrics={"train/loss": weights.sum(), **more}, keep=Keep(last=3))
+
+
+@pytest.mark.parametrize("where", ["a folder", "a URL"])
+def test_a_loss_that_is_no_number_spoils_no_store(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Retention had deleted the last healthy steps, and load given the NaNs back."""
+    place = tmp_path / "store" if where == "a folder" else f"memory://lost-{tmp_path.name}-{os.getpid()}"
+    store = CheckpointStore(place)
+    lost_from(store, 5, range(10))
+    assert "train/loss = nan" in caplog.text
+    assert [one.step for one in store.list()] == [2, 3, 4, 9]
+    caplog.clear()
+    assert ckpt.load(store)["w"].tolist() == [4.0, 4.0]
+    assert "step 4 is loaded, not 9: train/loss was NaN or infinite when it was saved" in caplog.text
+    point = store.resume_point()
+    assert (point.checkpoint.step, [skip.checkpoint.step for skip in point.skipped]) == (4, [9])
+    assert store.resume_point(include_bad=True).checkpoint.step == 9
+    assert math.isnan(ckpt.load(store, 9)["w"][0]), "who names it, gets it"
+    if where == "a folder":
+        commands.invoke(capfd, "list", "--run", place)
+        out = " ".join(commands.invoke(capfd, "list", "--run", place).err.split())
+        assert "step 9: train/loss was NaN or infinite when it was saved: a load that names no step passes it over" in out
+
+
+def test_where_no_loss_is_a_number_the_newest_is_loaded(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Else a script that takes "nothing to resume" for a first start would begin anew, because a metric is broken."""
+    lost_from(store, 0, range(6))
+    assert [one.step for one in store.list()] == [3, 4, 5]
+    assert math.isnan(ckpt.load(store)["w"][0])
+    assert "step 5 is loaded although train/loss was NaN" in caplog.text
+    assert (store.resume_point().checkpoint.step, store.resume_point().skipped) == (5, ())
+
+
+@pytest.mark.parametrize("name", ["eval/loss", "val_loss", "reward", "grad_norm"])
+def test_what_may_be_no_number_in_a_healthy_run_spoils_nothing(store: CheckpointStore, name: str) -> None:
+    """An evaluation that is not due, a reward before the first episode ends, fp16's search for its scale."""
+    lost_from(store, 99, range(6), **{name: math.nan})
+    assert [one.step for one in store.list()] == [3, 4, 5]
+    assert ckpt.load(store)["w"].tolist() == [5.0, 5.0]
+    assert (store.resume_point().checkpoint.step, store.get(5).parts[0].notes) == (5, ())
 
 
 def test_optimizer_and_scheduler_go_on(store: CheckpointStore) -> None:

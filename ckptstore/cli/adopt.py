@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from ckptstore.adopt import adopt
+from ckptstore.cli import condition
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
 from ckptstore.cli.opening import open_run
 from ckptstore.cli.progress import Progress
-from ckptstore.cli.render import checkpoint_json, done, echo, print_json, state, steps
+from ckptstore.cli.render import checkpoint_json, done, echo, note, print_json, state, steps
 from ckptstore.locate import Where
 from ckptstore.sizes import size
 
@@ -22,11 +23,14 @@ def command(where: Where, as_json: bool) -> None:
 
     The trainer overwrites its one slot in place: a crash during a save loses both the old state and the new one.
     """
-    _, backend = open_run(where, as_json=as_json)
+    located, backend = open_run(where, as_json=as_json)
     with Progress(quiet=as_json) as progress:
         checkpoint = adopt(backend, notify=progress.notify)
+    shown = condition.of_kept(located.run.path, checkpoint)
     if as_json:
-        print_json({"done": True, "checkpoint": checkpoint_json(checkpoint), "store": checkpoint.store})
+        print_json({"done": True, "checkpoint": checkpoint_json(checkpoint) | shown.json, "store": checkpoint.store})
         return
     echo()
     done(f"kept {steps(checkpoint)}: {size(checkpoint.size_bytes)}, {state(checkpoint.holds)}, in {checkpoint.store}")
+    if not shown.resumable:
+        note(f"{shown.text}: it is kept all the same, and setup passes it over")

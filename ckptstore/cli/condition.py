@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from ckptstore.cli.render import NO_VERDICT, note
+from ckptstore.errors import CkptStoreError
 from ckptstore.health import Health, Verdict, ledger_of, of
 from ckptstore.model import Checkpoint
 
@@ -21,6 +23,7 @@ class Shown(NamedTuple):
     text: str
     json: dict[str, Any]
     resumable: bool
+    fallen: bool = False  #: whether its reward is far below what it was, although it is good
 
 
 def of_all(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, Shown]:
@@ -31,9 +34,23 @@ def of_all(run: str, checkpoints: Sequence[Checkpoint]) -> dict[int, Shown]:
         verdict = of(checkpoint, ledger)
         text = f"health {verdict.health}: {verdict.why}"
         shown[id(checkpoint)] = Shown(
-            (metric(verdict.value), health(verdict.health)), text, verdict_json(verdict), verdict.health.resumable
+            (metric(verdict.value), health(verdict.health)),
+            text,
+            verdict_json(verdict),
+            verdict.health.resumable,
+            bool(verdict.fallen),
         )
     return shown
+
+
+def of_kept(run: str, checkpoint: Checkpoint) -> Shown:
+    """The verdict on what was just kept of a run. One that cannot be told, as where the ledger cannot be read, is no error."""
+    try:
+        shown = of_all(run, [checkpoint]).get(id(checkpoint))
+    except CkptStoreError as error:
+        note(f"whether step {checkpoint.step} is healthy cannot be told: {error}")
+        shown = None
+    return shown or Shown(("-", health(Health.UNKNOWN)), "", NO_VERDICT, True)
 
 
 def metric(value: float | None) -> str:

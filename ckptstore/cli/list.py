@@ -13,6 +13,7 @@ from ckptstore.backends import is_url
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, WhichOption, from_log_step, location_options
 from ckptstore.cli.opening import gap, note_other_at_work, open_run
 from ckptstore.cli.render import (
+    NO_VERDICT,
     age,
     checkpoint_json,
     columns,
@@ -45,7 +46,6 @@ _LEFT = frozenset({"parts", "holds", "format", "health", "status"})
 _DISPENSABLE = ("parts", "files", "format", "epoch:step", "holds", "log")
 _AREAL_ONLY = frozenset({"log", "epoch:step", "parts"})
 _MANY = 8
-NO_VERDICT = {"health": "unknown", "health_why": "no metrics are recorded", "metric": "", "value": None}
 
 if TYPE_CHECKING:
     from ckptstore.cli.condition import Shown
@@ -334,6 +334,8 @@ def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bo
         ours = listing.framework == "steps"
         who = "a load that names no step passes it over" if ours else "setup passes it over (--include-bad does not)"
         field("", f"{verdicts[id(newest)].text}: {who}")
+    elif verdicts and verdicts[id(newest)].fallen:
+        field("", f"{verdicts[id(newest)].text} (`ckptstore plot` shows it; data that turned harder looks the same)")
     bound = (
         f" --before-step {before_step}"
         if before_step is not None

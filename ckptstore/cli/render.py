@@ -165,6 +165,14 @@ def state(names: Sequence[str]) -> str:
 
 # --- for programs -------------------------------------------------------------------------------------------------
 
+#: The documented fields of a health that nothing tells.
+NO_VERDICT: dict[str, Any] = {
+    "health": "unknown",
+    "health_why": "no metrics are recorded",
+    "metric": "",
+    "value": None,
+}
+
 
 def print_json(document: Any) -> None:
     """Print a JSON document. All of it is ASCII, control characters of names as \\u escapes: safe to look at."""

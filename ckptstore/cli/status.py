@@ -18,14 +18,15 @@ from ckptstore.cli.render import age, done, echo, field, item, note, print_json,
 from ckptstore.errors import NotFoundError, UsageError
 from ckptstore.health import Health
 from ckptstore.ledger import Ledger, Writer
-from ckptstore.listing import Listing, scan
+from ckptstore.listing import RESUMABLE, Listing, scan
 from ckptstore.locate import Located, Where
+from ckptstore.metric_names import match
 from ckptstore.model import Checkpoint
-from ckptstore.rules import match
 from ckptstore.transfer import mirrored
 from ckptstore.transfer.mirrored import Lag
 
 _SHOWN = 6
+_PLACES = {"adopted": " (adopted)", "slot": " (the slot)"}
 
 
 @click.command("status", cls=Verb, short_help="Is it halted, what is pinned, what do the metrics say.")
@@ -112,7 +113,7 @@ def _import(side: str, path: str, axis: str) -> str:
     judged = [name for rule in ledger.judges.rules for name in rule.metrics]
     if not any(match(name, record.metrics) for record in found.records for name in judged):
         names = ", ".join(dict.fromkeys(judged))
-        note(f"{path} does not hold {names}, which is judged: it tells nothing of health; `plot --metric` shows it")
+        note(f"{path} holds nothing of what is judged ({names}): it tells nothing of health; `plot --metric` shows it")
     first, last = found.records[0].step, found.records[-1].step
     steps = "its steps are global steps" if found.axis == "global" else "its step N is global step N - 1"
     known = f", {len(found.records) - len(fresh)} of them known already" if len(fresh) < len(found.records) else ""
@@ -139,7 +140,9 @@ def _print(listing: Listing, side: str, ledger: Ledger) -> None:
     if good is None:
         field("good", "no checkpoint is known to be good" if ledger else "unknown: no metrics are recorded (--import FILE)")
     else:
-        field("good", f"global step {good.step} is the newest good one: {health.of(good, ledger).why}")
+        field(
+            "good", f"global step {good.step}{_PLACES.get(good.kind, '')} is the newest good one: {health.of(good, ledger).why}"
+        )
     _print_checkpoints(listing, ledger)
     if (lag := _lag(listing, side)) is not None:
         _print_mirror(lag)
@@ -165,9 +168,14 @@ def _print_mirror(lag: Lag) -> None:
         item("✗", lag.problem)
 
 
+def _everything(listing: Listing) -> list[Checkpoint]:
+    """All that one could resume from, the slot too where its step is known."""
+    slot = [listing.slot] if listing.slot is not None and listing.slot.step >= 0 and listing.slot.format in RESUMABLE else []
+    return sorted((*listing.checkpoints, *listing.adopted, *slot), key=lambda checkpoint: checkpoint.step)
+
+
 def _last_good(listing: Listing, ledger: Ledger) -> Checkpoint | None:
-    every = (*listing.checkpoints, *listing.adopted)
-    usable = [checkpoint for checkpoint in every if checkpoint.status.usable and not checkpoint.left]
+    usable = [checkpoint for checkpoint in _everything(listing) if checkpoint.status.usable and not checkpoint.left]
     healthy = [checkpoint for checkpoint in usable if health.of(checkpoint, ledger).health is Health.GOOD]
     return max(healthy, key=lambda checkpoint: checkpoint.step, default=None)
 
@@ -175,10 +183,10 @@ def _last_good(listing: Listing, ledger: Ledger) -> Checkpoint | None:
 def _print_checkpoints(listing: Listing, ledger: Ledger) -> None:
     if not ledger:
         return
-    verdicts = [(checkpoint, health.of(checkpoint, ledger)) for checkpoint in listing.checkpoints]
+    verdicts = [(checkpoint, health.of(checkpoint, ledger)) for checkpoint in _everything(listing)]
     wrong = [(checkpoint, verdict) for checkpoint, verdict in verdicts if not verdict.health.resumable]
     for checkpoint, verdict in wrong[:_SHOWN]:
-        field(str(verdict.health), f"step {checkpoint.step}: {verdict.why}")
+        field(str(verdict.health), f"step {checkpoint.step}{_PLACES.get(checkpoint.kind, '')}: {verdict.why}")
     if len(wrong) > _SHOWN:
         field("", f"and {len(wrong) - _SHOWN} more (`ckptstore list`)")
 
@@ -228,9 +236,12 @@ def _json(located: Located, listing: Listing, side: str, ledger: Ledger) -> dict
         "mirror": None if lag is None else _mirror_json(lag),
         "last_good_step": None if good is None else good.step,
         "checkpoints": [
-            {"step": checkpoint.step, "status": str(checkpoint.status)} | condition.verdict_json(health.of(checkpoint, ledger))
-            for checkpoint in listing.checkpoints
+            _checkpoint_json(checkpoint, ledger)
+            for checkpoint in sorted(
+                (*listing.checkpoints, *listing.adopted), key=lambda one: (one.step, one.kind == "adopted")
+            )
         ],
+        "slot": None if listing.slot is None else _checkpoint_json(listing.slot, ledger),
         "metrics": {
             "steps": len(line),
             "newest_step": line[-1].step if line else None,
@@ -240,6 +251,11 @@ def _json(located: Located, listing: Listing, side: str, ledger: Ledger) -> dict
             "damaged_lines": ledger.damaged_lines,
         },
     }
+
+
+def _checkpoint_json(checkpoint: Checkpoint, ledger: Ledger) -> dict[str, Any]:
+    told = {"kind": checkpoint.kind, "step": checkpoint.step, "status": str(checkpoint.status)}
+    return told | condition.verdict_json(health.of(checkpoint, ledger))
 
 
 def _mirror_json(lag: Lag) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import click
 from ckptstore import adopt
 from ckptstore.backends import is_url, normal_url, open_backend
 from ckptstore.backends.stalls import StallWatch
+from ckptstore.cli import condition
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, location_options
 from ckptstore.cli.moving import MAX_BANDWIDTH, bounded
 from ckptstore.cli.opening import open_run
@@ -79,10 +80,13 @@ def command(where: Where, keep: int, to: str, bytes_per_s: float | None, once: b
     with Progress(quiet=as_json) as progress:
 
         def show(checkpoint: Checkpoint) -> None:
+            shown = condition.of_kept(located.run.path, checkpoint)
             if as_json:
-                click.echo(json.dumps({"checkpoint": checkpoint_json(checkpoint), "store": checkpoint.store}))
-            else:
-                done(f"kept {steps(checkpoint)}, {size(checkpoint.size_bytes)}, in {checkpoint.store}")
+                click.echo(json.dumps({"checkpoint": checkpoint_json(checkpoint) | shown.json, "store": checkpoint.store}))
+                return
+            done(f"kept {steps(checkpoint)}, {size(checkpoint.size_bytes)}, in {checkpoint.store}")
+            if not shown.resumable:
+                note(f"{shown.text}: it is kept all the same, and setup passes it over")
 
         def look() -> None:
             """What the trainer has saved while something was sent is kept at once, and sent before what is older."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, SupportsFloat
 
@@ -9,11 +11,14 @@ from ckptstore import native
 from ckptstore.backends.base import Backend
 from ckptstore.errors import UsageError
 from ckptstore.manifest import Manifest
+from ckptstore.metric_names import is_loss
 from ckptstore.saves import steps, uploading
 from ckptstore.saves.uploading import Upload, Written
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+_log = logging.getLogger("ckptstore")
 
 Draft = steps.Draft | Upload
 
@@ -23,9 +28,9 @@ Metrics = Mapping[str, SupportsFloat]
 
 def numbers_of(metrics: Metrics | None) -> dict[str, float]:
     """The metrics as they are now: what is saved in the background must not see what becomes of them. UsageError for what is
-    no number: before anything is written.
+    no number: before anything is written. A loss that is NaN or infinite is said.
     """
-    numbers = {}
+    numbers: dict[str, float] = {}
     for name, value in dict(metrics or {}).items():
         if not isinstance(name, str):
             raise UsageError(f"a metric's name is text, not {name!r:.40}")
@@ -36,6 +41,12 @@ def numbers_of(metrics: Metrics | None) -> dict[str, float]:
             raise UsageError(
                 f"the metric {name!r:.60} is {value!r:.60}, which is no number", hint="Leave it out where it is not known."
             ) from error
+    if lost := [name for name, value in numbers.items() if is_loss(name) and not math.isfinite(value)]:
+        _log.warning(
+            "what is saved now has %s = %s: a load that names no step passes it over, and no rule of retention counts it",
+            lost[0],
+            numbers[lost[0]],
+        )
     return numbers
 
 

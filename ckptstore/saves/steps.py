@@ -328,7 +328,7 @@ def manifest_of(
     source: str,
     chunk_bytes: int = native.CHUNK_BYTES,
 ) -> Manifest:
-    """The manifest of a step that was saved. Metrics that are not finite are left out."""
+    """The manifest of a step that was saved."""
     numbers = {name: float(value) for name, value in metrics.items()}
     return Manifest(
         step=step,
@@ -341,6 +341,7 @@ def manifest_of(
         source=source,
         tool=f"ckptstore {ckptstore.__version__}",
         metrics={name: value for name, value in numbers.items() if math.isfinite(value)},
+        nonfinite=tuple(sorted(name for name, value in numbers.items() if not math.isfinite(value))),
     )
 
 

@@ -106,8 +106,8 @@ def _common(ranks: Sequence[Mapping[int, str]]) -> set[tuple[int, str]]:
 def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None = None) -> int:
     """The newest step that all ranks see, and see the same of: where each node has a disk of its own, one that all nodes have.
 
-    Passed over, with a warning, is one of which a breaker's metrics say that training had gone bad, and one that training
-    has left: it went back, and saved a step of a lower number since.
+    Passed over, with a warning, is one of which a breaker's metrics say that training had gone bad, one whose own loss was NaN,
+    and one that training has left: it went back, and saved a step of a lower number since.
     A collective: every rank of the group calls it, with its own store. A save that a crash cut between its nodes' commits is
     finished first: what is published on one node, and prepared on all others, is read, checked and published there.
     NothingToResumeError on all where there is no such step, RankError on all where one cannot look. What is whole on all nodes
@@ -172,7 +172,8 @@ def _look(store: CheckpointStore, process_group: dist.ProcessGroup | None) -> li
                 name = node_sets.identity(store.folder)
         ready = {save: one.group for save, one in _prepared(store).items()} if name else {}
         there = _committed(store)
-        bad = passed_over(store.backend.location, [checkpoint for checkpoint, _ in there])
+        manifests: dict[int, Manifest | None] = {one.step: manifest for one, manifest in there}
+        bad = passed_over(store.backend.location, [checkpoint for checkpoint, _ in there], manifests)
         names = {one.step: (identity(manifest), manifest.group) for one, manifest in there}
         seen = Seen(name, names, ready, bad)
     except CkptStoreError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from ckptstore.errors import IntegrityError, NotFoundError, NothingToResumeError
 from ckptstore.formats import FormatError, safetensors
 from ckptstore.frameworks.steps import STATE_NAME
 from ckptstore.manifest import FileEntry, Manifest
-from ckptstore.model import Part
-from ckptstore.parts import files_folder_of, folder_of, read_manifest, reader
+from ckptstore.model import Checkpoint, Part
+from ckptstore.parts import diverged, files_folder_of, folder_of, manifest_told, read_manifest, reader
 from ckptstore.retention import Keep, prune_after
 from ckptstore.saves import saving
 from ckptstore.saves.loading import Want, read_into, read_whole
@@ -126,7 +126,8 @@ def commit(
 def load(store: CheckpointStore, step: int | None = None, *, map_location: torch.device | str | None = None) -> dict[str, Any]:
     """The state saved as `step` (None: the newest whole one), on the CPU or at `map_location`.
 
-    Without a step, those are passed over, with a warning, of which a breaker's metrics say that training had gone bad.
+    Without a step, those are passed over, with a warning, of which a breaker's metrics say that training had gone bad, and
+    those that were saved with a loss that is NaN or infinite.
     Read once, in parallel, into the new tensors' memory (that of a GPU by pinned buffers, bounce.py), every digest checked:
     DigestMismatchError for damage, NothingToResumeError where there is no step, and
     NotFoundError where there is not even the bucket. What was not saved by `save` is UsageError.
@@ -216,7 +217,7 @@ def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
             see_nothing(store)
             whole = []
         bad = passed_over(store.backend.location, whole)
-        newest = next((one for one in reversed(whole) if one.step not in bad), None)
+        newest = _sound(store, [one for one in reversed(whole) if one.step not in bad], bad)
         if newest is None:
             raise NothingToResumeError(
                 f"there is no {'good' if bad else 'whole'} step in {store.backend.location}",
@@ -227,12 +228,23 @@ def _newest(store: CheckpointStore) -> tuple[Part, Manifest]:
         if newest != whole[-1]:
             last = whole[-1].step
             _log.warning("step %d is loaded, not %d: %s (name a step to load it)", newest.step, last, bad[last])
+        elif newest.step in bad:
+            _log.warning("step %d is loaded although %s: there is no other", newest.step, bad[newest.step])
         try:
             return find(store, newest.step)
         except (NotFoundError, UsageError):
             if not tries_left or newest in store.list():  # not removed meanwhile
                 raise
     raise AssertionError("the last try returns or raises")
+
+
+def _sound(store: CheckpointStore, good: Sequence[Checkpoint], bad: dict[int, str]) -> Checkpoint | None:
+    """The first that was not saved with a loss that is no number, else just the first; `bad` gets what it passes over."""
+    for one in good:
+        if not (why := diverged(manifest_told(store.backend, folder_of(store.backend, one.parts[0])))):
+            return one
+        bad[one.step] = why
+    return next(iter(good), None)
 
 
 def _plan(

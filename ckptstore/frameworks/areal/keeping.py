@@ -13,8 +13,10 @@ from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError,
 from ckptstore.frameworks.areal import layout, recover_info
 
 if TYPE_CHECKING:
+    from ckptstore.backends.local import LocalBackend
     from ckptstore.ledger import Writer
     from ckptstore.model import Checkpoint
+    from ckptstore.stats import StatsReader
 
 log = logging.getLogger(__name__)
 
@@ -97,16 +99,28 @@ class Keeper:
                 break
             try:
                 checkpoint = adopt.adopt(backend)
-                adopt.prune(backend, keep=self._keep)
-                return checkpoint
             except AlreadyExistsError as error:
                 problem = error
                 break
             except (RefusedError, IntegrityError, StorageError) as error:
                 problem = error
+            else:
+                self._kept(backend, checkpoint)
+                return checkpoint
         if problem is not None:
             log.warning("ckptstore: the save was not kept (training goes on): %s", problem)
         return None
+
+    def _kept(self, backend: LocalBackend, checkpoint: Checkpoint) -> None:
+        """Say what the metrics so far say of it, those of its own step are yet to come; remove older ones."""
+        from ckptstore import adopt, choose
+
+        try:
+            for step, why in choose.gone_bad(self._run, [checkpoint]).items():
+                log.warning("ckptstore: step %d is kept, although training had gone bad: %s", step, why)
+            adopt.prune(backend, keep=self._keep)
+        except CkptStoreError as error:
+            log.warning("ckptstore: step %d is kept; older ones may not be removed: %s", checkpoint.step, error)
 
 
 class Recorder:
@@ -114,26 +128,24 @@ class Recorder:
 
     def __init__(self, run: str) -> None:
         self._run = run
+        self._read: StatsReader | None = None
         self._writer: Writer | None = None
 
     def observe(self, data: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None, step: int) -> None:
-        """Record one step; `data` as AReaL commits it: one dict, or one a minibatch."""
-        from ckptstore.breaker_config import BreakerConfig
+        """Record one step; `data` as AReaL commits it: one dict, or one a minibatch. OSError where it cannot be written."""
         from ckptstore.ranks import own_rank
-        from ckptstore.rules import REWARD, match
+        from ckptstore.rules import ALIVE, LOST, REWARD
+        from ckptstore.stats import StatsReader
 
         if own_rank() != 0:
             return
-        dicts = (data,) if isinstance(data, Mapping) else tuple(data or ())
-        found = {}
-        for name in (REWARD, *BreakerConfig().alive_metrics):
-            for metrics in dicts:
-                key = match(name, metrics)
-                if key is not None:
-                    found[key] = float(metrics[key])
-                    break
-        if found:
-            self._open().record(int(step), time.time(), found)
+        if self._read is None:
+            self._read = StatsReader((REWARD,), (LOST.metric, *ALIVE))
+        if found := self._read(data):
+            writer = self._open()
+            writer.record(int(step), time.time(), {self._read.keys[name]: value for name, value in found.items()})
+            if writer.lost is not None:
+                raise writer.lost
 
     def _open(self) -> Writer:
         from ckptstore import ledger
