@@ -115,7 +115,7 @@ def together(group: Any = None) -> Ranks:
     if size.isdigit() and int(size) > 1:
         raise UsageError(
             f"WORLD_SIZE is {size}, and torch.distributed is not initialised yet",
-            hint="Construct it after torch.distributed.init_process_group().",
+            hint="Call this after torch.distributed.init_process_group().",
         )
     return Alone()
 

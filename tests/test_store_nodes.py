@@ -401,16 +401,9 @@ def in_a_bucket(tmp_path: Path, steps: int) -> CheckpointStore:
     return store
 
 
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank, and no process group."""
-    monkeypatch.setattr(resuming.dist, "get_rank", lambda group=None: 0)
-    monkeypatch.setattr(resuming, "_gather", lambda value, group: [value])
-
-
 def test_resume_step_lists_a_bucket_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On each rank of each start: one listing, and each manifest once."""
     store = in_a_bucket(tmp_path, 3)
-    alone(monkeypatch)
     asked = counted(monkeypatch, "list", "get")
     assert resuming.resume_step(store) == 2
     assert (asked.count("list"), asked.count("get")) == (1, 3)
@@ -420,7 +413,6 @@ def test_a_step_that_is_pruned_while_resume_step_looks_is_none(tmp_path: Path, m
     """Another machine prunes, or saves, between the listing and the manifests."""
     store = in_a_bucket(tmp_path, 3)
     other = CheckpointStore(store.backend.location)
-    alone(monkeypatch)
     listed, raced = CheckpointStore.scan, []
 
     def racing(self: CheckpointStore) -> Any:
@@ -440,7 +432,6 @@ def test_a_step_that_is_pruned_while_resume_step_looks_is_none(tmp_path: Path, m
 def test_an_outage_chooses_no_older_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest step's manifest cannot be fetched: that is no reason to go back, and is said on all ranks."""
     store = in_a_bucket(tmp_path, 3)
-    alone(monkeypatch)
     get = FsspecBackend.get
 
     def failing(self: Any, key: str, **options: Any) -> bytes:

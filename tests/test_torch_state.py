@@ -374,6 +374,21 @@ def test_the_newest_is_removed_while_it_is_read(store: CheckpointStore, monkeypa
     assert ckpt.load(store)["w"] == 1
 
 
+def test_resume_step_of_one_process_needs_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that is started by `python`, before it is started by torchrun; of several that have not met none goes on alone."""
+    store = CheckpointStore(tmp_path / "mine")
+    with pytest.raises(NothingToResumeError, match="there is no whole step") as nothing:
+        ckpt.resume_step(store)
+    assert nothing.value.hint == "Nothing has been saved there yet."
+    ckpt.save(store, 7, {"a": 7})
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert ckpt.resume_step(store) == 7
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2") as early:
+        ckpt.resume_step(store)
+    assert early.value.hint == "Call this after torch.distributed.init_process_group()."
+
+
 def test_damage_is_not_read_again(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     ckpt.save(store, 1, {"model": {"w": torch.zeros(500)}})
     flip(Path(store.folder) / "step-1/model.safetensors", -9)

@@ -32,6 +32,7 @@ from ckptstore.frameworks.steps import read_signs
 from ckptstore.manifest import Manifest
 from ckptstore.model import Checkpoint, Level, NodeSet, Status
 from ckptstore.parts import folder_of, manifest_told, read_part
+from ckptstore.ranks import Alone, together
 from ckptstore.saves import node_sets, prepared, steps
 from ckptstore.saves.prepared import Prepared
 from ckptstore.store import CheckpointStore
@@ -108,10 +109,11 @@ def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None 
 
     Passed over, with a warning, is one of which a breaker's metrics say that training had gone bad, one whose own loss was NaN,
     and one that training has left: it went back, and saved a step of a lower number since.
-    A collective: every rank of the group calls it, with its own store. A save that a crash cut between its nodes' commits is
-    finished first: what is published on one node, and prepared on all others, is read, checked and published there.
-    NothingToResumeError on all where there is no such step, RankError on all where one cannot look. What is whole on all nodes
-    counts for retention from then on, and what it replaced is removed.
+    A collective: every rank of the group calls it, with its own store; one process alone needs no process group. A save that a
+    crash cut between its nodes' commits is finished first: what is published on one node, and prepared on all others, is read,
+    checked and published there. NothingToResumeError on all where there is no such step, RankError on all where one cannot
+    look, UsageError where there are several ranks (WORLD_SIZE) that have not met yet. What is whole on all nodes counts for
+    retention from then on, and what it replaced is removed.
     """
     ranks = _look(store, process_group)
     if cut := undone(ranks):
@@ -121,8 +123,10 @@ def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None 
     bad = {step: why for rank in ranks for step, why in rank.bad.items()}
     newest = newest_on_all(identities)
     step = newest_on_all([{step: name for step, name in one.items() if step not in bad} for one in identities])
+    if not any(rank.held for rank in ranks):
+        raise NothingToResumeError(f"there is no whole step in {store.backend.location}", hint="Nothing has been saved there yet.")
     if step < 0:
-        own = ranks[dist.get_rank(process_group)].held
+        own = ranks[together(process_group).rank].held
         raise NothingToResumeError(
             f"no step that is the same for all ranks is good: step {newest} has {bad[newest]}"
             if newest >= 0
@@ -194,7 +198,7 @@ def _finish(
     store: CheckpointStore, process_group: dist.ProcessGroup | None, ranks: Sequence[Seen], cut: Sequence[_Save]
 ) -> None:
     """Publish on the nodes that have not what others have. What fails is logged, and leaves the step where it was."""
-    own = dist.get_rank(process_group)
+    own = together(process_group).rank
     leads = next(rank for rank, seen in enumerate(ranks) if seen.store == ranks[own].store) == own
     mine = {save: one for save, one in _prepared(store).items() if save in cut} if leads and ranks[own].store else {}
     unsound = {save for save, one in mine.items() if not _tried("checking", save, lambda one=one: _check(one))}
@@ -235,6 +239,8 @@ def _publish(store: CheckpointStore, one: Prepared) -> None:
 
 
 def _gather(value: Any, process_group: dist.ProcessGroup | None) -> list[Any]:
+    if isinstance(together(process_group), Alone):
+        return [value]
     gathered: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(gathered, value, group=process_group)
     return gathered
