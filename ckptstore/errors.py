@@ -31,7 +31,7 @@ from typing import ClassVar
 
 
 class CkptStoreError(Exception):
-    """Base of all errors raised on purpose. `hint` is what to try next, as a full sentence, or empty."""
+    """Base of all errors raised on purpose. `hint` is what to try next, as a full sentence, or empty; tracebacks end with it."""
 
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
@@ -39,7 +39,19 @@ class CkptStoreError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
+        self._hint = ""
         self.hint = hint
+
+    @property
+    def hint(self) -> str:
+        """What to try next."""
+        return self._hint
+
+    @hint.setter
+    def hint(self, text: str) -> None:
+        notes = [note for note in getattr(self, "__notes__", ()) if note != self._hint]
+        self.__notes__ = [text, *notes] if text else notes  # str(error) stays one line; a script or a notebook shows both
+        self._hint = text
 
     def __str__(self) -> str:
         return self.message
@@ -128,6 +140,7 @@ class TrainingHalted(CkptStoreError):
         self, message: str, *, hint: str = "", step: int = -1, since_step: int = -1, last_good_step: int = -1, command: str = ""
     ) -> None:
         super().__init__(message, hint=hint)
+        self.__notes__ = []  # its message says all
         self.step = step
         self.since_step = since_step
         self.last_good_step = last_good_step

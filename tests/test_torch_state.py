@@ -78,6 +78,23 @@ def test_everything_comes_back(store: CheckpointStore) -> None:
         assert path.suffix in ("", ".json", ".safetensors"), path
 
 
+def test_a_learning_rate_of_numpy_is_a_number(store: CheckpointStore) -> None:
+    """A LambdaLR that calls np.cos leaves numpy.float64 in the optimizer's state, where nobody can say .item()."""
+    numpy = pytest.importorskip("numpy")
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + numpy.cos((step + 1) / 10)))
+    rate = optimizer.param_groups[0]["lr"]
+    assert type(rate) is numpy.float64
+    ckpt.save(store, 1, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "nan": numpy.float64("nan")})
+    loaded = ckpt.load(store)
+    found = loaded["optimizer"]["param_groups"][0]["lr"]
+    assert (type(found), found.hex()) == (float, float(rate).hex())
+    assert math.isnan(loaded["nan"])
+    with pytest.raises(UsageError, match=r"numpy\.float32, which is saved only as a pickle could"):
+        ckpt.save(store, 2, {"a": numpy.float32(1)})
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_what_is_drawn_from_a_seed_stays(store: CheckpointStore) -> None:
     """A run that saves draws the same numbers as one that does not: it can be compared with it, and resumed bit for bit."""

@@ -124,7 +124,8 @@ def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None 
     newest = newest_on_all(identities)
     step = newest_on_all([{step: name for step, name in one.items() if step not in bad} for one in identities])
     if not any(rank.held for rank in ranks):
-        raise NothingToResumeError(f"there is no whole step in {store.backend.location}", hint="Nothing has been saved there yet.")
+        where = store.backend.location
+        raise NothingToResumeError(f"there is no whole step in {where}", hint="Nothing has been saved there yet.")
     if step < 0:
         own = ranks[together(process_group).rank].held
         raise NothingToResumeError(

@@ -56,8 +56,8 @@ class Encoder:
             raise UsageError(f"{_shown(path)[:200]} is nested more than {_MOST_DEPTH} deep; does it contain itself?")
         if value is None or type(value) in (bool, int, str):
             return value
-        if type(value) is float:
-            return value if math.isfinite(value) else {"$float": str(value)}
+        if isinstance(value, float):  # numpy.float64 is one: schedules put it into the optimizer's state
+            return float(value) if math.isfinite(value) else {"$float": str(float(value))}
         if isinstance(value, torch.Tensor):
             return {"$tensor": list(self._tensor(value, path))}
         if type(value) is list:
