@@ -31,7 +31,7 @@ from typing import ClassVar
 
 
 class CkptStoreError(Exception):
-    """Base of all errors raised on purpose. `hint` is what to try next, as a full sentence, or empty; tracebacks end with it."""
+    """Base of all errors raised on purpose. `hint` is what to try next, as a full sentence, or empty; tracebacks show it."""
 
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
