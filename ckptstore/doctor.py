@@ -56,7 +56,7 @@ def examine(
         saves=saves,
         said_world_size=world_size,
     )
-    for check in CHECKS_OF_STEPS if listing is not None and listing.framework == "steps" else CHECKS:
+    for check in CHECKS_OF_STEPS if patient.of_steps else CHECKS:
         try:
             found.extend(check(patient))
         except (CkptStoreError, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import getpass
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from ckptstore import probe
 from ckptstore.backends import is_url, normal_url, open_backend
 from ckptstore.config import RunConfig, load
 from ckptstore.errors import NotFoundError, UsageError
-from ckptstore.frameworks.areal.layout import RunRef, discover, parse_export_name, run_ref, sort_out
+from ckptstore.frameworks import steps
+from ckptstore.frameworks.areal.layout import SIDE, RunRef, discover, parse_export_name, run_ref, sort_out
 from ckptstore.native import scan_tree
 
 FILEROOT_VARIABLE = "CKPTSTORE_FILEROOT"
@@ -55,6 +57,15 @@ class Where:
     trial: str = ""
     config: str = ""
     overrides: tuple[str, ...] = ()
+
+    def typed(self) -> str:
+        """The same as words of a command line, with a space before; empty where nothing was said."""
+        said = (
+            ("--run", self.run), ("--config", self.config), ("--fileroot", self.fileroot), ("--user", self.user),
+            ("-e", self.experiment), ("-t", self.trial),
+        )  # fmt: skip
+        words = [word for option, value in said if value for word in (option, value)]
+        return "".join(f" {shlex.quote(word)}" for word in (*words, *self.overrides))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +168,9 @@ def _local(location: str, option: str) -> str:
 
 def _at_run(path: str, config: RunConfig | None) -> Located:
     if not os.path.isdir(path):
+        if os.path.lexists(path):
+            what = "a link that leads nowhere" if os.path.islink(path) and not os.path.exists(path) else "no folder"
+            raise NoRunError(f"--run {path} is {what}", hint="Say the run's own folder.")
         parent = os.path.dirname(path)
         near = difflib.get_close_matches(os.path.basename(path), _names(parent), n=1, cutoff=0.6)
         hint = f"Did you mean {os.path.join(parent, near[0])}?" if near else ""
@@ -179,6 +193,10 @@ def _refuse_other_folder(path: str) -> None:
         )
     if any(parse_export_name(name) for name in _names(path)):
         raise UsageError(f"--run {path} is one part of a run", hint=f"Say --run {above}.")
+    if any(map(steps.is_step, _names(path))):
+        return  # a store of steps
+    if steps.is_step(os.path.basename(path)) and not os.path.isdir(os.path.join(path, SIDE)):
+        raise UsageError(f"--run {path} is one step of a store", hint=f"Say --run {above}.")
     below = list(discover(path)) or [run_ref(os.path.join(path, name)) for name in _names(path)]
     runs = [run for run in below[:200] if _is_run(run.path)]
     if runs:
@@ -194,7 +212,7 @@ def _is_run(path: str) -> bool:
         tree = sort_out(scan_tree(path, max_depth=1))
     except OSError:
         return False
-    return bool(tree.exports or tree.slots)
+    return bool(tree.exports or tree.slots) or any(map(steps.is_step, _names(path)))
 
 
 def named_run(where: Where) -> RunRef:

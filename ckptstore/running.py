@@ -23,7 +23,8 @@ _TRAINERS = ("python", "torchrun", "accelerate", "deepspeed", "ray")
 def signs_of_life(listing: Listing, *, now_s: float | None = None) -> list[str]:
     """Why the trainer seems to be running; empty when nothing says so."""
     now_s = time.time() if now_s is None else now_s
-    signs = [f"{path} was written {max(now_s - mtime_s, 0):.0f} s ago" for path, mtime_s in _recent(listing, now_s)]
+    quiet = f"; {RECENT_S:.0f} s without a write count as stopped"
+    signs = [f"{path} was written {max(now_s - mtime_s, 0):.0f} s ago{quiet}" for path, mtime_s in _recent(listing, now_s)]
     signs.extend(f"process {pid} names this run: {command}" for pid, command in _processes(listing.run))
     return signs
 

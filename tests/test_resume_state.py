@@ -207,14 +207,22 @@ def test_a_cursor_where_several_ranks_share_a_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "dataset",
-    [{}, {"batch_size": 8}, {"batch_size": 8, "num_workers": 2}, {"num_workers": 0}, {"batch_size": 6, "num_workers": 0}],
+    ("dataset", "why"),
+    [
+        ({}, "no number as train_dataset.batch_size"),
+        ({"batch_size": 8}, "does not say train_dataset.num_workers: 0"),
+        ({"batch_size": 8, "num_workers": 2}, "does not say train_dataset.num_workers: 0"),
+        ({"num_workers": 0}, "no number as train_dataset.batch_size"),
+        ({"batch_size": 6, "num_workers": 0}, "6 samples a batch do not divide by the ranks"),
+        (None, "no YAML"),
+    ],
 )
-def test_no_cursor_is_made_up(dataset: dict[str, int]) -> None:
-    yaml = config(**{**FULL.values, "train_dataset": dataset})
+def test_no_cursor_is_made_up(dataset: dict[str, int] | None, why: str) -> None:
+    """And what is missing is said: a word KEY=VALUE may add it."""
+    yaml = None if dataset is None else config(**{**FULL.values, "train_dataset": dataset})
     _, data, notes = synthesize(MIDDLE, yaml)
     assert data == {}
-    assert any("starts again" in note for note in notes)
+    assert any("starts again" in note and why in note for note in notes)
 
 
 @pytest.mark.parametrize(("era", "shuffle", "known"), [

@@ -54,6 +54,11 @@ class Patient:
         return side_folders.side_folder(self.run.path, os.path.join(self.run.path, layout.MAIN_PART, layout.SLOT))
 
     @property
+    def of_steps(self) -> bool:
+        """Whether it is a store of steps, which has no slot."""
+        return self.listing is not None and self.listing.framework == "steps"
+
+    @property
     def world_size(self) -> int:
         """Ranks of the trainer, as said or as the YAML tells; 0 when unknown."""
         if self.said_world_size or self.config is None:

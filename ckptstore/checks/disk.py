@@ -109,11 +109,12 @@ def permissions(patient: Patient) -> Iterator[Diagnosis]:
             f"Run as the user that trains, or: chown -R {current_user()} {run}",
         )
     else:
-        yield ok("permissions", f"{current_user()} may write everything that a save or a setup replaces")
+        replaces = "a save" if patient.of_steps else "a save or a setup"
+        yield ok("permissions", f"{current_user()} may write everything that {replaces} replaces")
 
 
 def space(patient: Patient) -> Iterator[Diagnosis]:
-    """Room for the saves to come, and for the second copy that stands beside the slot while it is replaced."""
+    """Room for the saves to come, and for the second copy that stands beside a slot while it is replaced."""
     place = side_folders.existing(patient.run.path)
     seen = os.statvfs(place)
     free = seen.f_bavail * seen.f_frsize
@@ -124,16 +125,16 @@ def space(patient: Patient) -> Iterator[Diagnosis]:
     if not export and not slot:
         yield ok("space", f"{gigabytes(free)} free on {place}; nothing is saved yet that would tell how much is needed")
         return
-    second = max(slot, export)
+    second = 0 if patient.of_steps else max(slot, export)
     needed = patient.saves * export + second
     network = probe.is_network(probe.file_system(place))
     server = " as the server says; quotas are unseen" if network else ""
     fits = int((free - second) // export) if export else 0
-    found = (
-        f"{gigabytes(free)} free on {place}{server}; {patient.saves} more saves ({gigabytes(export)} each) and a second copy "
-        f"of the slot ({gigabytes(second)}) take {gigabytes(needed)}"
-    )
-    remedy = "Free some space (`ckptstore clean` says what it could remove), or save less often: AReaL removes no save itself."
+    saves = f"{patient.saves} more save{'s' * (patient.saves != 1)} ({gigabytes(export)} each)"
+    copy = f" and a second copy of the slot ({gigabytes(second)})" if second else ""
+    found = f"{gigabytes(free)} free on {place}{server}; {saves}{copy}: {gigabytes(needed)}"
+    fewer = "keep fewer steps (`ckptstore prune`)" if patient.of_steps else "save less often: AReaL removes no save itself"
+    remedy = f"Free some space (`ckptstore clean` says what it could remove), or {fewer}."
     if free < second + export:
         yield bad("space", found, remedy)
     elif free < needed:

@@ -7,6 +7,7 @@ import difflib
 import gc
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -135,11 +136,24 @@ def _run(words: list[str]) -> int:
     except click.ClickException as error:
         verb = f"ckptstore {words[0]}" if words and words[0] in VERBS else "ckptstore"
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else verb
-        return _report(error.format_message(), hint=f"`{path} --help`", exit_code=error.exit_code, as_json=as_json)
+        hint = _after_a_verb(error, words) or f"`{path} --help`"
+        return _report(error.format_message(), hint=hint, exit_code=error.exit_code, as_json=as_json)
     except CkptStoreError as error:
         facts = tuple(getattr(error, "facts", ()))
         return _report(str(error), facts, error.hint, exit_code=error.exit_code, as_json=as_json)
     return result if isinstance(result, int) else 0
+
+
+def _after_a_verb(error: click.ClickException, words: list[str]) -> str:
+    """What to type where a verb's option was given to bare `ckptstore`."""
+    if not isinstance(error, click.NoSuchOption) or not words[0].startswith("-"):
+        return ""
+    resume: click.Command = importlib.import_module("ckptstore.cli.resume").command
+    known = {name for option in resume.params for name in option.opts}
+    if error.option_name.partition("=")[0] not in known:
+        return ""
+    typed = shlex.join(words)
+    return f"Options follow a verb: `ckptstore resume --plan {typed}` is what bare `ckptstore` does; `ckptstore --help`"
 
 
 def _drop(stream: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -121,7 +122,7 @@ def command(
         _print_config(located)
         for text in listing.notes:
             note(text)
-        _print_end(listing, shown, verdicts, (before_step, max_step))
+        _print_end(listing, shown, verdicts, (before_step, max_step), typed=where.typed())
 
 
 def _verdicts(run: str, checkpoints: Sequence[Checkpoint]) -> Verdicts:
@@ -321,7 +322,10 @@ def _print_config(located: Located) -> None:
     field("config", config.path)
 
 
-def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bounds: tuple[int | None, int | None]) -> None:
+def _print_end(
+    listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bounds: tuple[int | None, int | None], *, typed: str
+) -> None:
+    """The newest whole one, and the commands that look at it next, with what was typed to find the run."""
     before_step, max_step = bounds
     newest = next((checkpoint for checkpoint in reversed(shown) if checkpoint.status.usable and not checkpoint.left), None)
     if newest is None:
@@ -343,11 +347,13 @@ def _print_end(listing: Listing, shown: list[Checkpoint], verdicts: Verdicts, bo
         if max_step is not None
         else ""
     )
-    if listing.framework == "steps":
-        field("next", f"ckptstore verify {newest.step} --run {listing.run.path}")
-        return
-    at, source = "", ""
-    if is_url(listing.run.path):
-        at, source = f" --run {listing.run.path}", f" --from {listing.run.path}"
+    place = shlex.quote(listing.run.path)
+    at, source = (f" --run {place}", f" --from {place}") if is_url(listing.run.path) else (typed, typed)
     setup = f"ckptstore setup{bound}{source} --dry-run"
-    field("next", setup if bad else f"ckptstore verify {newest.step}{at}   or   {setup}")
+    if listing.framework == "steps":
+        field("next", f"ckptstore verify {newest.step} --run {place}")
+    elif bad:
+        field("next", setup)
+    else:
+        field("next", f"ckptstore verify {newest.step}{at}")
+        field("or", setup)

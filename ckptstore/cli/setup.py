@@ -187,7 +187,7 @@ def refuse(plan: Plan) -> None:
     """RefusedError for a plan that setup would not carry out."""
     if plan.refusals:
         more = f" (and {len(plan.refusals) - 1} more, above)" if len(plan.refusals) > 1 else ""
-        raise RefusedError(f"setup would not do this: {plan.refusals[0]}{more}", hint="Nothing was changed.")
+        raise RefusedError(f"setup would not do this: {plan.refusals[0]}{more}")
 
 
 def _undo(backend: Backend, options: Options, *, dry_run: bool, as_json: bool) -> None:

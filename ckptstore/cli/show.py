@@ -57,6 +57,7 @@ def command(where: Where, log_steps: tuple[int, ...], slot: bool, as_json: bool,
         for part in document["parts"]:
             manifest = manifests[part["name"]]
             part["manifest_sha256"] = manifest.sha256 if manifest else None
+            part["metrics"] = dict(manifest.metrics) if manifest else {}
         print_json(document)
         return
     _print(checkpoint, manifests)
@@ -80,6 +81,8 @@ def _print(checkpoint: Checkpoint, manifests: dict[str, Manifest | None]) -> Non
         if manifest:
             row("manifest", f"{manifest.origin}ed {manifest.created_at}" if manifest.origin == "seal" else _origin(manifest))
             row("", f"sha256 {manifest.sha256}")
+            if manifest.metrics:
+                row("metrics", ", ".join(f"{name} {value:.6g}" for name, value in sorted(manifest.metrics.items())))
         findings(part.findings)
         for text in part.notes:
             item("·", text)

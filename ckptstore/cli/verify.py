@@ -130,8 +130,11 @@ def _print(reports: list[Report]) -> None:
     if any(report.unchecked for report in reports):
         item("·", "the store keeps no digest of them, or no manifest says what they are: --level full reads them")
     if unsealed:
-        item("·", f"{len(unsealed)} without a manifest: full proved their structure and that every byte can be read, not which")
-        item(" ", "bytes were written; `ckptstore seal --all` records that from now on")
+        item(
+            "·",
+            f"{len(unsealed)} without a manifest: full proved their structure and that every byte can be read, not which bytes "
+            "were written; `ckptstore seal --all` records that from now on",
+        )
 
 
 def _json(report: Report) -> dict[str, object]:

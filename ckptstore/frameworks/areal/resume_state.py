@@ -229,7 +229,16 @@ def _dataloader(numbers: StepNumbers, config: RunConfig | None, world_size: int,
         on = "1 rank" if ranks == 1 else f"{ranks} ranks"
         note = f"data order: goes on after batch {numbers.epoch_step + 1} of the epoch, on {on}"
         return [cursor for _ in range(ranks)], note
-    return {}, f"data order: starts again at the beginning of epoch {numbers.epoch} (its cursor cannot be made from the YAML)"
+    why = (
+        "no YAML tells its batch size"
+        if config is None
+        else "the YAML has no number as train_dataset.batch_size"
+        if type(batch) is not int
+        else "the YAML does not say train_dataset.num_workers: 0"
+        if workers != 0
+        else f"{batch} samples a batch do not divide by the ranks, or the YAML does not tell these"
+    )
+    return {}, f"data order: starts again at the beginning of epoch {numbers.epoch} ({why})"
 
 
 def _cursor(batches: int, rank_batch: int) -> dict[str, pickled.Value]:
