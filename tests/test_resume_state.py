@@ -220,7 +220,7 @@ def test_a_cursor_where_several_ranks_share_a_batch() -> None:
 def test_no_cursor_is_made_up(dataset: dict[str, int] | None, why: str) -> None:
     """And what is missing is said: a word KEY=VALUE may add it."""
     yaml = None if dataset is None else config(**{**FULL.values, "train_dataset": dataset})
-    _, data, notes = synthesize(MIDDLE, yaml)
+    _, data, notes = synthesize(MIDDLE, yaml, stored=OLD)
     assert data == {}
     assert any("starts again" in note and why in note for note in notes)
 
