@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,14 +100,26 @@ def test_a_step_and_a_folder_of_stores_are_not_taken_for_a_run_of_areals(cli: Cl
     assert cli("list", "--run", nested).code == 0
 
 
-def test_the_doctor_of_a_store_speaks_of_no_slot(cli: Cli, store: Path) -> None:
+def test_the_doctor_of_a_store_speaks_of_no_slot(cli: Cli, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = cli("doctor", "--run", store, "--saves", 2)
     assert "2 more saves (0.0 MB each): 0.0 MB" in flat(found.out)
     assert "everything that a save replaces" in flat(found.out)
     assert "slot" not in found.out
-    short = cli("doctor", "--run", store, "--saves", 10**12)
-    assert "`ckptstore prune`" in flat(short.out)
-    assert "AReaL" not in short.out
+    (store / "step-20" / "weights.bin").unlink()
+    monkeypatch.setattr(probe, "file_system", lambda path: "tmpfs")
+    ill = flat(cli("doctor", "--run", store, "--saves", 10**12).out)
+    assert "`ckptstore prune`" in ill
+    assert "Put the store on a mounted volume" in ill
+    assert "a load passes over it" in ill
+    assert "1 whole, step 10" in ill
+    shutil.rmtree(store / "step-10")
+    ill += flat(cli("doctor", "--run", store).out)
+    shutil.rmtree(store / "step-20")
+    ill += flat(cli("doctor", "--run", store).out)
+    assert "none of 1 is whole" in ill
+    assert "no step is saved yet" in ill
+    for word in ("AReaL", "fileroot", "setup", "YAML", "export"):
+        assert word not in ill
 
 
 def test_show_tells_the_metrics_of_a_save(cli: Cli, store: Path) -> None:

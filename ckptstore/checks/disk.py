@@ -46,12 +46,13 @@ def disk(patient: Patient) -> Iterator[Diagnosis]:
     """A disk that outlives the container and the machine."""
     place = side_folders.existing(patient.run.path)
     kind = probe.file_system(place)
+    what = "the store" if patient.of_steps else "cluster.fileroot"
     if kind in _CONTAINER:
         found = f"{place} is on the container's own disk ({kind}): all of it is gone with the container"
-        yield bad("disk", found, "Put cluster.fileroot on a mounted volume (on rented machines often /workspace).")
+        yield bad("disk", found, f"Put {what} on a mounted volume (on rented machines often /workspace).")
     elif kind in _MEMORY:
         found = f"{place} is in memory ({kind}): all of it is gone with the machine"
-        yield bad("disk", found, "Put cluster.fileroot on a mounted volume.")
+        yield bad("disk", found, f"Put {what} on a mounted volume.")
     else:
         yield ok("disk", f"{place} is on {kind}")
 

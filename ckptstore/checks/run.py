@@ -68,25 +68,26 @@ def checkpoints(patient: Patient) -> Iterator[Diagnosis]:
     broken = [checkpoint for checkpoint in found if not checkpoint.status.usable]
     corrupt = [checkpoint for checkpoint in broken if checkpoint.status is Status.CORRUPT]
     if corrupt:
-        yield _of_checkpoints(corrupt, "damaged", damage=True)
+        yield _of_checkpoints(patient, corrupt, "damaged", damage=True)
     if partial := [checkpoint for checkpoint in broken if checkpoint not in corrupt]:
-        yield _of_checkpoints(partial, "not whole", damage=False)
+        yield _of_checkpoints(patient, partial, "not whole", damage=False)
     if whole:
         unsealed = sum(checkpoint.status is Status.COMPLETE for checkpoint in whole)
-        text = f"{len(whole)} whole, from step {whole[0].step} to {whole[-1].step}"
+        steps = f"step {whole[0].step}" if len(whole) == 1 else f"from step {whole[0].step} to {whole[-1].step}"
+        text = f"{len(whole)} whole, {steps}"
         yield ok("checkpoints", text + (f"; {unsealed} without digests (`ckptstore seal`)" if unsealed else ""))
     elif found:
-        yield bad(
-            "checkpoints", f"none of {len(found)} is whole", "See `saver:` in the YAML, and the disk's space.", damage=True
-        )
+        saver = "" if patient.of_steps else "`saver:` in the YAML, and "
+        yield bad("checkpoints", f"none of {len(found)} is whole", f"See {saver}the disk's space.", damage=True)
     else:
-        yield warn("checkpoints", "no export is saved yet", "Nothing to do before the first save.")
+        what = "step" if patient.of_steps else "export"
+        yield warn("checkpoints", f"no {what} is saved yet", "Nothing to do before the first save.")
 
 
-def _of_checkpoints(found: list[Checkpoint], what: str, *, damage: bool) -> Diagnosis:
+def _of_checkpoints(patient: Patient, found: list[Checkpoint], what: str, *, damage: bool) -> Diagnosis:
     newest = found[-1]
     text = f"{len(found)} {what}; the newest is step {newest.step}: {newest.findings[0]}"
-    remedy = f"`ckptstore show {newest.step}` has the details; setup passes over it."
+    remedy = f"`ckptstore show {newest.step}` has the details; {'a load' if patient.of_steps else 'setup'} passes over it."
     return bad("checkpoints", text, remedy, damage=True) if damage else warn("checkpoints", text, remedy)
 
 
