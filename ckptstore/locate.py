@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ckptstore import probe
 from ckptstore.backends import is_url, normal_url, open_backend
 from ckptstore.config import RunConfig, load
-from ckptstore.errors import NotFoundError, UsageError
+from ckptstore.errors import AccessError, NotFoundError, UsageError
 from ckptstore.frameworks import steps
 from ckptstore.frameworks.areal.layout import SIDE, RunRef, discover, parse_export_name, run_ref, sort_out
 from ckptstore.native import scan_tree
@@ -171,6 +171,11 @@ def _at_run(path: str, config: RunConfig | None) -> Located:
         if os.path.lexists(path):
             what = "a link that leads nowhere" if os.path.islink(path) and not os.path.exists(path) else "no folder"
             raise NoRunError(f"--run {path} is {what}", hint="Say the run's own folder.")
+        if denied := _denied(path):
+            raise AccessError(
+                f"--run {path}: {current_user()} may not look into {denied}",
+                hint="Run as the user that trains, or fix the permissions.",
+            )
         parent = os.path.dirname(path)
         near = difflib.get_close_matches(os.path.basename(path), _names(parent), n=1, cutoff=0.6)
         hint = f"Did you mean {os.path.join(parent, near[0])}?" if near else ""
@@ -299,7 +304,9 @@ def _not_found(fileroot: str, source: str, wanted: dict[str, str], found: list[R
     named = " ".join(f"{name} {value!r}" for name, value in wanted.items() if value)
     place = os.path.join(fileroot, "checkpoints")
     facts = []
-    if not os.path.isdir(fileroot):
+    if _denied(place):
+        pass  # what is there is not known; _unreadable says where it ends
+    elif not os.path.isdir(fileroot):
         facts.append(f"{fileroot} does not exist")
     elif not os.path.isdir(place):
         facts.append(f"{fileroot} has no folder checkpoints/; it holds {_some(_names(fileroot))}")
@@ -344,7 +351,16 @@ def _overview(found: list[RunRef]) -> list[str]:
 def _unreadable(place: str) -> list[str]:
     """Folders on the way to the runs that this user may not look into."""
     below = [os.path.join(place, name) for name in _names(place)]
-    return [path for path in (place, *below) if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)][:4]
+    unreadable = [path for path in (place, *below) if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)]
+    return [denied] if (denied := _denied(place)) else unreadable[:4]
+
+
+def _denied(path: str) -> str:
+    """The folder above `path` that this user may not look into; empty where there is none."""
+    above = os.path.dirname(path)
+    while above != os.path.dirname(above) and not os.path.isdir(above):
+        above = os.path.dirname(above)
+    return "" if os.access(above, os.X_OK) else above
 
 
 def _links(place: str) -> list[str]:

@@ -11,9 +11,9 @@ import pytest
 
 from ckptstore import locate as module
 from ckptstore import probe
-from ckptstore.errors import UsageError
+from ckptstore.errors import AccessError, UsageError
 from ckptstore.locate import NoRunError, Where, WhichRunError, current_user, locate
-from tests import commands, trees
+from tests import commands, trees, users
 
 
 @pytest.fixture(autouse=True)
@@ -316,3 +316,22 @@ def test_a_yaml_that_hydra_composes_says_what_of_it_is_not_read(tmp_path: Path, 
     with pytest.raises(module.NoRunError) as refused:
         module.locate(module.Where(config="run.yaml"))
     assert "what its defaults: name is not read (base)" in refused.value.facts
+
+
+def test_what_may_not_be_looked_into_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    """Another user's fileroot: "it holds nothing" sends one to look elsewhere, or to start anew."""
+    path = run(tmp_path / "root", "alice", "closed", "trial0")
+    users.open_way_to(path)
+    for folder in (path, *path.parents[: len(path.relative_to(tmp_path).parts) - 1]):
+        folder.chmod(0o755)
+    assert not isinstance(users.as_nobody(lambda: locate(Where(run=str(path)))), Exception)
+    (tmp_path / "root").chmod(0o700)
+    by_run = users.as_nobody(lambda: locate(Where(run=str(path))))
+    assert isinstance(by_run, AccessError)
+    assert str(by_run).endswith(f"may not look into {tmp_path / 'root'}")
+    by_name = users.as_nobody(lambda: locate(Where(fileroot=str(tmp_path / "root"), experiment="closed")))
+    assert isinstance(by_name, NoRunError)
+    assert [fact for fact in by_name.facts if "nothing" in fact or "not exist" in fact] == []
+    assert any(fact.startswith(f"{tmp_path / 'root'} cannot be read by") for fact in by_name.facts)
+    missing = users.as_nobody(lambda: locate(Where(run=str(tmp_path / "elsewhere"))))
+    assert isinstance(missing, NoRunError)
