@@ -58,7 +58,7 @@ class Manifest:
     epoch_step: int
     part: str
     origin: str  #: seal: the trainer wrote them; setup, adopt: we copied them; convert: we made them, or copied such
-    files: tuple[FileEntry, ...]
+    files: tuple[FileEntry, ...] = field(repr=False)  # with a digest for each 8 MiB
     chunk_bytes: int
     commit: str = field(default_factory=lambda: secrets.token_hex(16))  #: names this act of writing
     created_at: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))

@@ -82,7 +82,7 @@ class CopyOptions:
 class CopyResult:
     """What a copy did. `strategies`: how many bytes travelled each way, only those that were used."""
 
-    digests: dict[str, Digest]
+    digests: dict[str, Digest] = field(repr=False)
     bytes_copied: int
     bytes_reused: int
     seconds: float

@@ -95,7 +95,7 @@ class Part:
 
     name: str
     path: str  #: the folder, absolute
-    files: tuple[FileInfo, ...]
+    files: tuple[FileInfo, ...] = field(repr=False)  # of a checkpoint that is looked at: pages of them
     format: str  #: hf, hf-sharded, hf-bin, lora, hf+optim, dcp, mixed, empty or unknown
     holds: tuple[str, ...]  #: of weights, optimizer or fresh optimizer, scheduler, rng, dataloader, tokenizer, config
     status: Status

@@ -225,6 +225,13 @@ def plan(backend: Backend, keep: Keep, *, unmirrored: bool = False, saved: int =
             ]
 
 
+def checked_keep(keep: Keep | None) -> Keep | None:
+    """`keep`, before anything is saved: what fails after the commit looks like a save that failed. UsageError for no Keep."""
+    if keep is not None and not isinstance(keep, Keep):
+        raise UsageError(f"keep is {keep!r:.80}, and must be a Keep", hint="Keep(last=3) keeps the newest three, say.")
+    return keep
+
+
 def prune(backend: Backend, keep: Keep, *, unmirrored: bool = False, saved: int = -1) -> list[Decision]:
     """Delete what no rule keeps; the decisions. Interrupted anywhere, every step is there whole, or not there.
 

@@ -79,7 +79,7 @@ class CheckpointStore:
         SourceChangedError. At a URL it is sent there, as docs/saving.md says.
         """
         source = os.path.abspath(directory)
-        numbers = saving.numbers_of(metrics)
+        numbers, keep = saving.numbers_of(metrics), retention.checked_keep(keep)
         return self._save(step, source, steps.files_in(source), metrics=numbers, keep=keep, progress=progress)
 
     def save_async(
@@ -102,7 +102,7 @@ class CheckpointStore:
         then. `nice` is the priority of the writing threads.
         """
         source = os.path.abspath(directory)
-        files, numbers = steps.files_in(source), saving.numbers_of(metrics)
+        files, numbers, keep = steps.files_in(source), saving.numbers_of(metrics), retention.checked_keep(keep)
 
         def stage(handle: SaveHandle) -> Callable[[], Manifest]:
             options = native.CopyOptions(nice=nice)
@@ -139,6 +139,7 @@ class CheckpointStore:
         Of a store that is mirrored, what is not safe there yet stays, unless `unmirrored`.
         """
         decide = retention.plan if dry_run else retention.prune
+        retention.checked_keep(keep)
         return decide(self.backend, keep, unmirrored=unmirrored)
 
     def mirror(self, url: str, *, max_bytes_per_s: float | None = None) -> Mirror:
@@ -300,3 +301,12 @@ def _at(listing: Listing, step: int) -> Checkpoint:
         there = sorted({checkpoint.step for checkpoint in (*listing.checkpoints, *listing.adopted)})
         raise NotFoundError(f"no checkpoint of step {step!r} in {listing.run.path}", hint=f"There are {there[-20:]}.")
     return found[-1]
+
+
+def needed(store: object) -> None:
+    """UsageError for what is no CheckpointStore: a path, which torch.save takes."""
+    if not isinstance(store, CheckpointStore):
+        raise UsageError(
+            f"a CheckpointStore is needed, and this is {store!r:.80}",
+            hint="CheckpointStore(LOCATION) is the one of a folder or a URL.",
+        )

@@ -1,11 +1,11 @@
-"""What an error shows where no command line prints it: a script's traceback, a notebook."""
+"""What is shown where no command line prints it: of an error by a script's traceback, of a value by a notebook."""
 
 from __future__ import annotations
 
 import pickle
 import traceback
 
-from ckptstore import CircuitBreaker, errors
+from ckptstore import CheckpointStore, CircuitBreaker, errors
 
 
 def shown(error: BaseException) -> str:
@@ -36,3 +36,14 @@ def test_what_to_type_after_a_halt_is_said_once(tmp_path) -> None:
     assert halted is not None
     assert halted.hint
     assert shown(halted).count(halted.command) == 1
+
+
+def test_a_value_in_a_notebook_is_no_page_of_digests(tmp_path) -> None:
+    """A manifest has one for each 8 MiB: of 140 GB eighteen thousand numbers."""
+    (tmp_path / "files").mkdir()
+    for number in range(100):
+        (tmp_path / "files" / f"shard-{number}").write_bytes(b"x")
+    store = CheckpointStore(tmp_path / "mine")
+    for value in (store.save(1, tmp_path / "files"), store.get(1), store.verify(1), store.resume_point()):
+        assert len(repr(value)) < 800
+    assert len(repr(store.restore(1, tmp_path / "back"))) < 800

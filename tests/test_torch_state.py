@@ -561,3 +561,49 @@ def test_a_hostile_state_is_refused(tmp_path, state):
     store.save(1, tmp_path / "made")
     with pytest.raises(IntegrityError):
         ckpt.load(store, 1)
+
+
+@pytest.mark.parametrize("call", [
+    lambda where: ckpt.save(where, 1, {"a": 1}), lambda where: ckpt.save_async(where, 1, {"a": 1}),
+    lambda where: ckpt.load(where), lambda where: ckpt.resume_step(where),
+    lambda where: ckpt.StoreWriter(where, 1), lambda where: ckpt.StoreReader(where),
+])  # fmt: skip
+def test_a_path_in_the_place_of_a_store_is_said(call: Callable[[str], Any], tmp_path: Path) -> None:
+    """torch.save takes one."""
+    with pytest.raises(UsageError, match=r"a CheckpointStore is needed, and this is '.*mine'"):
+        call(str(tmp_path / "mine"))
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("save", [
+    lambda store, files, keep: ckpt.save(store, 1, {"a": 1}, keep=keep),
+    lambda store, files, keep: ckpt.save_async(store, 1, {"a": 1}, keep=keep),
+    lambda store, files, keep: store.save(1, files, keep=keep),
+    lambda store, files, keep: store.save_async(1, files, keep=keep),
+])  # fmt: skip
+def test_a_keep_that_is_none_is_said_before_anything_is_saved(
+    save: Callable[[CheckpointStore, Path, Any], Any], store: CheckpointStore, tmp_path: Path
+) -> None:
+    """keep=3: it failed after the commit, and in the background with the save after."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "x").write_bytes(b"x")
+    with pytest.raises(UsageError, match="keep is 3, and must be a Keep") as caught:
+        save(store, tmp_path / "files", 3)
+    assert "Keep(last=3)" in caught.value.hint
+    assert not Path(store.folder).exists()
+
+
+def test_a_keep_that_is_none_loses_no_emergency_save(store: CheckpointStore) -> None:
+    keep: Any = 3
+    outcome = ckpt.Emergency(deadline_s=30).save(store, 1, {"a": 1}, keep=keep)
+    assert outcome.committed
+    assert "must be a Keep" in outcome.problem
+    with pytest.raises(UsageError, match="must be a Keep"):
+        store.prune(keep)
+
+
+def test_a_mirror_to_a_folder_is_refused_at_once(store: CheckpointStore, tmp_path: Path) -> None:
+    """It was tried for ever in the background, and only logged."""
+    ckpt.save(store, 1, {"a": 1})
+    with pytest.raises(UsageError, match="a mirror goes to a URL"):
+        store.mirror(str(tmp_path / "other"))

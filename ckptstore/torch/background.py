@@ -15,11 +15,11 @@ import torch
 
 from ckptstore import native
 from ckptstore.manifest import Manifest
-from ckptstore.retention import Keep
+from ckptstore.retention import Keep, checked_keep
 from ckptstore.saves import background, saving
 from ckptstore.saves.background import OnBusy, SaveHandle
 from ckptstore.saves.saving import Metrics
-from ckptstore.store import CheckpointStore
+from ckptstore.store import CheckpointStore, needed
 from ckptstore.torch import memory, simple
 from ckptstore.torch import state as states
 from ckptstore.torch.waves import Waves
@@ -99,7 +99,8 @@ def save_async(
     this returns at once, and the state must not change before `handle.wait_staged()` returns: when all is copied, or, at a
     URL, has arrived there. A change before that makes the save fail (SourceChangedError).
     """
-    where, numbers = store.backend.location, saving.numbers_of(metrics)
+    needed(store)
+    where, numbers, keep = store.backend.location, saving.numbers_of(metrics), checked_keep(keep)
 
     def stage(handle: SaveHandle) -> Callable[[], Manifest]:
         buffers = _buffers.setdefault(os.path.realpath(where), _Buffers())

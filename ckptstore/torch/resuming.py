@@ -35,7 +35,7 @@ from ckptstore.parts import folder_of, manifest_told, read_part
 from ckptstore.ranks import Alone, together
 from ckptstore.saves import node_sets, prepared, steps
 from ckptstore.saves.prepared import Prepared
-from ckptstore.store import CheckpointStore
+from ckptstore.store import CheckpointStore, needed
 from ckptstore.torch.simple import see_nothing
 from ckptstore.verify import verify
 
@@ -115,6 +115,7 @@ def resume_step(store: CheckpointStore, process_group: dist.ProcessGroup | None 
     look, UsageError where there are several ranks (WORLD_SIZE) that have not met yet. What is whole on all nodes counts for
     retention from then on, and what it replaced is removed.
     """
+    needed(store)
     ranks = _look(store, process_group)
     if cut := undone(ranks):
         _finish(store, process_group, ranks, cut)

@@ -19,7 +19,7 @@ from typing import Any
 
 from ckptstore.errors import CkptStoreError, UsageError
 from ckptstore.ranks import together
-from ckptstore.retention import prune_after
+from ckptstore.retention import checked_keep, prune_after
 from ckptstore.saves.background import wait_all
 from ckptstore.store import CheckpointStore
 from ckptstore.torch.background import save_async
@@ -92,7 +92,7 @@ class Emergency:
             keep = options.pop("keep", None)
             save_async(store, step, state_dict, **{"nice": 0, **options}).wait(max(0.0, self.remaining_s))
             committed = True
-            prune_after(store.backend, step, keep)
+            prune_after(store.backend, step, checked_keep(keep))
         except TimeoutError:
             problem = f"not committed within {self.deadline_s:g} s"
         except (CkptStoreError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, of a device

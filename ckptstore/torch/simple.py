@@ -18,12 +18,12 @@ from ckptstore.frameworks.steps import STATE_NAME
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import Checkpoint, Part
 from ckptstore.parts import diverged, files_folder_of, folder_of, manifest_told, read_manifest, reader
-from ckptstore.retention import Keep, prune_after
+from ckptstore.retention import Keep, checked_keep, prune_after
 from ckptstore.saves import saving
 from ckptstore.saves.loading import Want, read_into, read_whole
 from ckptstore.saves.saving import Metrics
 from ckptstore.saves.uploading import Written
-from ckptstore.store import CheckpointStore
+from ckptstore.store import CheckpointStore, needed
 from ckptstore.torch import blocks, memory
 from ckptstore.torch import state as states
 from ckptstore.torch.bounce import onto, target_of
@@ -51,7 +51,8 @@ def save(
     must not change meanwhile. `config`, plain JSON, becomes config.json; `metrics` are for retention, and `keep` prunes by it
     afterwards. UsageError names what cannot be saved without a pickle; other errors as CheckpointStore.save.
     """
-    numbers = saving.numbers_of(metrics)
+    needed(store)
+    numbers, keep = saving.numbers_of(metrics), checked_keep(keep)
     encoded = states.Encoder(state_dict, torch.Tensor.detach)
     tensors = [tensor for inside in encoded.tensors.values() for tensor in inside.values()]
     if not (streams := Streams(tensors)):
@@ -183,6 +184,7 @@ def _load(store: CheckpointStore, part: Part, manifest: Manifest, map_location: 
 
 def find(store: CheckpointStore, step: int | None) -> tuple[Part, Manifest]:
     """A step's files and its manifest."""
+    needed(store)
     if step is None:
         return _newest(store)
     checkpoint = store.get(step)

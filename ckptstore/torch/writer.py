@@ -38,7 +38,7 @@ from ckptstore.parallel import Pool
 from ckptstore.saves import node_sets, saving, steps
 from ckptstore.saves.saving import Metrics
 from ckptstore.saves.uploading import Written
-from ckptstore.store import CheckpointStore
+from ckptstore.store import CheckpointStore, needed
 from ckptstore.torch import blocks, memory, nodes
 from ckptstore.torch.filling import File, Streams, Tail, in_memory
 
@@ -93,6 +93,7 @@ class StoreWriter(StorageWriter):
 
     def __init__(self, store: CheckpointStore, step: int, *, metrics: Metrics | None = None, nice: int = 0) -> None:
         super().__init__()
+        needed(store)
         self._store = store
         self._step = step
         self._metrics = saving.numbers_of(metrics)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from types import TracebackType
 
 from ckptstore import choose, left, native, parallel, places
-from ckptstore.backends import Bandwidth, normal_url, open_backend, tries
+from ckptstore.backends import Bandwidth, is_url, normal_url, open_backend, tries
 from ckptstore.backends.base import Backend
 from ckptstore.errors import AlreadyExistsError, CkptStoreError, IntegrityError, NotFoundError, UsageError
 from ckptstore.frameworks.areal import layout
@@ -195,6 +195,8 @@ class Mirror:
     def __init__(self, backend: Backend, url: str, *, bandwidth: Bandwidth | None = None) -> None:
         if not backend.is_folder:
             raise UsageError(f"{backend.location} is no folder of this machine", hint="A mirror goes from a folder to a URL.")
+        if not is_url(url):
+            raise UsageError(f"a mirror goes to a URL, and {url} is none", hint="Say s3://BUCKET/PREFIX.")
         self._backend, self._url, self._bandwidth = backend, normal_url(url), bandwidth
         open_backend(self._url)  # what no try will ever open is no mirror: it would keep everything here for ever
         self._ended, self._wake = threading.Event(), threading.Event()
