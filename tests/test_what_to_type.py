@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptstore import CheckpointStore, probe
+from ckptstore import CheckpointStore, CircuitBreaker, probe
 from ckptstore.frameworks.areal import launch
 from ckptstore.running import RECENT_S
 from tests import commands, trees
@@ -139,3 +139,15 @@ def test_verify_leaves_the_breaking_of_lines_to_the_terminal(cli: Cli, tmp_path:
     trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46])
     text = cli("verify", "--fileroot", tmp_path).out
     assert "which bytes were written; `ckptstore seal --all` records that from now on\n" in text
+
+
+def test_titles_stand_over_their_columns(cli: Cli, tmp_path: Path) -> None:
+    """Colours count for nothing: the status stood eight characters left of its title, and a column was left out for them."""
+    run = trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46, 93])
+    breaker = CircuitBreaker(run)
+    for step in range(94):
+        breaker.observe({"grpo_actor/task_reward/avg": 0.7 if step < 93 else 0.0}, step)
+    title, *rows = cli("list", "--fileroot", tmp_path).out.splitlines()[2:5]
+    assert "health" in title
+    for row in rows:
+        assert row.index("COMPLETE") - 2 == title.index("status")

@@ -123,16 +123,21 @@ def columns(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: Itera
     """Aligned lines, the titles first. A plain loop: rich lays out ten thousand rows in many seconds. Last column as it is."""
     lefts = set(left)
     last = len(titles) - 1
-    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(last)]
+    widths = [max(_seen(row[i]) for row in (titles, *rows)) for i in range(last)]
     lines = []
     for number, cells in enumerate((titles, *rows)):
-        aligned = [
-            cell.ljust(width) if i in lefts else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
-        ]
+        aligned = []
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=False)):
+            pad = " " * (width - _seen(cell))
+            aligned.append(cell + pad if i in lefts else pad + cell)
         line = "  ".join([*aligned, cells[last]])
         lines.append(click.style(line, dim=True) if number == 0 else line)
     return lines
+
+
+def _seen(cell: str) -> int:
+    """Characters of a cell that are seen: colours are not, and a pipe does not get them."""
+    return len(click.unstyle(cell)) if "\x1b" in cell else len(cell)
 
 
 def findings(items: Sequence[Finding], *, limit: int = 6, more: str = "") -> None:
