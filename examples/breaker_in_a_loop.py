@@ -53,6 +53,8 @@ def train(run: Path, *, first: int, weights: Path | None, server_works: bool) ->
 
 def main() -> None:
     """Three starts of one run."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     run = Path(sys.argv[1], "checkpoints/me/example/trial0").absolute()
     for start in (1, 2):
         try:

@@ -26,7 +26,8 @@ def main() -> int:
         damaged += not report.ok
     listing = store.scan()
     if listing.slot is not None:
-        print(f"the slot holds step {listing.slot.step} ({', '.join(listing.slot.holds)})")
+        step = listing.slot.step if listing.slot.step >= 0 else "unknown"
+        print(f"the slot holds step {step} ({', '.join(listing.slot.holds)})")
     if listing.recover_info is not None:
         print(f"training would go on at global step {listing.recover_info.resumes_at}")
     newest = store.latest()

@@ -24,6 +24,8 @@ KEEP = Keep(last=3, best=1, metric="loss", mode="min")
 
 def main() -> int:
     """Train; the exit code."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     store = CheckpointStore(sys.argv[1])
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_inspect_run(run: Path) -> None:
     assert found[2][1] in ("PARTIAL", "CORRUPT")
     assert "training would go on at global step 188" in result.out
     assert example("inspect_run.py", run / "nowhere").code == 1
+
+
+def test_inspect_run_of_a_slot_whose_step_nothing_tells(tmp_path: Path) -> None:
+    path = trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46], slot="hf")
+    assert "the slot holds step unknown" in example("inspect_run.py", path).out
+
+
+@pytest.mark.parametrize("name", ["save_in_a_loop.py", "breaker_in_a_loop.py"])
+def test_an_example_without_its_folder_says_how_it_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit, match=f"python examples/{name} DIR"):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 def test_setup_from_python(run: Path) -> None:
