@@ -60,7 +60,11 @@ class CheckpointStore:
         if steps.needs_mending(self.backend.location):
             with contextlib.suppress(CkptStoreError), steps.locked(self.backend.location, "mending"):
                 pass  # whoever holds the lock has mended it
-        return scan(self.backend)
+        try:
+            return scan(self.backend)
+        except NotFoundError as error:  # no empty store: a place that is misspelt would look like one
+            error.hint = error.hint or "Nothing has been saved there yet, or it is another place."
+            raise
 
     def save(
         self,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 import traceback
 
+import pytest
+
 from ckptstore import CheckpointStore, CircuitBreaker, errors
 
 
@@ -47,3 +49,11 @@ def test_a_value_in_a_notebook_is_no_page_of_digests(tmp_path) -> None:
     for value in (store.save(1, tmp_path / "files"), store.get(1), store.verify(1), store.resume_point()):
         assert len(repr(value)) < 800
     assert len(repr(store.restore(1, tmp_path / "back"))) < 800
+
+
+def test_a_store_that_is_not_there_yet_says_what_that_may_mean(tmp_path) -> None:
+    store = CheckpointStore(tmp_path / "mine")
+    for look in (store.list, store.latest, store.resume_point, lambda: store.get(1), lambda: store.verify(1)):
+        with pytest.raises(errors.NotFoundError) as caught:
+            look()
+        assert caught.value.hint == "Nothing has been saved there yet, or it is another place."

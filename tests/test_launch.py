@@ -79,6 +79,13 @@ def test_the_version_said_beats_what_lies_here(tmp_path: Path, version: str, lau
     assert (found.launcher, found.version, found.how) == (launcher, version.lstrip("v"), "--areal-version")
 
 
+@pytest.mark.parametrize("version", ["main", "latest", "x1.0", " 1.0"])
+def test_a_version_that_is_none(version: str) -> None:
+    """It was taken for no version: the slot's format was assumed, whatever had been meant."""
+    with pytest.raises(UsageError, match="is no version"):
+        find_installation("", version)
+
+
 def test_the_package_of_python_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = checkout(tmp_path / "site", "0.4.1")
     (site / "pyproject.toml").unlink()
