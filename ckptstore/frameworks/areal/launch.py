@@ -66,7 +66,9 @@ def find_installation(areal_dir: str = "", version: str = "") -> Installation:
         return found
     if version:
         if not re.match(r"v?[0-9]", version):  # what it reads would be guessed, and said to be known
-            raise UsageError(f"--areal-version {version} is no version", hint="Say 0.4.1, or v1.0.3; of a checkout --areal-dir.")
+            raise UsageError(
+                f"--areal-version {version} is no version", hint="Say 0.4.1, or v1.0.3; of a checkout --areal-dir."
+            )
         old = version.lstrip("v").startswith("0.")
         return Installation("", version.lstrip("v"), OLD_LAUNCHER if old else NEW_LAUNCHER, "--areal-version")
     if found := _inspect(os.getcwd(), "the current folder"):
