@@ -212,6 +212,10 @@ class CircuitBreaker:
             log.error("the breaker cannot record anything in %s: %s", self._side, error)
             return
         self._writer = Writer(ledgers.path_in(self._side))
+        try:  # what was trained before somebody added it, or while it was taken away: from here on nobody looks into the log
+            health.keep_log(self.run)
+        except (CkptStoreError, OSError) as error:
+            log.warning("the metrics of the trainer's log could not be recorded: %s", error)
 
     def _not_recorded(self, writer: Writer) -> None:
         self._warn(
@@ -230,7 +234,7 @@ class CircuitBreaker:
             self._recall(ledger, step)
         if self._reduce:
             self.load_state_dict(json.loads(self._ranks.from_first(json.dumps(self.state_dict()).encode())))
-        if self._writer is not None and (not ledger or ledger.judges != self._judges):
+        if self._writer is not None and (ledger.judges is ledgers.DEFAULT_JUDGES or ledger.judges != self._judges):
             self._writer.judges(self._judges, time.time())
 
     def _recall(self, ledger: Ledger, step: int) -> None:

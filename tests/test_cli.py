@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 import ckptstore
+from ckptstore import CircuitBreaker, commit, probe
 from ckptstore import cli as cli_module
-from ckptstore import commit, probe
 from ckptstore.cli import render
+from ckptstore.errors import TrainingHalted
 from ckptstore.frameworks.areal import launch
 from ckptstore.journal import Journal
 from ckptstore.lock import RunLock
@@ -450,6 +451,21 @@ def test_what_the_log_told_is_kept_by_setup_and_the_log_is_read_on(cli: Cli, run
         file.write('{"step":94,"at":1795700000.0,"m":{"grpo_actor/task_reward/avg":0.5}}\n')
     assert "of the trainer's log" not in cli("status").out
     assert "step 140: grpo_actor/task_reward/avg was 0" in " ".join(cli("status").out.split())
+
+
+def test_a_breaker_that_is_added_later_forgets_nothing(cli: Cli, run: Path) -> None:
+    """Of what was trained without it the log tells: all of that was unknown from its first step on, and 140 was set up."""
+    write_log(next((run.parents[3] / "logs").glob("*/*/*")) / "main.log", range(150), zero_from=120)
+    words = ("setup", "--as-is", "--dry-run", "--force")
+    assert "step 140: health bad" in flat(cli(*words).out)
+    breaker = CircuitBreaker(run)
+    with pytest.raises(TrainingHalted, match="since global step 120") as halted:
+        breaker.observe({"grpo_actor/task_reward/avg": 0.0}, 150)
+    assert halted.value.last_good_step == 93
+    found = cli(*words)
+    assert "step 140: health bad" in flat(found.out)
+    assert "global step 93" in found.out
+    assert (run.parent / ".ckptstore/trial0/metrics.jsonl").read_text().count('"rules":') == 1
 
 
 @pytest.mark.parametrize(("hours", "seen"), [(0, False), (10, True)])
