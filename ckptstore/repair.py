@@ -42,6 +42,7 @@ from ckptstore.lock import RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, Checkpoint, FileInfo, Level, Part
 from ckptstore.parts import as_recorded, files_folder_of, find_manifest, folder_of, look_again, read_manifest
+from ckptstore.sizes import counted
 from ckptstore.transfer import push
 from ckptstore.transfer.fetching import Wanted, fetch
 from ckptstore.transfer.receiving import fill
@@ -222,7 +223,7 @@ def _refuse_newer(pair: _Pair, damages: Sequence[Damage], *, force: bool) -> Non
     seen = pair.manifest.inspect(files)
     if seen.extra:
         raise RefusedError(
-            f"{pair.part.path} has {len(seen.extra)} files that its manifest does not know ({seen.extra[0]})",
+            f"{pair.part.path} has {counted(len(seen.extra), 'file')} that its manifest does not know ({seen.extra[0]})",
             hint="Something was saved there since. Move it away if it was not, then repair.",
         )
     newer = [damage for damage in damages if damage.entry.path in seen.changed and damage.kind != "time"]

@@ -1,4 +1,4 @@
-"""Bytes, as people read them."""
+"""Bytes and counts, as people read them."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 file`, `2 files`."""
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -24,6 +24,7 @@ from ckptstore.health import Health
 from ckptstore.listing import Listing, backend_for
 from ckptstore.model import Checkpoint
 from ckptstore.parts import reader
+from ckptstore.sizes import counted
 
 NORM_FACTOR = 2.0  #: a jump; RL steps move a tensor's norm by some percent even over an epoch
 MIN_COUNT = 1024  #: numbers; the norm of fewer may jump honestly
@@ -171,7 +172,7 @@ def judge(found: Scan, before: Scan | None = None) -> Sanity:
             what = f"all {len(weights)} weights are identical to those of step {before.step}: nothing was learned in between"
             problems.append(Problem(Health.SUSPECT, part, "", what))
         if before is not None and (gone := [key for key, t in theirs.items() if not t.optimizer and key not in mine]):
-            notes.append(f"{part}: {len(gone)} tensors of step {before.step} are not in it ({gone[0]}, …)")
+            notes.append(f"{part}: {counted(len(gone), 'tensor')} of step {before.step} are not in it ({gone[0]}, …)")
     problems.sort(key=lambda problem: problem.health is not Health.BAD)
     return Sanity(found, tuple(problems), -1 if before is None else before.step, tuple(notes))
 

@@ -14,6 +14,7 @@ import pytest
 from ckptstore import CheckpointStore, CircuitBreaker, probe
 from ckptstore.frameworks.areal import launch
 from ckptstore.running import RECENT_S
+from ckptstore.sizes import counted
 from tests import commands, trees
 from tests.commands import Result, flat
 
@@ -151,3 +152,23 @@ def test_titles_stand_over_their_columns(cli: Cli, tmp_path: Path) -> None:
     assert "health" in title
     for row in rows:
         assert row.index("COMPLETE") - 2 == title.index("status")
+
+
+def test_one_of_a_kind_is_no_plural(cli: Cli, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "copy")
+    (store / "step-20" / "weights.bin").write_bytes(b"x" * 1000)
+    words = ("repair", 20, "--run", store, "--from", tmp_path / "copy", "--force")
+    assert "1 file would be repaired" in cli(*words, "--dry-run").out
+    assert "1 file repaired with" in cli(*words).out
+    CircuitBreaker(store).observe({"grpo_actor/task_reward/avg": 0.7}, 20)
+    assert "metrics  1 step, " in cli("status", "--run", store).out
+    assert (counted(0, "file"), counted(1, "file"), counted(2, "file")) == ("0 files", "1 file", "2 files")
+
+
+def test_what_was_done_is_said_within_the_terminal(store: Path) -> None:
+    """A long path may stick out; the words do not."""
+    words = [*commands.COMMAND, "clean", "--run", str(store)]
+    with commands.Terminal(words, columns=60) as terminal:
+        terminal.finish()
+    (line,) = [line for line in commands.plain(terminal.shown).splitlines() if "nothing to remove" in line]
+    assert line == "✓ nothing to remove in"

@@ -11,6 +11,7 @@ from ckptstore.checks import Diagnosis, Patient, bad, gigabytes, ok, warn
 from ckptstore.frameworks.areal import layout
 from ckptstore.locate import current_user, relative_fileroot
 from ckptstore.model import Checkpoint
+from ckptstore.sizes import counted
 
 _CONTAINER = ("overlay", "aufs")
 _MEMORY = ("tmpfs", "ramfs")
@@ -131,7 +132,7 @@ def space(patient: Patient) -> Iterator[Diagnosis]:
     network = probe.is_network(probe.file_system(place))
     server = " as the server says; quotas are unseen" if network else ""
     fits = int((free - second) // export) if export else 0
-    saves = f"{patient.saves} more save{'s' * (patient.saves != 1)} ({gigabytes(export)} each)"
+    saves = f"{counted(patient.saves, 'more save')} ({gigabytes(export)} each)"
     copy = f" and a second copy of the slot ({gigabytes(second)})" if second else ""
     found = f"{gigabytes(free)} free on {place}{server}; {saves}{copy}: {gigabytes(needed)}"
     fewer = "keep fewer steps (`ckptstore prune`)" if patient.of_steps else "save less often: AReaL removes no save itself"

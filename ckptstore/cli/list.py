@@ -39,7 +39,7 @@ from ckptstore.frameworks.areal.saving import describe, settings
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
 from ckptstore.model import Checkpoint, Status
-from ckptstore.sizes import size
+from ckptstore.sizes import counted, size
 
 TITLES = ("step", "log", "epoch:step", "parts", "holds", "format", "files", "size", "age", "status")
 _LEFT = frozenset({"parts", "holds", "format", "health", "status"})
@@ -282,7 +282,7 @@ def _print_slot(listing: Listing, verdicts: Verdicts) -> None:
     step = f"step {slot.step}" if slot.step >= 0 else "unknown step"
     field(
         "slot",
-        f"{step}, {slot.format}: {', '.join(slot.holds) or 'nothing known'}; {slot.file_count} files, "
+        f"{step}, {slot.format}: {', '.join(slot.holds) or 'nothing known'}; {counted(slot.file_count, 'file')}, "
         f"{size(slot.size_bytes)}, {_old(slot.age_s())}, {slot.status}",
     )
     if verdicts and slot.step >= 0:
@@ -306,7 +306,7 @@ def _print_info(info: RecoverInfo | None, *, full: bool) -> None:
     else:
         field("resume", "recover_info does not say after which step")
     if full:
-        field("", f"epoch {info.epoch}, epoch step {info.epoch_step}; {info.steps_per_epoch} steps per epoch")
+        field("", f"epoch {info.epoch}, epoch step {info.epoch_step}; {counted(info.steps_per_epoch, 'step')} per epoch")
         field("holds", ", ".join(info.holds) or "nothing readable")
         field("", f"dataloader state: {info.dataloader_bytes:,} bytes (a pickle: never opened)")
     for text in info.problems:

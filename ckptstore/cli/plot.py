@@ -12,6 +12,7 @@ from ckptstore.drawing import MARKS, draw, text_chart
 from ckptstore.health import Health
 from ckptstore.locate import Where
 from ckptstore.picture import Picture, compose
+from ckptstore.sizes import counted
 
 _MAX_COLUMNS = 120
 
@@ -27,7 +28,7 @@ def command(where: Where, out: str, metric: str) -> None:
     picture = compose(backend, metric=metric)
     if out:
         draw(picture, out)
-        done(f"{out}: {len(picture.points)} steps, {len(picture.marks)} checkpoints")
+        done(f"{out}: {counted(len(picture.points), 'step')}, {counted(len(picture.marks), 'checkpoint')}")
         return
     echo()
     for line in text_chart(picture, width=min(width() or 100, _MAX_COLUMNS), paint=_paint):

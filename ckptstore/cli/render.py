@@ -82,7 +82,7 @@ def _filled(first: str, text: str, indent: int) -> str:
 
 def done(text: str) -> None:
     """The line that says what was achieved."""
-    echo(f"{click.style('✓', fg='green', bold=True)} {safe(text)}")
+    echo(_filled(click.style("✓", fg="green", bold=True) + " ", safe(text), 2))
 
 
 def note(text: str) -> None:

@@ -17,7 +17,7 @@ from ckptstore.errors import UsageError
 from ckptstore.listing import scan
 from ckptstore.locate import Where
 from ckptstore.repair import Damage, Repaired, repair
-from ckptstore.sizes import size
+from ckptstore.sizes import counted, size
 
 
 @click.command("repair", cls=Verb, short_help="Fetch only what is damaged of a checkpoint from another place.")
@@ -91,8 +91,9 @@ def _print(result: Repaired, step: int, *, dry_run: bool) -> None:
         done(f"step {step}: nothing is damaged, every byte was read")
     elif dry_run:
         total = size(sum(damage.bad_bytes for damage in result.damages))
-        echo(f"{len(result.damages)} files would be repaired, with {total} from there")
+        echo(f"{counted(len(result.damages), 'file')} would be repaired, with {total} from there")
     elif result.ok:
-        done(f"step {step} is whole: {len(result.repaired)} files repaired with {size(result.moved_bytes)}, all of it verified")
+        repaired = counted(len(result.repaired), "file")
+        done(f"step {step} is whole: {repaired} repaired with {size(result.moved_bytes)}, all of it verified")
     elif result.report is not None:
         findings(result.report.findings)

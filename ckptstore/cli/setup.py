@@ -43,7 +43,7 @@ from ckptstore.model import Status
 from ckptstore.plan import Options, Plan
 from ckptstore.plan import plan as make_plan
 from ckptstore.recovery import Outcome
-from ckptstore.sizes import size
+from ckptstore.sizes import counted, size
 
 #: What a transfer is called, and what becomes of the files.
 _HOW = {"copy": ("copy", ""), "dcp": ("convert", "  (as DCP)"), "era-a": ("copy", "  (with fresh optimizer shards)")}
@@ -223,7 +223,10 @@ def print_plan(plan: Plan) -> None:
     heading("plan")
     for part in checkpoint.parts if plan.transfers else ():
         how = plan.transfers[part.name].how
-        row(_HOW[how][0], f"{_short(plan, part.path)}  ({len(part.files)} files, {size(part.size_bytes)}, {part.format})")
+        row(
+            _HOW[how][0],
+            f"{_short(plan, part.path)}  ({counted(len(part.files), 'file')}, {size(part.size_bytes)}, {part.format})",
+        )
         row("  to", _short(plan, plan.slots[part.name]) + _HOW[how][1])
     if not plan.nothing_to_do:
         row("resume", _INFO[plan.info.action])

@@ -22,6 +22,7 @@ from ckptstore.listing import RESUMABLE, Listing, scan
 from ckptstore.locate import Located, Where
 from ckptstore.metric_names import match
 from ckptstore.model import Checkpoint
+from ckptstore.sizes import counted
 from ckptstore.transfer import mirrored
 from ckptstore.transfer.mirrored import Lag
 
@@ -119,7 +120,7 @@ def _import(side: str, path: str, axis: str) -> str:
     known = f", {len(found.records) - len(fresh)} of them known already" if len(fresh) < len(found.records) else ""
     passed = f", {found.passed_over} lines passed over" if found.passed_over else ""
     return (
-        f"{os.path.basename(path)}: {len(found.records)} steps{known}, global steps {first} to {last} "
+        f"{os.path.basename(path)}: {counted(len(found.records), 'step')}{known}, global steps {first} to {last} "
         f"({found.kind}; {steps}{passed})"
     )
 
@@ -158,7 +159,7 @@ def _lag(listing: Listing, side: str) -> Lag | None:
 
 def _print_mirror(lag: Lag) -> None:
     safe = "nothing is safe there yet" if lag.newest_safe_step is None else f"step {lag.newest_safe_step} is safe there"
-    behind = "" if lag.behind_steps is None else f", {lag.behind_steps} steps"
+    behind = "" if lag.behind_steps is None else f", {counted(lag.behind_steps, 'step')}"
     waits = (
         f"; {lag.waiting} here are not, the oldest for {age(lag.behind_s)}{behind}" if lag.waiting else ", and all that is here"
     )
@@ -198,7 +199,7 @@ def _print_metrics(ledger: Ledger) -> None:
     newest = line[-1]
     when = f", {age(time.time() - newest.at_s)} ago" if newest.at_s else ""
     told = ", of the trainer's log" if ledger.logged else ""
-    field("metrics", f"{len(line)} steps{told}, the newest is {halt.both(newest.step)}{when}")
+    field("metrics", f"{counted(len(line), 'step')}{told}, the newest is {halt.both(newest.step)}{when}")
     for key in sorted(newest.metrics)[:_SHOWN]:
         history = [condition.metric(record.metrics[key]) for record in line[-5:] if key in record.metrics]
         field("", f"{key}: {' '.join(history)}")

@@ -14,7 +14,7 @@ from ckptstore.health import Health
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Where
 from ckptstore.model import Checkpoint, Level, Status
-from ckptstore.sizes import size
+from ckptstore.sizes import counted, size
 from ckptstore.verify import UNSEALED, Report, verify_all
 
 
@@ -106,7 +106,7 @@ def _print(reports: list[Report]) -> None:
         checkpoint = report.checkpoint
         name = "" if checkpoint.kind == "export" else f"{checkpoint.kind}, "
         step = f"step {checkpoint.step}" if checkpoint.step >= 0 else "unknown step"
-        detail = f"{checkpoint.file_count} file{'s' * (checkpoint.file_count != 1)}, {size(checkpoint.size_bytes)}"
+        detail = f"{counted(checkpoint.file_count, 'file')}, {size(checkpoint.size_bytes)}"
         detail += f", read{at}" if (at := rate(report.bytes_read, report.seconds)) else ""
         pad = " " * (len(Status.COMMITTED) - len(checkpoint.status))
         echo(f"{name}{step:<9} {status(checkpoint.status)}{pad}  {safe(detail)}")

@@ -10,7 +10,7 @@ from ckptstore.backends import Backend
 from ckptstore.cli.condition import health
 from ckptstore.cli.render import echo, item
 from ckptstore.listing import Listing
-from ckptstore.sizes import size
+from ckptstore.sizes import counted, size
 from ckptstore.verify import Notify, Report
 from ckptstore.weights import Sanity, Scan
 
@@ -38,7 +38,7 @@ def print_sanity(found: list[Sanity]) -> None:
         rate = f", {scan.bytes_read / scan.seconds / 1e9:.2f} GB/s" if scan.seconds > 0 else ""
         against = f", against step {sanity.compared_with}" if sanity.compared_with >= 0 else ""
         step = f"step {scan.step}" if scan.step >= 0 else "unknown step"
-        echo(f"weights, {step:<9} {health(sanity.health)}  {count} tensors, {size(scan.bytes_read)}{rate}{against}")
+        echo(f"weights, {step:<9} {health(sanity.health)}  {counted(count, 'tensor')}, {size(scan.bytes_read)}{rate}{against}")
         for problem in sanity.problems[:_SHOWN]:
             item("✗", str(problem), fg="red")
         if len(sanity.problems) > _SHOWN:

@@ -30,6 +30,7 @@ from ckptstore.errors import AccessError, AlreadyExistsError, BusyError, Manifes
 from ckptstore.manifest import Manifest, parse
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, DRAFT_PREFIX, MANIFEST_NAME, OURS, REMOVING_PREFIX
 from ckptstore.parts import read_manifest
+from ckptstore.sizes import counted
 
 LOOKS = 5  #: at a place where somebody commits while we look
 RENEW_S = 300.0  #: how often a living push renews its claim
@@ -299,7 +300,7 @@ class Place:
         strangers = [name for name in names if not name.startswith(OURS)]
         if strangers:
             raise AlreadyExistsError(
-                f"{self._where} holds {len(strangers)} files that no push of ckptstore brought ({strangers[0]})",
+                f"{self._where} holds {counted(len(strangers), 'file')} that no push of ckptstore brought ({strangers[0]})",
                 hint="Push to another URL, or move them away. `ckptstore verify --run URL` says whether they are whole.",
             )
 

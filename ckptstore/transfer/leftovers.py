@@ -31,6 +31,7 @@ from ckptstore.errors import ManifestError, NotFoundError, UnavailableError
 from ckptstore.manifest import parse
 from ckptstore.model import ATTEMPT_PREFIX, CLAIM_NAME, DRAFT_PREFIX, MANIFEST_NAME, REMOVING_PREFIX
 from ckptstore.parts import read_manifest
+from ckptstore.sizes import counted
 from ckptstore.transfer import claims, unfinished
 from ckptstore.transfer.conditions import PROBE
 
@@ -158,8 +159,8 @@ def look(target: Backend, *, older_than_s: float) -> Found:
     found = find(blobs, bases, named, older_than_ns=now_ns - int(older_than_s * 1e9), uploads=uploads)
     notes = [note] if note else []
     notes += [
-        f"{target.location}/{one.files_folder} holds {len(one.others)} files that its claim does not name ({one.others[0]}): "
-        "they stay"
+        f"{target.location}/{one.files_folder} holds {counted(len(one.others), 'file')} that its claim does not name "
+        f"({one.others[0]}): {'they stay' if len(one.others) > 1 else 'it stays'}"
         for one in found
         if one.others
     ]
