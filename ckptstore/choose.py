@@ -352,7 +352,8 @@ def _nothing(listing: Listing, selection: Selection, skipped: list[Skipped]) -> 
     if steps:
         seen = [looked_at.get(checkpoint.parts[0].path, checkpoint) for checkpoint in listing.checkpoints]
         usable = [checkpoint.step for checkpoint in seen if checkpoint.status.usable]
-        hint = f"The first saved step is {steps[0]}, the last {steps[-1]}; whole are {_some(usable) or 'none'}."
+        whole = f"whole {'is' if len(usable) == 1 else 'are'} {_some(usable) or 'none'}"
+        hint = f"The first saved step is {steps[0]}, the last {steps[-1]}; {whole}."
         if any(skip.checkpoint.status.usable for skip in skipped):
             hint += " --include-bad takes unhealthy ones too."
     return NothingToResumeError(message, hint=hint)

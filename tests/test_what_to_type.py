@@ -162,6 +162,8 @@ def test_one_of_a_kind_is_no_plural(cli: Cli, store: Path, tmp_path: Path) -> No
     assert "1 file repaired with" in cli(*words).out
     CircuitBreaker(store).observe({"grpo_actor/task_reward/avg": 0.7}, 20)
     assert "metrics  1 step, " in cli("status", "--run", store).out
+    run = trees.make_run(tmp_path, experiment=EXPERIMENT, steps=[46])
+    assert "whole is 46" in flat(cli("setup", "--run", run, "--step", 5).err)
     assert (counted(0, "file"), counted(1, "file"), counted(2, "file")) == ("0 files", "1 file", "2 files")
 
 
