@@ -289,7 +289,9 @@ class CircuitBreaker:
                     f"unarmed {name}", text + "that; the breaker counts from the first good step on (arm='always': at once)"
                 )
             elif watch.steps and watch.silent == SILENT_STEPS:
-                self._warn(f"silent {name} {step}", f"{name} has been missing for {SILENT_STEPS} steps, up to {both(step)}")
+                self._warn(
+                    f"silent {name} {step}", f"{name} has been missing for {SILENT_STEPS} steps, up to {both(step, self.run)}"
+                )
 
     def _warn(self, what: str, text: str) -> None:
         if what not in self._warned:

@@ -131,7 +131,8 @@ def _draw_strip(axes: Any, picture: Picture) -> None:
         axes.scatter(mark.step, height, s=190, facecolor="none", edgecolor=COLOURS[Health.GOOD], linewidth=1.8, zorder=5)
     axes.set_yticks([usual, *([-0.45] if usual else [])], ["checkpoints", *(["recover slot"] if usual else [])])
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("global step   (the trainer's log counts one more: Train step N is global step N - 1)", color=_INK)
+    logged = "global step   (the trainer's log counts one more: Train step N is global step N - 1)"
+    axes.set_xlabel("step" if picture.of_steps else logged, color=_INK)
     axes.legend(
         handles=_legend(picture), loc="upper center", bbox_to_anchor=(0.5, -0.62), ncols=8, frameon=False, fontsize=9,
         handletextpad=0.4, columnspacing=1.8,

@@ -55,12 +55,12 @@ class Trip:
         if self.diagnosis:
             lines.append(f"{self.diagnosis}.")
         if self.last_good_step >= 0:
-            lines.append(f"Last good checkpoint: {both(self.last_good_step)}, {self.last_good_path} (pinned).")
+            lines.append(f"Last good checkpoint: {both(self.last_good_step, self.run)}, {self.last_good_path} (pinned).")
         elif self.run:
             lines.append("No good checkpoint is left: `ckptstore list` shows what there is.")
         if self.quarantine:
             lines.append(f"Post-mortem save: {self.quarantine} ({self.post_mortem}).")
-        when = f"at {both(self.step)}" if self.step >= 0 else "at an unknown step"
+        when = f"at {both(self.step, self.run)}" if self.step >= 0 else "at an unknown step"
         if again:
             lines.append(
                 "Nothing was trained now: a TRIPPED record keeps the run from starting until it is recovered or reset."
@@ -84,9 +84,9 @@ class Trip:
         )
 
 
-def both(step: int) -> str:
-    """A step by both of its numbers: the checkpoint's, and the trainer's log's."""
-    return f"global step {step} (Train step {step + 1} of the log)"
+def both(step: int, run: str = "") -> str:
+    """A step by both of its numbers: the checkpoint's, and the trainer's log's. How a store's trainer counts is not known."""
+    return f"step {step}" if run and places.is_store(run) else f"global step {step} (Train step {step + 1} of the log)"
 
 
 def recovery_command(run: str, last_good_step: int) -> str:

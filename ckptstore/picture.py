@@ -44,6 +44,7 @@ class Picture:
     halted: bool  #: the trip's record still keeps training from starting
     resume_step: int
     resume_why: str
+    of_steps: bool = False  #: of a store of steps: how its trainer counts in its log is not known
 
     @property
     def first_step(self) -> int:
@@ -103,6 +104,7 @@ def compose(backend: Backend, *, metric: str = "") -> Picture:
         halted=trip is not None,
         resume_step=resume_step,
         resume_why=why,
+        of_steps=listing.framework == "steps",
     )
 
 

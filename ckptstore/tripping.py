@@ -35,7 +35,7 @@ def describe(step: int, watch: Watch | None, *, run: str, keys: Keys, diagnosis:
         run=run,
         step=step,
         since_step=since,
-        saw="another rank's metrics went bad" if watch is None else _saw(watch, keys),
+        saw="another rank's metrics went bad" if watch is None else _saw(watch, keys, run),
         diagnosis=diagnosis,
         rule=None if watch is None else watch.rule.spec(),
         last_good_step=good_step,
@@ -47,11 +47,11 @@ def describe(step: int, watch: Watch | None, *, run: str, keys: Keys, diagnosis:
     )
 
 
-def _saw(watch: Watch, keys: Keys) -> str:
+def _saw(watch: Watch, keys: Keys, run: str) -> str:
     key = keys.get(watch.rule.metric, watch.rule.metric)
     subject = watch.said if key == "-" else f"{key} {watch.said}"
     before = f" (before, it was {watch.last_good:.4g})" if watch.last_good is not None else ""
-    return f"{subject} for {watch.streak} step{'s in a row' * (watch.streak > 1)}, since {both(watch.since)}{before}"
+    return f"{subject} for {watch.streak} step{'s in a row' * (watch.streak > 1)}, since {both(watch.since, run)}{before}"
 
 
 def _last_good(run: str, ledger: Ledger, since: int) -> Checkpoint | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ckptstore import CheckpointStore, CircuitBreaker, probe
+from ckptstore.errors import TrainingHalted
 from ckptstore.frameworks.areal import launch
 from ckptstore.running import RECENT_S
 from ckptstore.sizes import counted
@@ -174,3 +175,21 @@ def test_what_was_done_is_said_within_the_terminal(store: Path) -> None:
         terminal.finish()
     (line,) = [line for line in commands.plain(terminal.shown).splitlines() if "nothing to remove" in line]
     assert line == "✓ nothing to remove in"
+
+
+def test_a_store_knows_no_train_step(cli: Cli, store: Path) -> None:
+    """Only AReaL's log is known to count from 1: of a loop of one's own the second number was made up."""
+    breaker = CircuitBreaker(store, threshold=2)
+    for step in range(15, 23):
+        breaker.observe({"grpo_actor/task_reward/avg": 0.7 if step < 22 else 0.0}, step)
+    with pytest.raises(TrainingHalted) as halted:
+        breaker.observe({"grpo_actor/task_reward/avg": 0.0}, 23)
+    said = [str(halted.value), cli("status", "--run", store).out, cli("plot", "--run", store).out]
+    with pytest.raises(TrainingHalted) as again:
+        CircuitBreaker(store)
+    for text in (*said, str(again.value), cli("doctor", "--run", store).out):
+        assert "of the log" not in text
+        assert "Train step" not in text
+        assert "the log counts" not in text
+    assert "halted at step 23:" in said[0]
+    assert "since step 22 " in said[0]

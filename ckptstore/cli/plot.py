@@ -46,7 +46,7 @@ def _print_legend(picture: Picture) -> None:
     if seen:
         echo(
             "  ".join(_paint(f"{MARKS[health]} {health}", health) for health in seen)
-            + "   (global steps; the log counts one more)"
+            + "   (global steps; the log counts one more)" * (not picture.of_steps)
         )
     for stretch in picture.stretches:
         item("✗", str(stretch), fg="red")

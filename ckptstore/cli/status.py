@@ -132,7 +132,7 @@ def _print(listing: Listing, side: str, ledger: Ledger) -> None:
         field("breaker", "not tripped")
     else:
         when = f", {age(time.time() - trip.at_s)} ago" if trip.at_s else ""
-        field("breaker", f"TRIPPED at {halt.both(trip.step)}{when}: training does not start here")
+        field("breaker", f"TRIPPED at {halt.both(trip.step, listing.run.path)}{when}: training does not start here")
         for text in (trip.saw, trip.diagnosis, f"post-mortem save: {trip.quarantine} ({trip.post_mortem})"):
             if text and (trip.quarantine or text in (trip.saw, trip.diagnosis)):
                 item("·", text)
@@ -149,7 +149,7 @@ def _print(listing: Listing, side: str, ledger: Ledger) -> None:
         _print_mirror(lag)
     for pin in pins.read(side):
         field("pinned", f"step {pin.step}: {pin.why}")
-    _print_metrics(ledger)
+    _print_metrics(ledger, listing.run.path)
 
 
 def _lag(listing: Listing, side: str) -> Lag | None:
@@ -192,14 +192,14 @@ def _print_checkpoints(listing: Listing, ledger: Ledger) -> None:
         field("", f"and {len(wrong) - _SHOWN} more (`ckptstore list`)")
 
 
-def _print_metrics(ledger: Ledger) -> None:
+def _print_metrics(ledger: Ledger, run: str) -> None:
     line = ledger.line()
     if not line:
         return
     newest = line[-1]
     when = f", {age(time.time() - newest.at_s)} ago" if newest.at_s else ""
     told = ", of the trainer's log" if ledger.logged else ""
-    field("metrics", f"{counted(len(line), 'step')}{told}, the newest is {halt.both(newest.step)}{when}")
+    field("metrics", f"{counted(len(line), 'step')}{told}, the newest is {halt.both(newest.step, run)}{when}")
     for key in sorted(newest.metrics)[:_SHOWN]:
         history = [condition.metric(record.metrics[key]) for record in line[-5:] if key in record.metrics]
         field("", f"{key}: {' '.join(history)}")
