@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -54,67 +56,72 @@ class Holder:
         return text
 
 
+class LockFile(io.FileIO):
+    """A file to lock: closed, and so let go of, with its object at the latest. Made where it is missing; raises OSError."""
+
+    def __init__(self, path: str, *, mode: int, exclusive: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
+        super().__init__(path, "r+", opener=lambda path, _: os.open(path, flags, mode))
+
+    def __del__(self) -> None:
+        self.close()  # without the warning of other files: Ctrl-C may come before anybody has hold of it
+
+
 class RunLock:
-    """A lock on a run's side folder; a context manager. Not reentrant; `update` may be called from any thread."""
+    """A lock on a run's side folder; a context manager. Not reentrant; `update` may be called from any thread.
+
+    It is let go of with its object at the latest: Ctrl-C may come where no `with` has hold of it yet, or any more.
+    """
 
     def __init__(self, side: str, doing: str) -> None:
         self._path = os.path.join(side, "lock")
-        self._state: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "doing": doing,
-            "done_bytes": 0,
-            "total_bytes": 0,
-            "started_at_s": time.time(),
-        }
-        self._descriptor = -1
-        self._written_bytes = 512
-        self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="ckptstore-heartbeat", daemon=True)
+        self._held = _Held(doing)
+        weakref.finalize(self, self._held.release).atexit = False
 
     def __enter__(self) -> RunLock:
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            self._enter()
+        except BaseException:
+            self._held.release()
+            raise
+        return self
+
+    def _enter(self) -> None:
+        held = self._held
+        try:
+            held.file = LockFile(self._path, mode=0o644)
             with contextlib.suppress(PermissionError):  # root's setup must not lock out the user who trains
                 side = os.stat(os.path.dirname(self._path))
-                os.fchown(self._descriptor, side.st_uid, side.st_gid)
+                os.fchown(held.file.fileno(), side.st_uid, side.st_gid)
         except OSError as error:
             raise from_os_error(error, doing="locking", path=self._path) from error
         holder = read_holder(self._path)
-        try:
-            taken = self._take(holder) and not (holder and _alive_elsewhere(holder, self._path, sure=True))
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+        taken = self._take(held.file, holder) and not (holder and _alive_elsewhere(holder, self._path, sure=True))
         if not taken:
-            os.close(self._descriptor)
             raise BusyError(
                 f"another ckptstore is at work on this run: {holder or 'it has not said who it is'}",
                 hint="Wait for it, or stop that process; a dead one's lock frees itself, that of another machine after "
                 f"{2 * STALE_S / 60:.0f} minutes at most.",
             )
+        held.ours = True
         with contextlib.suppress(OSError):  # what it says is a courtesy: on a full disk the lock holds all the same
-            self._write()
-        parallel.start(self._heart)
-        return self
+            held.write()
+        parallel.start(held.heart)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop.set()
-        self._heart.join()
-        # Emptied, not deleted: a waiter that has it open would lock a file that nobody else sees.
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
-        with contextlib.suppress(OSError):  # closing alone frees nothing that a child, forked meanwhile, still has open
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        os.close(self._descriptor)
+        try:
+            self._held.release()
+        except BaseException:  # Ctrl-C
+            self._held.release()
+            raise
 
     def update(self, doing: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
         """What to tell others from the next heartbeat on."""
-        self._state |= {"doing": doing, "done_bytes": done_bytes, "total_bytes": total_bytes}
+        self._held.state |= {"doing": doing, "done_bytes": done_bytes, "total_bytes": total_bytes}
 
-    def _take(self, holder: Holder | None) -> bool:
+    def _take(self, file: LockFile, holder: Holder | None) -> bool:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -124,16 +131,51 @@ class RunLock:
             return holder is None or holder.pid == os.getpid() or not _alive_here(holder, self._path)
         return True
 
-    def _write(self) -> None:
-        data = json.dumps(self._state | {"heartbeat_at_s": time.time()}).encode()
+
+class _Held:
+    """What is locked, and the heartbeat in it. It knows nothing of its RunLock, which may go while the thread lives."""
+
+    def __init__(self, doing: str) -> None:
+        self.state: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "doing": doing,
+            "done_bytes": 0,
+            "total_bytes": 0,
+            "started_at_s": time.time(),
+        }
+        self.file: LockFile | None = None
+        self.ours = False
+        self.heart = threading.Thread(target=self._beat, name="ckptstore-heartbeat", daemon=True)
+        self._written_bytes = 512
+        self._stop = threading.Event()
+
+    def write(self) -> None:
+        assert self.file is not None
+        data = json.dumps(self.state | {"heartbeat_at_s": time.time()}).encode()
         # One write over the old text, padded: readers never see half of it cut off, nor the end of a longer one.
         self._written_bytes = max(self._written_bytes, len(data))
-        os.pwrite(self._descriptor, data.ljust(self._written_bytes), 0)
+        os.pwrite(self.file.fileno(), data.ljust(self._written_bytes), 0)
+
+    def release(self) -> None:
+        """Let go of it, or finish that; once it is free, nothing."""
+        if self.file is None or self.file.closed or self.state["pid"] != os.getpid():  # a forked child's parent holds it
+            return
+        self._stop.set()
+        if self.heart.ident is not None:
+            self.heart.join()
+        if self.ours:
+            # Emptied, not deleted: a waiter that has it open would lock a file that nobody else sees.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file.fileno(), 0)
+            with contextlib.suppress(OSError):  # closing alone frees nothing that a child, forked meanwhile, still has open
+                fcntl.flock(self.file, fcntl.LOCK_UN)
+        self.file.close()
 
     def _beat(self) -> None:
         while not self._stop.wait(min(HEARTBEAT_S, 1.0)):
             with contextlib.suppress(OSError):  # a full disk must not end the copy for want of a heartbeat
-                self._write()
+                self.write()
 
 
 def read_holder(path: str) -> Holder | None:

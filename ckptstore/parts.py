@@ -226,7 +226,7 @@ def with_dcp_holdings(backend: Backend, part: Part) -> Part:
     if newer and backend.is_folder:
         part = worsen(part, f"{newer[0].name} is newer than .metadata: an overwrite was cut short")
     try:
-        holds = dcp.load_metadata(reader(backend, part), metadata).holds
+        holds = dcp.load_summary(reader(backend, part), metadata).holds
     except FormatError as error:
         finding = error.finding(metadata.name)
     except CkptStoreError as error:

@@ -231,8 +231,8 @@ def write_manifest(folder: str, manifest: Manifest, *, model: os.stat_result) ->
 
 def write_durably(path: str, data: bytes) -> None:
     """Create a file that must not exist, with `data` in it and on the disk. OSError as it comes."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(path, "wb", opener=lambda path, _: os.open(path, flags, 0o600)) as file:
         file.write(data)
         file.flush()  # before fsync, or it syncs an empty file
         os.fsync(file.fileno())

@@ -140,7 +140,9 @@ std::vector<Record> records_of(int fd, const Window& window, const std::string& 
     demand(end >= kLocator + kWideEnd);
     end -= kLocator + kWideEnd;
     const Bytes wide = reader.at(end, kWideEnd);
-    demand(wide.begins("PK\6\6"));
+    // Both as torch writes them: newer zipfiles refuse others, older ones do not look.
+    demand(wide.begins("PK\6\6") && wide.number<std::uint64_t>(4) + 12 == kWideEnd &&
+           locator.number<std::uint64_t>(8) == end);
     size = wide.number<std::uint64_t>(40);
     begin = wide.number<std::uint64_t>(48);
   }

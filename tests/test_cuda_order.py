@@ -6,12 +6,11 @@ or changed too early, shows in what was saved.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,139 +29,16 @@ dcp = pytest.importorskip("torch.distributed.checkpoint")
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from ckptstore.torch import StoreReader, StoreWriter, background, blocks, bounce, memory  # noqa: E402
+from tests.fake_card import Card, Event, OnCard, Stream  # noqa: E402
 
-CARD = torch.device("cuda", 1)
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
-class Stream:
-    """Work in order, done when it is waited for."""
-
-    def __init__(self, device: Any = CARD) -> None:
-        self.device = device
-        self.work: list[Callable[[], object]] = []
-        self.done = 0
-        self.lock = threading.RLock()
-
-    def add(self, job: Callable[[], object]) -> None:
-        with self.lock:
-            self.work.append(job)
-
-    def run(self, until: int) -> None:
-        with self.lock:
-            while self.done < until:
-                self.work[self.done]()
-                self.done += 1
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
-        event.stream, event.at = self, len(self.work)
-        return event
-
-    def wait_event(self, event: Event) -> None:
-        self.add(event.synchronize)
-
-    def synchronize(self) -> None:
-        self.run(len(self.work))
-
-
-class Event:
-    def __init__(self, blocking: bool = False) -> None:
-        self.stream: Stream | None = None
-        self.at = 0
-
-    def synchronize(self) -> None:
-        assert self.stream is not None
-        self.stream.run(self.at)
-
-
-class OnCard(torch.Tensor):  # type: ignore[misc]
-    """A tensor that says that it is on a device."""
-
-    is_cuda = True
-    device = CARD
-
-    @classmethod
-    def __torch_function__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.Tensor.copy_ and not isinstance(args[0], OnCard):
-            target, source = args[0], args[1].as_subclass(torch.Tensor)
-            stream = torch.cuda.current_stream(CARD)
-            stream.add(lambda: target.copy_(source))
-            if not kwargs.get("non_blocking"):
-                stream.synchronize()
-            return target
-        if function is torch.Tensor.copy_ and not isinstance(args[1], OnCard):
-            under, source = args[0].as_subclass(torch.Tensor), args[1]
-            assert kwargs.get("non_blocking"), "a copy that holds the reader up"
-            if under.is_inference() and not torch.is_inference_mode_enabled():
-                raise RuntimeError("Inplace update to inference tensor outside InferenceMode")  # as torch does
-
-            def late() -> None:
-                with torch.inference_mode():
-                    under.copy_(source)  # as it is then
-
-            torch.cuda.current_stream(CARD).add(late)
-            return args[0]
-        if function is torch.Tensor.cpu:
-            target = torch.empty(args[0].shape, dtype=args[0].dtype)
-            target.copy_(args[0])
-            return target
-        return super().__torch_function__(function, kinds, args, kwargs)
-
-
-class Card:
-    """torch.cuda, as far as staging uses it. Every thread has a current stream of its own."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.default = Stream()
-        self.local = threading.local()
-        self.capturing = False
-        self.pinned: set[int] = set()
-        self.pinned_bytes = 0
-        self.pinnable = True
-        self.allocated = 0
-        real = torch.empty
-
-        def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
-            if pin_memory and not self.pinnable:
-                raise RuntimeError("CUDA error: out of memory")
-            if torch.device(kwargs.get("device") or "cpu").type == "cuda":
-                return real(*args, **kwargs | {"device": "cpu"}).fill_(0).as_subclass(OnCard)
-            made = real(*args, **kwargs).zero_()  # not by chance what another test has left there
-            self.allocated += 1
-            if pin_memory:
-                self.pinned.add(made.data_ptr())
-                self.pinned_bytes += made.nbytes
-            return made
-
-        patch.setattr(torch, "empty", empty)
-        patch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in self.pinned)
-        patch.setattr(torch.cuda, "current_stream", lambda device=None: getattr(self.local, "stream", self.default))
-        patch.setattr(torch.cuda, "Stream", Stream)
-        patch.setattr(torch.cuda, "Event", Event)
-        patch.setattr(memory, "_streams", {})
-        patch.setattr(torch.cuda, "stream", self.stream)
-        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        patch.setattr(torch.cuda, "synchronize", self.refuse)
-
-    @contextlib.contextmanager
-    def stream(self, stream: Stream | None) -> Iterator[None]:
-        before = getattr(self.local, "stream", self.default)
-        self.local.stream = stream or before
-        try:
-            yield
-        finally:
-            self.local.stream = before
-
-    def refuse(self, device: object = None) -> None:
-        raise AssertionError("waits for all that anybody does on the device")
-
-
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    return Card(monkeypatch)
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    card = Card(monkeypatch)
+    yield card
+    assert not card.faults
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ import sys
 from ckptstore.lock import RunLock
 with RunLock(sys.argv[1], "setup of step 7") as lock:
     lock.update("copying default", 3_000_000_000, 4_000_000_000)
-    lock._write()
+    lock._held.write()
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -169,16 +169,16 @@ def test_the_heart_beats(tmp_path, monkeypatch):
     beats = []
     monkeypatch.setattr(locks, "HEARTBEAT_S", 0.01)
     with RunLock(str(tmp_path), "x") as held:
-        write = held._write
+        write = held._held.write
 
         def counted():
             write()
             beats.append(read_holder(str(tmp_path / "lock")).heartbeat_at_s)
             if len(beats) == 3:
-                held._stop.set()
+                held._held._stop.set()
 
-        held._write = counted
-        held._heart.join(10)
+        held._held.write = counted
+        held._held.heart.join(10)
     assert len(beats) == 3
     assert beats == sorted(beats)
 
@@ -213,9 +213,9 @@ def test_long_words_never_leave_a_tail(tmp_path):
     """A shorter line over a longer one must be readable."""
     with RunLock(str(tmp_path), "x") as held:
         held.update("y" * 900, 1, 2)
-        held._write()
+        held._held.write()
         held.update("short", 1, 2)
-        held._write()
+        held._held.write()
         assert read_holder(str(tmp_path / "lock")).doing == "short"
 
 

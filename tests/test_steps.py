@@ -250,7 +250,7 @@ def test_a_living_draft_is_not_swept(store: CheckpointStore, source: Path) -> No
     store.save(2, source)
     assert Path(draft.path, "weights.bin").exists()
     assert steps.leftovers(store.backend.location) == []
-    os.close(draft.descriptor)  # as if its process had died
+    draft.held.close()  # as if its process had died
     assert steps.leftovers(store.backend.location) == [os.path.basename(draft.home)]
     store.save(3, source)
     assert not os.path.exists(draft.home)
@@ -466,7 +466,7 @@ def test_clean_removes_what_the_dead_left(store: CheckpointStore, source: Path, 
     store.save(5, source)
     dead = steps.begin(store.backend.location, 6)
     living = steps.begin(store.backend.location, 7)
-    os.close(dead.descriptor)
+    dead.held.close()
     where = ("--run", store.backend.location)
     planned = cli("clean", *where, "--dry-run", "--json").json
     assert [one["name"] for one in planned["removed"]] == [os.path.basename(dead.home)]

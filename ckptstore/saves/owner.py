@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from ckptstore import side as side_folders
-from ckptstore.lock import NO_FLOCK
+from ckptstore.lock import NO_FLOCK, LockFile
 from ckptstore.sizes import size
 
 OWNER = "owner"  #: beside a draft's files
@@ -69,23 +69,22 @@ class Unsure(NamedTuple):
         return f"{self.found}. {self.remedy}".rstrip(".")
 
 
-def create(path: str) -> int:
-    """Make the file, which must not exist, and hold it; its descriptor. OSError as it comes."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def create(path: str) -> LockFile:
+    """Make the file, which must not exist, and hold it as long as it is open. OSError as it comes."""
+    file = LockFile(path, mode=0o600, exclusive=True)
     with contextlib.suppress(OSError):  # no flock: the words do
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    _say(descriptor, _process())
-    return descriptor
+        fcntl.flock(file, fcntl.LOCK_EX)
+    _say(file, _process())
+    return file
 
 
-def take_over(home: str) -> int:
+def take_over(home: str) -> LockFile:
     """Hold the file of a draft that somebody left. BlockingIOError where a living process has it; OSError as it comes."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(os.path.join(home, OWNER), flags, 0o600)
+    file = LockFile(os.path.join(home, OWNER), mode=0o600)
     try:
         for patience in range(_PATIENCE, -1, -1):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if not patience:
@@ -94,20 +93,20 @@ def take_over(home: str) -> int:
             except OSError as error:
                 if error.errno not in NO_FLOCK:
                     raise
-                if _by_words(descriptor) is Life.ALIVE:
-                    raise BlockingIOError(f"{_name(_words(descriptor))} holds it") from error
+                if _by_words(file.fileno()) is Life.ALIVE:
+                    raise BlockingIOError(f"{_name(_words(file.fileno()))} holds it") from error
                 break
-        _say(descriptor, _process())
+        _say(file, _process())
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
-    return descriptor
+    return file
 
 
-def let_go(descriptor: int) -> None:
+def let_go(file: LockFile) -> None:
     """Hold it no longer; the draft stays."""
-    _say(descriptor, _LET_GO)
-    os.close(descriptor)
+    _say(file, _LET_GO)
+    file.close()
 
 
 def life(home: str) -> Life:
@@ -210,10 +209,10 @@ def _words(descriptor: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _say(descriptor: int, words: dict[str, Any]) -> None:
+def _say(file: LockFile, words: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # a full disk: where there is flock, it is a courtesy; else nothing can be told
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(words).encode(), 0)
+        os.ftruncate(file.fileno(), 0)
+        os.pwrite(file.fileno(), json.dumps(words).encode(), 0)
 
 
 def _writer(home: str) -> str:

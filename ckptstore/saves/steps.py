@@ -45,7 +45,7 @@ from ckptstore.frameworks import steps as layout
 from ckptstore.frameworks.areal.layout import SIDE, files_of
 from ckptstore.leaving import left_by
 from ckptstore.left import Left
-from ckptstore.lock import RunLock
+from ckptstore.lock import LockFile, RunLock
 from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
 from ckptstore.names import check_names
@@ -64,7 +64,7 @@ class Draft:
     root: str  #: the store
     step: int
     home: str  #: the draft's own folder in the side folder
-    descriptor: int = field(repr=False)  #: of the owner file: locked while this process lives
+    held: LockFile = field(repr=False)  #: the owner file: locked until it is closed, with the draft's object at the latest
     process: int = field(default_factory=os.getpid, repr=False)
     leaves: Mapping[str, Left] = field(default_factory=dict)  #: what training has left, where it has gone back to save this
 
@@ -100,11 +100,11 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
     home, unborn = home_of(root, name), os.path.join(side, f"new-{name}")
     try:
         os.makedirs(os.path.join(unborn, "step"), 0o700)
-        descriptor = owner.create(os.path.join(unborn, owner.OWNER))
+        held = owner.create(os.path.join(unborn, owner.OWNER))
         os.rename(unborn, home)  # from here on it is somebody's: whoever sweeps finds it locked
     except OSError as error:
         raise from_os_error(error, doing="beginning a save in", path=home) from error
-    return Draft(root, step, home, descriptor, leaves=leaves)
+    return Draft(root, step, home, held, leaves=leaves)
 
 
 def home_of(root: str, name: str) -> str:
@@ -198,19 +198,17 @@ def abandon(draft: Draft) -> None:
 
     In a child that was forked meanwhile it does nothing: the draft is its parent's, and so is the save.
     """
-    if draft.descriptor < 0 or draft.process != os.getpid():
+    if draft.held.closed or draft.process != os.getpid():
         return
     with contextlib.suppress(CkptStoreError):  # what stays is swept by a later save
         side_folders.discard(os.path.dirname(draft.home), os.path.basename(draft.home))
-    os.close(draft.descriptor)
-    draft.descriptor = -1
+    draft.held.close()
 
 
 def leave(draft: Draft) -> None:
     """Let go of a draft that is prepared: it stays as after a kill (prepared.py)."""
-    if draft.descriptor >= 0 and draft.process == os.getpid():
-        owner.let_go(draft.descriptor)
-        draft.descriptor = -1
+    if not draft.held.closed and draft.process == os.getpid():
+        owner.let_go(draft.held)
 
 
 def files_in(directory: str) -> list[native.FileSpec]:
@@ -231,19 +229,17 @@ def locked(root: str, doing: str) -> Iterator[None]:
     """Hold the store's lock, waiting up to LOCK_PATIENCE_S for it: it is only ever held for moments. BusyError after that."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
-        lock = RunLock(side_of(root), doing)
-        try:
-            lock.__enter__()
-            break
-        except BusyError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-    try:
-        mend(root)
-        yield
-    finally:
-        lock.__exit__(None, None, None)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(RunLock(side_of(root), doing))
+            except BusyError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                mend(root)
+                yield
+                return
+        time.sleep(0.05)
 
 
 def mend(root: str) -> None:

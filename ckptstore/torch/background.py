@@ -110,8 +110,10 @@ def save_async(
             return functools.partial(waves.write, step, buffers.ring, staged=handle.mark_staged, **more)
         buffers.ring.clear()
         buffers.begin()
-        files = simple.files_of(states.Encoder(state_dict, buffers.take), config)
-        buffers.finish()
+        try:
+            files = simple.files_of(states.Encoder(state_dict, buffers.take), config)
+        finally:
+            buffers.finish()  # of a state that cannot be saved too: a late copy would fall into the next save
         handle.mark_staged()
         options = native.CopyOptions(nice=nice)
         return functools.partial(simple.write, store, step, files, metrics=numbers, keep=keep, options=options)

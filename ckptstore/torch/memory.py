@@ -69,22 +69,24 @@ def host(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Ten
     with torch.inference_mode(False):  # what is made in that mode can be changed in no other, and this is used again
         if pinned:
             try:
-                return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=True)
+                return _staging(torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=True))
             except RuntimeError as error:  # torch has no narrower one for this
                 _log.warning("no pinned host memory for staging, the copy is slower: %s", error)
-                found = torch.empty(tuple(shape), dtype=dtype, device="cpu")
-                found.pageable = True  # type: ignore[attr-defined]
-                return found
+                return _staging(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+
+def _staging(tensor: torch.Tensor) -> torch.Tensor:
+    """Note that it was made for copies from a device."""
+    tensor.for_a_device = True  # type: ignore[attr-defined]
+    return tensor
 
 
 def buffers(count: int, size_bytes: int, *, pinned: bool) -> list[torch.Tensor]:
     """That many pieces of one allocation, of whole pages: a disk takes them without another copy."""
     slab = host((count * size_bytes,), torch.uint8, pinned=True) if pinned else _pages(count * size_bytes)
     pieces = [slab[begin : begin + size_bytes] for begin in range(0, len(slab), size_bytes)]
-    for piece in pieces:
-        piece.pageable = getattr(slab, "pageable", False)  # type: ignore[attr-defined]
-    return pieces
+    return list(map(_staging, pieces)) if pinned else pieces
 
 
 def _pages(size_bytes: int) -> torch.Tensor:
@@ -98,8 +100,10 @@ def _pages(size_bytes: int) -> torch.Tensor:
 
 
 def pinned(tensor: torch.Tensor) -> bool:
-    """Whether `host` made it as pinned memory, or would have."""
-    return getattr(tensor, "pageable", False) or tensor.is_pinned()
+    """Whether `host` made it as pinned memory, or would have. Noted: torch 2.6 asks the driver, which makes a context on
+    device 0 in a process that uses no GPU.
+    """
+    return getattr(tensor, "for_a_device", False)
 
 
 # --- streams -------------------------------------------------------------------------------------------------------
