@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import math
 import os
@@ -256,16 +254,6 @@ def test_what_needs_a_pickle_is_refused(store: CheckpointStore, value: Any, why:
         ckpt.save(store, 1, {"a": [1, {"b": value}]})
     assert "state['a']['1']['b']" in str(caught.value)
     assert not Path(store.folder).exists()
-
-
-@pytest.mark.parametrize(
-    ("version", "good"), [("2.6.0+cu124", False), ("1.13.1", False), ("2.7.0a0+git1", True), ("2.13.0", True)]
-)
-def test_the_least_torch(monkeypatch: pytest.MonkeyPatch, version: str, good: bool) -> None:
-    """2.6 copies no tensor that is on the CPU (seen with it: test_store_dcp.test_async_save)."""
-    monkeypatch.setattr(torch, "__version__", version)
-    with contextlib.nullcontext() if good else pytest.raises(ImportError, match="needs torch 2"):
-        importlib.reload(ckpt)
 
 
 def test_a_state_in_itself(store: CheckpointStore) -> None:

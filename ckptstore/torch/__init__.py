@@ -8,14 +8,6 @@
 
 from __future__ import annotations
 
-import torch
-
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
-    raise ImportError(
-        f"ckptstore.torch needs torch 2.7 or later, and this is {torch.__version__}, whose dcp.async_save takes tensors on "
-        "the CPU without a copy: what training changes meanwhile would be saved as a mix"
-    )
-
 from ckptstore.saves.background import SaveHandle, wait_all
 from ckptstore.torch.background import save_async
 from ckptstore.torch.reader import StoreReader

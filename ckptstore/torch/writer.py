@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -41,6 +42,9 @@ from ckptstore.saves.uploading import Written
 from ckptstore.store import CheckpointStore, needed
 from ckptstore.torch import blocks, memory, nodes
 from ckptstore.torch.filling import File, Streams, Tail, in_memory
+
+#: Its dcp.async_save copies what is on the CPU for no writer but one that stages.
+_STAGES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,17 @@ class StoreWriter(StorageWriter):
         self._items: Mapping[MetadataIndex, WriteItem] = {}
         self._nodes = 1  #: that have a disk of their own
         self.manifest: Manifest | None = None
+
+    if _STAGES:
+        _synchronize_after_execute = should_synchronize_after_execute = False
+
+        def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+            """A copy of the state on the CPU, by dcp.async_save."""
+            copied: dict[str, Any] = _copy_state_dict(state_dict, _create_cpu_state_dict(state_dict))
+            return copied
+
+        def synchronize_staging(self) -> None:
+            """Nothing to wait for."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """The start of a save, by torch. UsageError for a checkpoint_id: the step says where."""
