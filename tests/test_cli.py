@@ -650,7 +650,7 @@ def test_a_second_setup_shows_the_first_ones_progress(cli: Cli, run: Path) -> No
     side.mkdir(parents=True)
     with RunLock(str(side), "setup of step 140") as lock:
         lock.update("copying default", 3_000_000_000, 6_000_000_000)
-        lock._write()
+        lock._held.write()
         result = cli("setup", "--as-is", "--step", 93)
         assert "copying default, 3.00 of 6.00 GB (50%)" in cli("list").err
     assert result.code == 1

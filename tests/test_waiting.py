@@ -62,6 +62,7 @@ def test_in_a_thread_too(endpoint, caplog, monkeypatch):
         port = server.getsockname()[1]
     endpoint(port)
     monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=1))
+    monkeypatch.setattr(waiting, "NOTICE_S", 0.1)  # the pauses are drawn: the third try comes after that, and before the end
     backend = open_backend(PLACE)
 
     def ask() -> None:
@@ -81,7 +82,7 @@ def test_why_there_is_no_answer(endpoint, monkeypatch):
     endpoint(port)
     monkeypatch.setattr(tries, "RETRY_FOR", timedelta(seconds=0.3))
     drawn = random.getstate()
-    with pytest.raises(StorageError, match=rf"Connection refused \(GET to http://127.0.0.1:{port}, \d tries\)$"):
+    with pytest.raises(StorageError, match=rf"Connection refused \(GET to http://127.0.0.1:{port}, \d tries\)\n"):
         list(open_backend(PLACE).list())
     assert random.getstate() == drawn, "an outage changes what the trainer draws from its seed"
 
