@@ -61,6 +61,23 @@ def test_an_outage_is_survived_by_all_alike(seaweed, s3, monkeypatch, what, kind
     assert proxy.hit == [kind] * 20
 
 
+@pytest.mark.parametrize("if_absent", [False, True])
+@pytest.mark.parametrize("times", [2, 99])
+def test_what_arrives_damaged_is_sent_again_and_not_for_ever(seaweed, s3, monkeypatch, if_absent, times):
+    """A claim, a manifest: one flipped bit on the way is no reason to end a push. Bad memory here damages each try."""
+    monkeypatch.setattr(tries, "FIRST_PAUSE_S", 0.001)
+    proxy = faults.Proxy(seaweed.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    backend = open_backend(s3)
+    proxy.choose = lambda request: "flip_up" if request.method == "PUT" and len(proxy.hit) < times else ""
+    with pytest.raises(TransitError, match="not what was sent") if times == 99 else contextlib.nullcontext():
+        backend.put("key", b"manifest" * 99, if_absent=if_absent)
+    assert proxy.hit == ["flip_up"] * min(times, 4)
+    if times == 2:
+        assert backend.get("key") == b"manifest" * 99
+    proxy.close()
+
+
 def test_a_store_that_is_gone_is_given_up_by_all_alike(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -51,6 +51,7 @@ SMALL_BYTES = 64 << 10
 _REFUSED_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _NO_BUCKET = re.compile(r"<Code>NoSuchBucket<")
 _BAD_DIGEST = re.compile(r"<Code>(BadDigest|InvalidDigest|XAmzContentChecksumMismatch|XAmzContentSHA256Mismatch)<")
+_DAMAGED_AGAIN = 3  #: how often what arrived damaged is sent again: of bad memory it would be for ever
 EXPIRED = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired")  #: S3 answers them with 400
 _DENIED = re.compile(rf"status code: 40[13] |<Code>({'|'.join(EXPIRED)})<")
 #: The store knows the bucket, and not what is asked of it.
@@ -199,7 +200,8 @@ class ObjectBackend(Backend):
 
     def _again(self, error: Exception, tries: Tries, doing: str, key: str) -> None:
         """Wait, where the request may fare better then; else what `error` is, is raised."""
-        if not self._passing(error) or not tries.again():
+        damaged = _BAD_DIGEST.search(str(error)) is not None and tries.made < _DAMAGED_AGAIN
+        if not (damaged or self._passing(error)) or not tries.again():
             self._raise(error, doing, key, tries.made)
 
     def _tried(self, doing: str, key: str, request: Callable[[], T]) -> T:
