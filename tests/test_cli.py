@@ -18,7 +18,7 @@ import ckptstore
 from ckptstore import CircuitBreaker, commit, probe
 from ckptstore import cli as cli_module
 from ckptstore.cli import render
-from ckptstore.errors import TrainingHalted
+from ckptstore.errors import StorageError, TrainingHalted
 from ckptstore.frameworks.areal import launch
 from ckptstore.journal import Journal
 from ckptstore.lock import RunLock
@@ -1056,3 +1056,33 @@ def test_a_linked_trial_is_one_run_by_all_its_names(cli: Cli, run: Path, tmp_pat
 def test_a_slot_from_the_future_reads_well(cli: Cli, run: Path) -> None:
     trees.set_age(run, -7200)
     assert "saved in the future, COMPLETE" in flat(cli("list").out)
+
+
+def test_list_sees_that_the_newest_export_is_torn_within_its_files(tmp_path, monkeypatch, capfd):
+    """All names are there, and no size is 0: what a crash leaves of a save. Only the newest are looked into."""
+    commands.isolate(monkeypatch, tmp_path)
+    run = trees.make_run(tmp_path, steps=(46, 93, 140, 187), logs=False)
+    for step in (46, 140, 187):
+        trees.truncate(trees.checkpoint(run, step) / "model.safetensors")
+    said = commands.invoke(capfd, "list", "--run", run, "--json").json
+    assert [one["status"] for one in said["checkpoints"]] == ["COMPLETE", "COMPLETE", "PARTIAL", "PARTIAL"]
+    said = commands.invoke(capfd, "list", "--run", run)
+    assert "step 187 is" in said.out
+    assert "(the log says: Train step 94) is the newest whole one listed" in said.out
+    latest = commands.invoke(capfd, "list", "--run", run, "--latest", "--json").json
+    assert [one["step"] for one in latest["checkpoints"]] == [93]
+
+
+def test_list_on_a_medium_that_fails(tmp_path, monkeypatch, capfd):
+    """What cannot be looked into is named, and the rest is listed."""
+    commands.isolate(monkeypatch, tmp_path)
+    run = trees.make_run(tmp_path, steps=(46, 93), logs=False)
+
+    def failing(*_: object) -> None:
+        raise StorageError("Input/output error", operation="read", path="x")
+
+    monkeypatch.setattr("ckptstore.cli.list.verify", failing)
+    said = commands.invoke(capfd, "list", "--run", run, "--json")
+    assert said.code == 0
+    assert [one["status"] for one in said.json["checkpoints"]] == ["PARTIAL", "PARTIAL"]
+    assert "Input/output error" in said.json["checkpoints"][1]["parts"][0]["findings"][0]["problem"]

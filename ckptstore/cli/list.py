@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import click
 
 from ckptstore import halt, places
 from ckptstore.backends import is_url
+from ckptstore.backends.base import Backend
 from ckptstore.cli.common import JSON, OVERRIDES, Verb, WhichOption, from_log_step, location_options
 from ckptstore.cli.opening import gap, note_other_at_work, open_run
 from ckptstore.cli.render import (
@@ -32,14 +34,16 @@ from ckptstore.cli.render import (
     steps,
     width,
 )
-from ckptstore.errors import NothingToResumeError, UsageError
+from ckptstore.errors import NothingToResumeError, StorageError, UsageError
 from ckptstore.frameworks.areal.launch import logged_config
 from ckptstore.frameworks.areal.recover_info import RecoverInfo
 from ckptstore.frameworks.areal.saving import describe, settings
 from ckptstore.listing import Listing, scan
 from ckptstore.locate import Located, Where
-from ckptstore.model import Checkpoint, Status
+from ckptstore.model import Checkpoint, Level, Status
+from ckptstore.parts import worsen
 from ckptstore.sizes import counted, size
+from ckptstore.verify import verify
 
 TITLES = ("step", "log", "epoch:step", "parts", "holds", "format", "files", "size", "age", "status")
 _LEFT = frozenset({"parts", "holds", "format", "health", "status"})
@@ -47,6 +51,7 @@ _LEFT = frozenset({"parts", "holds", "format", "health", "status"})
 _DISPENSABLE = ("parts", "files", "format", "epoch:step", "holds", "log")
 _AREAL_ONLY = frozenset({"log", "epoch:step", "parts"})
 _MANY = 8
+_TORN = 3  #: how many of the newest are looked into at most
 
 if TYPE_CHECKING:
     from ckptstore.cli.condition import Shown
@@ -85,7 +90,7 @@ def command(
         raise UsageError("--before-step and --max-step both bound the step: give one")
     step = from_log_step(log_step) if log_step is not None else None
     located, backend = open_run(where, as_json=as_json, remote=True, steps_too=True)
-    listing = scan(backend)
+    listing = _looked_into(backend, scan(backend))
     verdicts = _verdicts(located.run.path, [*listing.checkpoints, *listing.adopted, *([listing.slot] if listing.slot else [])])
     shown = [
         checkpoint
@@ -123,6 +128,25 @@ def command(
         for text in listing.notes:
             note(text)
         _print_end(listing, shown, verdicts, (before_step, max_step), typed=where.typed())
+
+
+def _looked_into(backend: Backend, listing: Listing) -> Listing:
+    """The listing, with the newest exports that nobody sealed as their formats show them: a save that a crash tore may have all
+    its names, and sizes that only its own headers belie. Those before one that is whole are older than the crash.
+    """
+    found = list(listing.checkpoints)
+    for index in range(len(found) - 1, max(len(found) - 1 - _TORN, -1), -1) if backend.is_folder else ():
+        if found[index].status is Status.COMMITTED:
+            break
+        if found[index].status is Status.COMPLETE:
+            try:
+                found[index] = verify(backend, found[index], Level.STRUCTURE).checkpoint
+            except StorageError as error:  # a failing medium: the rest is listed all the same
+                first, *others = found[index].parts
+                found[index] = dataclasses.replace(found[index], parts=(worsen(first, str(error)), *others))
+            if found[index].status.usable:
+                break
+    return dataclasses.replace(listing, checkpoints=tuple(found))
 
 
 def _verdicts(run: str, checkpoints: Sequence[Checkpoint]) -> Verdicts:
