@@ -18,7 +18,7 @@ def left_by(run: Backend, step: int, folders: Iterable[str]) -> dict[str, Left]:
     """
     if not any(steps.step_of(folder) > step for folder in folders):
         return {}
-    why = gone_back_to(step, "save")
+    why = gone_back_to(step, by="a save")
     left = (one for one in scan(run).checkpoints if one.step > step and one.status.usable and not one.left)
     return {place_of(run, one): identity(run, one)._replace(why=why) for one in left}
 
@@ -30,7 +30,7 @@ def leaving(
     number, here and where it was found, and what is `known` to be left.
     """
     leaves = {} if chosen.left else dict(known)  # who returns to what was left leaves nothing before it
-    why = gone_back_to(chosen.step, "setup")
+    why = gone_back_to(chosen.step, by="setup")
     runs = [(backend, listing)] if found is listing else [(open_backend(found.run.path), found), (backend, listing)]
     for run, there in runs:
         for checkpoint in (*there.checkpoints, *there.adopted):

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -45,10 +44,9 @@ class Left(NamedTuple):
         return self.mark == other.mark or (self.commit != "" and self.commit == other.commit)
 
 
-def gone_back_to(step: int, by: str) -> str:
-    """Why what is newer was left: `by` setup or save."""
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return f"left: {'a save' if by == 'save' else by} went back to step {step} on {now}"
+def gone_back_to(step: int, *, by: str) -> str:
+    """Why what is newer was left, and who left it."""
+    return f"left: {by} went back to step {step} on {datetime.now(UTC):%Y-%m-%d %H:%M UTC}"
 
 
 def warn(step: int, leaves: Mapping[str, Left]) -> None:
@@ -118,19 +116,14 @@ def add(side: str, left: Mapping[str, Left]) -> None:
 def write(side: str, left: Mapping[str, Left]) -> None:
     """Replace the record, durably. The caller holds the lock of the run."""
     path = os.path.join(side, NAME)
-    draft = f"{path}.{secrets.token_hex(4)}"
     try:
-        if not left:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        if left:
+            side_folders.replace_durably(path, to_bytes(left))
             return
-        side_folders.write_durably(draft, to_bytes(left))
-        side_folders.like(draft, os.stat(side), mode=0o644)
-        os.replace(draft, path)
-        side_folders.sync_folder(side)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            side_folders.sync_folder(side)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
         raise from_os_error(error, doing="writing", path=path) from error
 
 

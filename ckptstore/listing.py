@@ -64,6 +64,11 @@ class Listing:
         if self.doubt:
             raise StorageError(self.doubt, operation="read", path=left_behind.NAME, hint="Remove it, and name the step.")
 
+    def latest(self) -> Checkpoint | None:
+        """The newest export that is whole, and not left; None without one. StorageError as refuse_doubt."""
+        self.refuse_doubt()
+        return next((one for one in reversed(self.checkpoints) if one.status.usable and not one.left), None)
+
     def at_step(self, step: int) -> list[Checkpoint]:
         """The exports of that global step (several only where a run changed its steps per epoch)."""
         return [checkpoint for checkpoint in self.checkpoints if checkpoint.step == step]

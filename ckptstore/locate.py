@@ -17,6 +17,7 @@ from ckptstore.errors import AccessError, NotFoundError, UsageError
 from ckptstore.frameworks import steps
 from ckptstore.frameworks.areal.layout import SIDE, RunRef, discover, parse_export_name, run_ref, sort_out
 from ckptstore.native import scan_tree
+from ckptstore.surroundings import closed_above, closed_folders, links_in, names_in, near_name, overview, some_of
 
 FILEROOT_VARIABLE = "CKPTSTORE_FILEROOT"
 URL_KEY = "ckptstore.url"
@@ -171,15 +172,15 @@ def _at_run(path: str, config: RunConfig | None) -> Located:
         if os.path.lexists(path):
             what = "a link that leads nowhere" if os.path.islink(path) and not os.path.exists(path) else "no folder"
             raise NoRunError(f"--run {path} is {what}", hint="Say the run's own folder.")
-        if denied := _denied(path):
+        if denied := closed_above(path):
             raise AccessError(
                 f"--run {path}: {current_user()} may not look into {denied}",
                 hint="Run as the user that trains, or fix the permissions.",
             )
         parent = os.path.dirname(path)
-        near = difflib.get_close_matches(os.path.basename(path), _names(parent), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(os.path.basename(path), names_in(parent), n=1, cutoff=0.6)
         hint = f"Did you mean {os.path.join(parent, near[0])}?" if near else ""
-        facts = [] if near else [f"{parent} holds {_some(_names(parent))}" if os.path.isdir(parent) else f"nor is {parent}"]
+        facts = [] if near else [f"{parent} holds {some_of(names_in(parent))}" if os.path.isdir(parent) else f"nor is {parent}"]
         raise NoRunError(f"--run {path}: there is no such folder", facts=facts, hint=hint)
     run = run_ref(path)
     tree = sort_out(scan_tree(path, max_depth=1))
@@ -196,13 +197,13 @@ def _refuse_other_folder(path: str) -> None:
             f"--run {path} is one checkpoint, not a run",
             hint=f"Say --run {os.path.dirname(above)}, or `ckptstore setup --checkpoint-path {path}`.",
         )
-    if any(parse_export_name(name) for name in _names(path)):
+    if any(parse_export_name(name) for name in names_in(path)):
         raise UsageError(f"--run {path} is one part of a run", hint=f"Say --run {above}.")
-    if any(map(steps.is_step, _names(path))):
+    if any(map(steps.is_step, names_in(path))):
         return  # a store of steps
     if steps.is_step(os.path.basename(path)) and not os.path.isdir(os.path.join(path, SIDE)):
         raise UsageError(f"--run {path} is one step of a store", hint=f"Say --run {above}.")
-    below = list(discover(path)) or [run_ref(os.path.join(path, name)) for name in _names(path)]
+    below = list(discover(path)) or [run_ref(os.path.join(path, name)) for name in names_in(path)]
     runs = [run for run in below[:200] if _is_run(run.path)]
     if runs:
         raise WhichRunError(
@@ -217,7 +218,7 @@ def _is_run(path: str) -> bool:
         tree = sort_out(scan_tree(path, max_depth=1))
     except OSError:
         return False
-    return bool(tree.exports or tree.slots) or any(map(steps.is_step, _names(path)))
+    return bool(tree.exports or tree.slots) or any(map(steps.is_step, names_in(path)))
 
 
 def named_run(where: Where) -> RunRef:
@@ -289,8 +290,8 @@ def _pick(fits: list[RunRef], fileroot: str, ask: Ask | None) -> RunRef:
 def _newest_save(run: RunRef) -> tuple[float, int]:
     """When the newest export of a run was written, and its step; (0, -1) without one."""
     newest: tuple[float, int] = (0.0, -1)
-    for part in _names(run.path):
-        for name in _names(os.path.join(run.path, part)):
+    for part in names_in(run.path):
+        for name in names_in(os.path.join(run.path, part)):
             export = parse_export_name(name)
             if export is not None and export.step > newest[1]:
                 try:
@@ -304,19 +305,19 @@ def _not_found(fileroot: str, source: str, wanted: dict[str, str], found: list[R
     named = " ".join(f"{name} {value!r}" for name, value in wanted.items() if value)
     place = os.path.join(fileroot, "checkpoints")
     facts = []
-    if _denied(place):
-        pass  # what is there is not known; _unreadable says where it ends
+    if closed_above(place):
+        pass  # what is there is not known; closed_folders() says where it ends
     elif not os.path.isdir(fileroot):
         facts.append(f"{fileroot} does not exist")
     elif not os.path.isdir(place):
-        facts.append(f"{fileroot} has no folder checkpoints/; it holds {_some(_names(fileroot))}")
+        facts.append(f"{fileroot} has no folder checkpoints/; it holds {some_of(names_in(fileroot))}")
     elif not found:
-        facts.append(f"{place} holds no USER/EXPERIMENT/TRIAL; it holds {_some(_names(place))}")
-    facts += [f"there are: {line}" for line in _overview(found)]
-    facts += [f"{path} cannot be read by {current_user()}" for path in _unreadable(place)]
-    facts += [f"{path} is a link, and links are not followed to find runs: say --run {path}/…" for path in _links(place)]
+        facts.append(f"{place} holds no USER/EXPERIMENT/TRIAL; it holds {some_of(names_in(place))}")
+    facts += [f"there are: {line}" for line in overview(found)]
+    facts += [f"{path} cannot be read by {current_user()}" for path in closed_folders(place)]
+    facts += [f"{path} is a link, and links are not followed to find runs: say --run {path}/…" for path in links_in(place)]
     facts += [f"{text}" for text in _warnings(fileroot, source, None, None)]
-    near = [f"{match!r} for {wanted[name]!r}" for name in wanted if (match := _near(wanted[name], found, name))]
+    near = [f"{match!r} for {wanted[name]!r}" for name in wanted if (match := near_name(wanted[name], found, name))]
     hint = f"Did you mean {', and '.join(near)}?" if near else ""
     if not hint and "checkpoints" in fileroot.split("/"):
         hint = f"A fileroot is the folder above checkpoints/: --fileroot {fileroot.partition('/checkpoints')[0] or '/'}."
@@ -327,50 +328,6 @@ def _not_found(fileroot: str, source: str, wanted: dict[str, str], found: list[R
         facts=facts,
         hint=hint or "Say --fileroot DIR as in the trainer's YAML (cluster.fileroot), or --run DIR.",
     )
-
-
-def _near(value: str, found: list[RunRef], name: str) -> str:
-    """The existing name that `value` almost is; empty when it exists, or nothing is near."""
-    names = sorted({str(getattr(run, name)) for run in found})
-    if not value or value in names:
-        return ""
-    folded = {other.casefold(): other for other in names}
-    near = difflib.get_close_matches(value.casefold(), list(folded), n=1, cutoff=0.6)
-    return folded[near[0]] if near else ""
-
-
-def _overview(found: list[RunRef]) -> list[str]:
-    lines = []
-    users = sorted({run.user for run in found})
-    for user in users[:8]:
-        runs = [f"{run.experiment}/{run.trial}" for run in found if run.user == user]
-        lines.append(f"user {user}: {_some(runs)}")
-    return lines + ([f"and {len(users) - 8} more users"] if len(users) > 8 else [])
-
-
-def _unreadable(place: str) -> list[str]:
-    """Folders on the way to the runs that this user may not look into."""
-    below = [os.path.join(place, name) for name in _names(place)]
-    unreadable = [path for path in (place, *below) if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK)]
-    return [denied] if (denied := _denied(place)) else unreadable[:4]
-
-
-def _denied(path: str) -> str:
-    """The folder above `path` that this user may not look into; empty where there is none."""
-    above = os.path.dirname(path)
-    while above != os.path.dirname(above) and not os.path.isdir(above):
-        above = os.path.dirname(above)
-    return "" if os.access(above, os.X_OK) else above
-
-
-def _links(place: str) -> list[str]:
-    """Links on the way to the runs."""
-    level, links = [place], []
-    for _ in ("user", "experiment", "trial"):
-        level = [os.path.join(path, name) for path in level[:200] for name in _names(path)]
-        links += [path for path in level if os.path.islink(path) and os.path.isdir(path)]
-        level = [path for path in level if not os.path.islink(path)]
-    return links[:4]
 
 
 def _warnings(fileroot: str, source: str, config: RunConfig | None, run: RunRef | None) -> list[str]:
@@ -398,17 +355,3 @@ def relative_fileroot(config: RunConfig | None) -> str:
     """The configuration's fileroot if it is relative: then the run is found only from the folder it was started in."""
     fileroot = config.text("cluster.fileroot") if config else ""
     return fileroot if fileroot and not os.path.isabs(fileroot) else ""
-
-
-def _names(path: str) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(path) if not name.startswith("."))
-    except OSError:
-        return []
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
+from ckptstore import canonical
 from ckptstore import manifest as manifests
 from ckptstore.backends import open_backend
 from ckptstore.backends.base import Backend
@@ -92,7 +93,7 @@ def _judge_manifest(
             key = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
             data = backend.get(key, length_bytes=manifests.MAX_BYTES + 1)
         plain = b'"group":' not in data and b'"nonfinite":' not in data
-        if plain and not findings and manifests.vouches_for(data, files):
+        if plain and not findings and canonical.vouches_for(data, files):
             return Status.COMMITTED
         manifest = _parse(backend, data)
         if manifest.group is not None:

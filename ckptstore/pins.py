@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -68,20 +67,14 @@ def remove(side: str, step: int) -> bool:
 
 def _change(side: str, change: Callable[[tuple[Pin, ...]], list[Pin]]) -> None:
     path = os.path.join(side, NAME)
-    draft = f"{path}.{secrets.token_hex(4)}"
     try:
         with _locked(side):
             pins = sorted(change(read(side)))
             shown = [{"step": pin.step, "path": pin.path, "why": pin.why, "at": pin.at_s} for pin in pins]
-            side_folders.write_durably(draft, json.dumps({"version": 1, "pins": shown}, indent=2).encode() + b"\n")
-            side_folders.like(draft, os.stat(side), mode=0o644)
-            os.replace(draft, path)
-            side_folders.sync_folder(side)
+            side_folders.replace_durably(path, json.dumps({"version": 1, "pins": shown}, indent=2).encode() + b"\n")
     except CkptStoreError:
         raise
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
         raise from_os_error(error, doing="writing", path=path) from error
 
 

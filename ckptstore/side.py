@@ -238,6 +238,21 @@ def write_durably(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_durably(path: str, data: bytes) -> None:
+    """Make `data` the content of a file in a side folder, in one act, readable as the folder is. OSError as it comes."""
+    folder = os.path.dirname(path)
+    draft = f"{path}.{secrets.token_hex(4)}"
+    try:
+        write_durably(draft, data)
+        like(draft, os.stat(folder), mode=0o644)
+        os.replace(draft, path)
+        sync_folder(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+
+
 def sync_folder(path: str) -> None:
     """Fsync a folder. File systems that have no such thing say EINVAL: probe.py has told the user so."""
     try:

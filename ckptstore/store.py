@@ -175,9 +175,7 @@ class CheckpointStore:
 
         Not one that training has left: it went back, and goes on with lower numbers (`checkpoint.left` says when).
         """
-        listing = self.scan()
-        listing.refuse_doubt()
-        return next((one for one in reversed(listing.checkpoints) if one.status.usable and not one.left), None)
+        return self.scan().latest()
 
     def verify(self, step: int, level: Level | str = Level.FULL, *, progress: native.Progress | None = None) -> Report:
         """Verify one checkpoint. Damage is in the report; only a failing medium raises."""

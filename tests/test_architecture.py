@@ -23,7 +23,7 @@ LAYERS = (
     ("errors", "model"),
     ("names", "metric_names", "sizes", "inspection", "untrusted", "marshalling"),
     ("manifest", "native", "config", "rules", "streak", "ranks", "parallel", "backends.stalls", "transfer.tuning", "pages"),
-    ("backends", "backends.*", "formats", "formats.*"),
+    ("canonical", "backends", "backends.*", "formats", "formats.*"),
     ("transfer.multipart",),
     ("transfer.fetching", "transfer.sending", "transfer.server_digests", "transfer.conditions"),
     ("frameworks", "frameworks.steps", "frameworks.areal", "frameworks.areal.*"),
@@ -37,6 +37,7 @@ LAYERS = (
     ("two_places",),
     ("plan",),
     ("transfer.receiving", "transfer.claims"),
+    ("saves.new_store",),
     ("room", "staging", "saves.steps", "saves.loading"),
     ("saves.node_sets",),
     (

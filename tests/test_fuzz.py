@@ -18,7 +18,21 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ckptstore import config, damage, halt, importing, journal, ledger, lock, manifest, pins, side, tensors, untrusted
+from ckptstore import (
+    canonical,
+    config,
+    damage,
+    halt,
+    importing,
+    journal,
+    ledger,
+    lock,
+    manifest,
+    pins,
+    side,
+    tensors,
+    untrusted,
+)
 from ckptstore.backends.local import LocalBackend
 from ckptstore.backends.s3control import xml_of
 from ckptstore.errors import CkptStoreError, IntegrityError
@@ -76,7 +90,7 @@ def _sums(name: str) -> Callable[[Path, bytes], Any]:
 
 
 def _manifest(folder: Path, data: bytes) -> None:
-    vouched = manifest.vouches_for(data, [FileInfo("a/b.bin", 10, 7, 1), FileInfo("model.safetensors", 5000, 8, 2)])
+    vouched = canonical.vouches_for(data, [FileInfo("a/b.bin", 10, 7, 1), FileInfo("model.safetensors", 5000, 8, 2)])
     found = manifest.parse(data)
     assert vouched <= ({entry.path for entry in found.files} == {"a/b.bin", "model.safetensors"})
     again = manifest.parse(found.to_bytes())

@@ -198,6 +198,9 @@ def test_what_people_see(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     said = commands.invoke(capfd, "list", "--run", str(run), "--latest", "--json")
     (only,) = json.loads(said.out)["checkpoints"]
     assert (only["step"], only["left"]) == (46, "")
+    url = f"memory://left-latest-{tmp_path.name}-{os.getpid()}"
+    said = commands.invoke(capfd, "push", "--latest", "--run", str(run), "--to", url)
+    assert [one.step for one in CheckpointStore(url).list()] == [46], "nor does a push of the newest send what was left"
     said = commands.invoke(capfd, "show", "187", "--run", str(run))
     assert "left: setup went back to step 46" in (said.out + said.err)
     said = commands.invoke(capfd, "setup", "--run", str(run), "--as-is", "--dry-run")

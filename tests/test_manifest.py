@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptstore import canonical
 from ckptstore import manifest as manifests
+from ckptstore.canonical import vouches_for
 from ckptstore.errors import ManifestError
-from ckptstore.manifest import FileEntry, Manifest, parse, vouches_for
+from ckptstore.manifest import FileEntry, Manifest, parse
 from ckptstore.model import MANIFEST_NAME, FileInfo, Status
 from ckptstore.names import _folded, check_name, check_names
 
@@ -429,7 +431,7 @@ PLAIN = Manifest(
 
 
 def test_the_short_way_is_taken_for_what_we_write():
-    assert manifests._canonical_inventory(PLAIN.to_bytes()) == {"a.bin": (4, 10), "b/c": (0, 11)}
+    assert canonical._canonical_inventory(PLAIN.to_bytes()) == {"a.bin": (4, 10), "b/c": (0, 11)}
     assert vouches_for(PLAIN.to_bytes(), [FileInfo("a.bin", 4, 10, 9), FileInfo("b/c", 0, 11, 9)])
     assert not vouches_for(PLAIN.to_bytes(), [FileInfo("a.bin", 4, 10, 9), FileInfo("b/c", 1, 11, 9)])
     assert not vouches_for(PLAIN.to_bytes(), [FileInfo("a.bin", 4, 10, 9)])
@@ -441,7 +443,7 @@ def test_the_short_way_sees_what_the_parser_sees(at, new, cut):
     data = PLAIN.to_bytes()
     at %= len(data)
     changed = data[:at] + new + data[at + cut :]
-    inventory = manifests._canonical_inventory(changed)
+    inventory = canonical._canonical_inventory(changed)
     if inventory is None or not vouches_for(changed, infos(PLAIN)):
         return
     with contextlib.suppress(ManifestError):  # what only parse() looks at: digests that don't belong to the size, say

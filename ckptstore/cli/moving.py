@@ -71,10 +71,13 @@ def chosen(listing: Listing, steps: Sequence[int], *, latest: bool, everything: 
         raise UsageError("name steps, or say --latest, or --all", hint="`ckptstore list` shows which there are.")
     if steps:
         return pick(listing, steps)
-    whole = [checkpoint for checkpoint in listing.checkpoints if checkpoint.status.usable]
+    if latest:
+        whole = [newest] if (newest := listing.latest()) else []
+    else:
+        whole = [checkpoint for checkpoint in listing.checkpoints if checkpoint.status.usable]
     if not whole:
         raise NothingToResumeError(f"there is no whole checkpoint in {listing.run.path}", hint="`ckptstore list` says why.")
-    return whole[-1:] if latest else whole
+    return whole
 
 
 IN_A_ROW = 2  #: failures of the store itself, each after many tries: it is gone

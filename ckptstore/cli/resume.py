@@ -19,18 +19,9 @@ from ckptstore.backends import normal_url, open_backend
 from ckptstore.choose import Selection
 from ckptstore.cli.common import JSON, Trainer, Verb, location_options, selection_options, trainer_options
 from ckptstore.cli.opening import explaining_gaps, is_interactive, open_run_for
+from ckptstore.cli.plans import outcome_json, plan_json, print_outcome, print_plan, print_unjudged
 from ckptstore.cli.render import echo, field, heading, item, note, print_json, run_json, safe, width
-from ckptstore.cli.setup import (
-    do_setup,
-    outcome_json,
-    plan_json,
-    planned,
-    print_outcome,
-    print_plan,
-    print_unjudged,
-    refuse,
-    setup_options,
-)
+from ckptstore.cli.setup import do_setup, planned, refuse, setup_options
 from ckptstore.cli.urls import said_url
 from ckptstore.config import RunConfig
 from ckptstore.errors import RefusedError, UsageError

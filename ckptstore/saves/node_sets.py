@@ -15,6 +15,7 @@ from ckptstore import side as side_folders
 from ckptstore.errors import BusyError, RefusedError, from_os_error
 from ckptstore.model import NodeSet
 from ckptstore.saves import owner, prepared, steps
+from ckptstore.saves.new_store import make_store
 from ckptstore.untrusted import open_regular
 
 IDENTITY = "id"
@@ -25,7 +26,7 @@ def identity(root: str) -> str:
     """32 hex digits that name a store: the same for all who see this folder, on whatever machine. Made where there are none."""
     root = os.path.realpath(root)
     if not os.path.isdir(steps.side_of(root)):
-        steps.make_store(root)
+        make_store(root)
     path = os.path.join(steps.side_of(root), IDENTITY)
     draft = os.path.join(steps.side_of(root), f"new-{secrets.token_hex(8)}")
     try:

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ckptstore
-from ckptstore import left, native, places, probe
+from ckptstore import left, native, probe
 from ckptstore import side as side_folders
 from ckptstore.backends.local import LocalBackend
 from ckptstore.errors import (
@@ -50,6 +50,7 @@ from ckptstore.manifest import FileEntry, Manifest
 from ckptstore.model import MANIFEST_NAME, NodeSet
 from ckptstore.names import check_names
 from ckptstore.saves import owner, prepared
+from ckptstore.saves.new_store import make_store
 from ckptstore.untrusted import open_regular
 
 PART = "default"
@@ -110,49 +111,6 @@ def begin(root: str, step: int, *, name: str = "") -> Draft:
 def home_of(root: str, name: str) -> str:
     """The own folder of the draft of that name."""
     return os.path.join(side_of(os.path.realpath(root)), f"save-{name}")
-
-
-def make_store(root: str) -> None:
-    """A store in a folder that is empty, or not there yet. RefusedError for one that holds something else."""
-    try:
-        os.makedirs(root, exist_ok=True)
-    except OSError as error:
-        raise from_os_error(error, doing="creating the store", path=root) from error
-    tree = LocalBackend(root).tree(max_depth=2)
-    before = places.side_of(root)
-    ours = os.path.dirname(before)  # in a folder that is a mount of its own, a breaker has made one for its records
-    foreign = [
-        entry.name
-        for entry in tree[""].entries
-        if not entry.name.startswith(".") and (os.path.join(root, entry.name) != ours or os.listdir(ours) != [SIDE])
-    ]
-    if foreign and not layout.is_store(tree):
-        raise RefusedError(
-            f"{root} holds {foreign[0]} and is no store of steps: nothing is saved into it",
-            hint="Name a folder that is empty or not there yet; what AReaL saved is kept by `ckptstore adopt`.",
-        )
-    _take_in(before, side_of(root))
-    side_folders.make_side(side_of(root))
-    try:
-        side_folders.sync_folder(root)
-        side_folders.sync_folder(os.path.dirname(root))
-    except OSError as error:
-        raise from_os_error(error, doing="syncing", path=os.path.dirname(root)) from error
-
-
-def _take_in(before: str, side: str) -> None:
-    """Move what a breaker has recorded before the first save, beside the folder as for AReaL's runs, into the store."""
-    try:
-        if before == side or not os.path.isdir(before) or set(os.listdir(before)) - places.OF_BREAKER:
-            return  # other things: of an AReaL run that had this name
-        os.rename(before, side)
-        side_folders.sync_folder(os.path.dirname(before))
-        if os.path.dirname(os.path.dirname(before)) == os.path.dirname(side):
-            os.rmdir(os.path.dirname(before))
-    except FileNotFoundError:
-        pass  # another rank has done it
-    except OSError as error:
-        raise from_os_error(error, doing="moving into the store", path=before) from error
 
 
 def commit(

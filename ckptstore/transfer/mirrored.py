@@ -7,10 +7,8 @@ there is no such file the run is not mirrored. One that cannot be understood sto
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -127,7 +125,6 @@ def read(side: str) -> Record | None:
 def write(side: str, record: Record) -> None:
     """Replace the record, durably: what is deleted afterwards must be known to be safe after a crash too."""
     path = os.path.join(side, NAME)
-    draft = f"{path}.{secrets.token_hex(4)}"
     document = {
         "version": 1,
         "url": record.url,
@@ -140,13 +137,8 @@ def write(side: str, record: Record) -> None:
     }
     side_folders.make_side(side)
     try:
-        side_folders.write_durably(draft, json.dumps(document, indent=1).encode() + b"\n")
-        side_folders.like(draft, os.stat(side), mode=0o644)
-        os.replace(draft, path)
-        side_folders.sync_folder(side)
+        side_folders.replace_durably(path, json.dumps(document, indent=1).encode() + b"\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
         raise from_os_error(error, doing="writing", path=path) from error
 
 
